@@ -1,0 +1,128 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+// minter asks MojoAuth for tokens with one config: a tokenClient.
+type minter interface {
+	mint(ctx context.Context, req tokenRequest) (*token, error)
+	close()
+}
+
+// clientFactory makes the minter of a config.
+type clientFactory func(*configEntry) (minter, error)
+
+// application is one version of a config at work: its client, and whether
+// MojoAuth may be asked just now. A write of the config makes a new one, so that
+// what still happens to the old is forgotten with it.
+type application struct {
+	config *held[configEntry]
+	client minter
+
+	mu      sync.Mutex // never held across I/O
+	backoff backoff    // of failures that concern the whole config
+	probing bool       // a mint is under way that finds out whether the trouble is over
+}
+
+// unavailable is why a read got no new token: what failed, and when the engine
+// tries again by itself or for a reader.
+type unavailable struct {
+	*mintError
+	config  string
+	next    time.Time // zero when nothing is in the way of the next read's try
+	probing bool      // a try is under way
+}
+
+// Error names the config and tells when the next try is.
+func (u *unavailable) Error() string {
+	text := fmt.Sprintf("config %q: %s", u.config, u.mintError)
+	switch {
+	case u.probing:
+		return text + ". The next try is under way"
+	case u.next.IsZero():
+		return text
+	}
+	// Rounded up, so that who waits that long does not come too early.
+	wait := max(0, time.Until(u.next)+time.Second-1).Truncate(time.Second)
+	return text + fmt.Sprintf(". The next try is at %s, in %s", formatTime(u.next.Add(time.Second-1)), wait)
+}
+
+func (u *unavailable) Unwrap() error { return u.mintError }
+
+// admission is leave to mint once.
+type admission struct{ probe bool }
+
+// admit gives leave to mint, or says why not. After a failure one mint goes
+// ahead to find out whether the trouble is over, and the others wait for it.
+func (a *application) admit(now time.Time) (admission, *unavailable) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case a.backoff.failures == 0:
+		return admission{}, nil
+	case a.backoff.blocks(now):
+		return admission{}, a.unavailable(a.backoff.last, a.backoff.until)
+	case a.probing:
+		refusal := a.unavailable(a.backoff.last, time.Time{})
+		refusal.probing = true
+		return admission{}, refusal
+	}
+	a.probing = true
+	return admission{probe: true}, nil
+}
+
+// admitNow gives leave to mint whatever failed before, unless MojoAuth asked to
+// be left alone until later.
+func (a *application) admitNow(now time.Time) *unavailable {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.backoff.asked && a.backoff.blocks(now) {
+		return a.unavailable(a.backoff.last, a.backoff.until)
+	}
+	return nil
+}
+
+func (a *application) unavailable(failed *mintError, next time.Time) *unavailable {
+	return &unavailable{mintError: failed, config: a.config.name, next: next}
+}
+
+// mint asks for one token and keeps account of how it went. The error is an
+// *unavailable without a next try when only the request failed, or the end of
+// ctx.
+func (a *application) mint(ctx context.Context, leave admission, req tokenRequest) (*token, error) {
+	req.retries = a.config.entry.MaxRetries
+	if leave.probe {
+		req.retries = 0 // a server in trouble gets one request, not three
+	}
+	started := time.Now()
+	tok, err := a.client.mint(ctx, req)
+
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if leave.probe {
+		a.probing = false
+	}
+	if err == nil {
+		a.backoff.succeed(started)
+		return tok, nil
+	}
+	var failed *mintError
+	if !errors.As(err, &failed) {
+		return nil, err
+	}
+	if failed.concernsRequest() { // so the client and the server are well
+		a.backoff.succeed(started)
+		return nil, a.unavailable(failed, time.Time{})
+	}
+	a.backoff.fail(failed, started, time.Now(), rand.Float64())
+	return nil, a.unavailable(failed, a.backoff.until)
+}

@@ -1,0 +1,118 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+// Package mojoauth is a Vault secrets engine that hands out MojoAuth
+// machine-to-machine access tokens (OAuth 2.0 client credentials, RFC 6749
+// §4.4).
+//
+// The client secret of a MojoAuth application stays in Vault, in a config. A
+// role names a config, an audience and scopes. Reading creds/<role> answers
+// with an access token that is valid long enough to be used, from a cache in
+// memory wherever there is one.
+//
+// A read passes path_token.go (request and response), entries.go (role and
+// config, in memory), token_cache.go (which token, and when a new one),
+// client.go and answer.go (one request to MojoAuth and what comes back).
+package mojoauth
+
+import (
+	"context"
+	"strings"
+	"sync/atomic"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/helper/useragent"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+const (
+	pluginName = "vault-plugin-secrets-mojoauth"
+
+	// operationPrefix begins every operation id in the OpenAPI document.
+	operationPrefix = "mojoauth"
+)
+
+var _ logical.Factory = Factory
+
+// backend is one mount of the engine. Mounts share a process and nothing else.
+type backend struct {
+	*framework.Backend
+
+	configs *entries[configEntry]
+	roles   *entries[roleEntry]
+	tokens  *tokenCache
+}
+
+// Factory makes the backend of one mount: logical.Factory.
+func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
+	b := newBackend(nil)
+	if err := b.Setup(ctx, conf); err != nil {
+		return nil, err
+	}
+	b.tokens.storage = conf.StorageView
+	return b, nil
+}
+
+// newBackend makes a backend that asks for tokens through clients made by
+// newClient, or of the real MojoAuth when that is nil.
+func newBackend(newClient clientFactory) *backend {
+	var seq atomic.Uint64
+	b := &backend{
+		configs: newEntries[configEntry](configPrefix, &seq),
+		roles:   newEntries[roleEntry](rolePrefix, &seq),
+	}
+	if newClient == nil {
+		newClient = b.newClient
+	}
+	b.tokens = newTokenCache(b.configs, b.roles, newClient)
+
+	b.Backend = &framework.Backend{
+		Help:           strings.TrimSpace(backendHelp),
+		BackendType:    logical.TypeLogical,
+		RunningVersion: runningVersion(),
+		Invalidate:     b.invalidate,
+		Clean:          func(context.Context) { b.tokens.close() },
+		PathsSpecial: &logical.Paths{
+			// The slash makes it a prefix; without it only the key "config"
+			// itself would be wrapped.
+			SealWrapStorage: []string{configPrefix},
+		},
+		// The most read path comes first: the framework tries them in order.
+		Paths: framework.PathAppend(
+			b.pathCreds(),
+			b.pathRoles(),
+			b.pathConfig(),
+		),
+	}
+	return b
+}
+
+// newClient makes the client that talks to a config's token endpoint.
+func (b *backend) newClient(config *configEntry) (minter, error) {
+	// Without an environment (an old Vault, a test) the plugin names itself.
+	agent := pluginName + "/" + strings.TrimPrefix(runningVersion(), "v")
+	if env, err := b.System().PluginEnv(context.Background()); err == nil && env != nil {
+		agent = useragent.PluginString(env, pluginName)
+	}
+	return newTokenClient(config, agent)
+}
+
+// invalidate forgets what another node changed in storage.
+func (b *backend) invalidate(_ context.Context, key string) {
+	if name, ok := strings.CutPrefix(key, configPrefix); ok {
+		b.configs.forget(name)
+		b.tokens.configChanged(name)
+	} else if name, ok := strings.CutPrefix(key, rolePrefix); ok {
+		b.roles.forget(name)
+	}
+}
+
+const backendHelp = `
+The MojoAuth secrets engine hands out OAuth 2.0 access tokens of MojoAuth
+machine-to-machine applications.
+
+Write an application's token_url, client_id and client_secret to "config", an
+audience and scopes to "roles/<name>", and read tokens from "creds/<name>". The
+client secret never leaves Vault. Tokens come from a cache in memory, and are
+renewed before they end.
+`

@@ -1,0 +1,57 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import "time"
+
+const (
+	shortestBackoff = 5 * time.Second
+	longestBackoff  = 30 * time.Second
+)
+
+// backoff remembers the last failure, and until when nothing is tried again.
+// The zero value is one without a failure. It has no lock of its own.
+type backoff struct {
+	failures int // in a row
+	last     *mintError
+	failedAt time.Time
+	until    time.Time
+	// asked is set when until comes from Retry-After, which is never ignored.
+	asked bool
+}
+
+// blocks tells whether nothing may be tried at now.
+func (b *backoff) blocks(now time.Time) bool { return now.Before(b.until) }
+
+// fail takes in the failure of a mint that was started at that time. Mints that
+// were under way together when the trouble began count as one failure. random
+// is uniform in [0, 1).
+func (b *backoff) fail(failed *mintError, started, now time.Time, random float64) {
+	if b.failures == 0 || !started.Before(b.failedAt) {
+		b.failures++
+	}
+	b.last, b.failedAt = failed, now
+
+	if failed.retryAfter > 0 {
+		if until := now.Add(failed.retryAfter); !b.asked || until.After(b.until) {
+			b.until, b.asked = until, true
+		}
+		return
+	}
+	if b.asked && now.Before(b.until) {
+		return
+	}
+	// Up to a fifth is taken off, so that nodes that failed together do not
+	// come back together.
+	wait := min(longestBackoff, shortestBackoff<<min(b.failures-1, 10))
+	b.until, b.asked = now.Add(wait-fraction(wait/5, random)), false
+}
+
+// succeed takes in the success of a mint that was started at that time. One
+// that was started before the last failure says nothing about what came after.
+func (b *backoff) succeed(started time.Time) {
+	if b.failures > 0 && !started.Before(b.failedAt) {
+		*b = backoff{}
+	}
+}

@@ -1,0 +1,43 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+// Command vault-plugin-secrets-mojoauth is the plugin as Vault runs it. Started
+// by hand it does nothing but print its version, with -version.
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/api"
+	"github.com/hashicorp/vault/sdk/plugin"
+
+	mojoauth "github.com/mojoauth/vault-plugin-secrets-mojoauth"
+)
+
+func main() {
+	if len(os.Args) == 2 && (os.Args[1] == "-version" || os.Args[1] == "--version") {
+		fmt.Println(mojoauth.VersionString())
+		return
+	}
+
+	meta := &api.PluginAPIClientMeta{}
+	if err := meta.FlagSet().Parse(os.Args[1:]); err != nil {
+		fatal(err)
+	}
+	// Multiplexed: the mounts of one plugin version share a process.
+	err := plugin.ServeMultiplex(&plugin.ServeOpts{
+		BackendFactoryFunc: mojoauth.Factory,
+		// Vaults before 1.11 hand TLS over themselves; newer ones ignore it.
+		TLSProviderFunc: api.VaultPluginTLSProvider(meta.GetTLSConfig()),
+	})
+	if err != nil {
+		fatal(err)
+	}
+}
+
+func fatal(err error) {
+	hclog.New(&hclog.LoggerOptions{}).Error("plugin shutting down", "error", err)
+	os.Exit(1)
+}

@@ -1,0 +1,256 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/helper/errutil"
+	"github.com/hashicorp/vault/sdk/helper/testhelpers/schema"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// canary is the client secret of tests: it must turn up nowhere.
+const canary = "canary-client-secret-7f3a"
+
+// testMount is a mount of the engine, as a test drives it.
+type testMount struct {
+	t *testing.T
+	*backend
+	storage *countingStorage
+	mojo    *standIn
+}
+
+// newTestMount makes a mount whose tokens come from a standIn.
+func newTestMount(t *testing.T) *testMount {
+	t.Helper()
+	mojo := &standIn{lifetime: time.Hour}
+	return newTestMountWith(t, mojo, mojo.client)
+}
+
+func newTestMountWith(t *testing.T, mojo *standIn, newClient clientFactory) *testMount {
+	t.Helper()
+	m := &testMount{t: t, backend: newBackend(newClient), storage: &countingStorage{Storage: &logical.InmemStorage{}}, mojo: mojo}
+	conf := &logical.BackendConfig{
+		StorageView: m.storage,
+		Logger:      hclog.NewNullLogger(),
+		System:      logical.TestSystemView(),
+	}
+	if err := m.Setup(context.Background(), conf); err != nil {
+		t.Fatal(err)
+	}
+	m.tokens.storage = conf.StorageView
+	t.Cleanup(func() { m.Cleanup(context.Background()) })
+	return m
+}
+
+// request makes a request as Vault would, checks that the answer fits the
+// path's response schema, and returns what came back.
+func (m *testMount) request(op logical.Operation, path string, data map[string]any) (*logical.Response, error) {
+	m.t.Helper()
+	req := &logical.Request{Operation: op, Path: path, Data: data, Storage: m.storage}
+	if op == logical.UpdateOperation {
+		// Vault asks this to tell a create from an update.
+		found, exists, err := m.HandleExistenceCheck(context.Background(), req)
+		if user := (errutil.UserError{}); errors.As(err, &user) {
+			return logical.ErrorResponse(user.Err), nil // as Vault does
+		} else if err != nil {
+			return nil, err
+		} else if found && !exists {
+			req.Operation = logical.CreateOperation
+		}
+	}
+	resp, err := m.HandleRequest(context.Background(), req)
+	if err == nil && resp != nil && !resp.IsError() {
+		schema.ValidateResponse(m.t, schema.GetResponseSchema(m.t, m.Route(path), req.Operation), resp, true)
+	}
+	return resp, err
+}
+
+// do is request where nothing may fail.
+func (m *testMount) do(op logical.Operation, path string, data map[string]any) *logical.Response {
+	m.t.Helper()
+	resp, err := m.request(op, path, data)
+	if err != nil {
+		m.t.Fatalf("%s %s: %v", op, path, err)
+	}
+	if resp.IsError() {
+		m.t.Fatalf("%s %s: %v", op, path, resp.Error())
+	}
+	return resp
+}
+
+func (m *testMount) write(path string, data map[string]any) *logical.Response {
+	m.t.Helper()
+	return m.do(logical.UpdateOperation, path, data)
+}
+
+// read answers the data at path, nil when there is none.
+func (m *testMount) read(path string) map[string]any {
+	m.t.Helper()
+	if resp := m.do(logical.ReadOperation, path, nil); resp != nil {
+		return resp.Data
+	}
+	return nil
+}
+
+// refused makes a request that has to end as the user's mistake, and returns the
+// text.
+func (m *testMount) refused(op logical.Operation, path string, data map[string]any) string {
+	m.t.Helper()
+	resp, err := m.request(op, path, data)
+	if err != nil {
+		m.t.Fatalf("%s %s: got the error %v, want an error response (a 400)", op, path, err)
+	}
+	if !resp.IsError() {
+		m.t.Fatalf("%s %s: got %v, want it refused", op, path, resp)
+	}
+	return resp.Error().Error()
+}
+
+// configure writes a config and a role of that name over it.
+func (m *testMount) configure(role string, fields map[string]any) {
+	m.t.Helper()
+	m.write("config", testConfig(nil))
+	m.write("roles/"+role, fields)
+}
+
+// testConfig is the fields of a config that is not verified.
+func testConfig(more map[string]any) map[string]any {
+	data := map[string]any{
+		"token_url":         "https://project.auth.mojoauth.test/oauth2/token",
+		"client_id":         "client",
+		"client_secret":     canary,
+		"verify_connection": false,
+	}
+	for k, v := range more {
+		data[k] = v
+	}
+	return data
+}
+
+// standIn mints in place of MojoAuth: each token has a number and an owner.
+type standIn struct {
+	mints atomic.Int64
+
+	mu       sync.Mutex
+	lifetime time.Duration // told of each token
+	latency  time.Duration
+	fail     error
+	failFor  func(tokenRequest) error
+	requests []tokenRequest
+}
+
+type standInClient struct {
+	mojo   *standIn
+	config configEntry
+}
+
+func (s *standIn) client(config *configEntry) (minter, error) {
+	return &standInClient{s, *config}, nil
+}
+
+// set changes how the stand-in behaves from now on.
+func (s *standIn) set(change func(*standIn)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	change(s)
+}
+
+func (s *standIn) last() tokenRequest {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.requests[len(s.requests)-1]
+}
+
+func (*standInClient) close() {}
+
+func (c *standInClient) mint(ctx context.Context, req tokenRequest) (*token, error) {
+	s := c.mojo
+	n := s.mints.Add(1)
+	sent := time.Now()
+	s.mu.Lock()
+	s.requests = append(s.requests, req)
+	latency, fail, failFor := s.latency, s.fail, s.failFor
+	s.mu.Unlock()
+
+	if latency > 0 {
+		select {
+		case <-time.After(latency):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	if failFor != nil {
+		fail = failFor(req)
+	}
+	if fail != nil {
+		return nil, fail
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return &token{
+		accessToken: fmt.Sprintf("token-%d-%s-%s", n, c.config.ClientID, c.config.ClientSecret[:6]),
+		tokenType:   "Bearer",
+		scope:       joinScopes(req.scopes),
+		mintedAt:    sent,
+		told:        s.lifetime,
+	}, nil
+}
+
+// countingStorage counts operations, and fails them on demand.
+type countingStorage struct {
+	logical.Storage
+	operations atomic.Int64
+	fail       atomic.Pointer[error]
+	// afterGet, when set, runs in each Get once it has read.
+	afterGet atomic.Pointer[func(key string)]
+}
+
+func (s *countingStorage) count() error {
+	s.operations.Add(1)
+	if err := s.fail.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+func (s *countingStorage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
+	if err := s.count(); err != nil {
+		return nil, err
+	}
+	entry, err := s.Storage.Get(ctx, key)
+	if hook := s.afterGet.Load(); hook != nil {
+		(*hook)(key)
+	}
+	return entry, err
+}
+
+func (s *countingStorage) Put(ctx context.Context, e *logical.StorageEntry) error {
+	if err := s.count(); err != nil {
+		return err
+	}
+	return s.Storage.Put(ctx, e)
+}
+
+func (s *countingStorage) Delete(ctx context.Context, key string) error {
+	if err := s.count(); err != nil {
+		return err
+	}
+	return s.Storage.Delete(ctx, key)
+}
+
+func (s *countingStorage) List(ctx context.Context, prefix string) ([]string, error) {
+	if err := s.count(); err != nil {
+		return nil, err
+	}
+	return s.Storage.List(ctx, prefix)
+}

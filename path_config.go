@@ -1,0 +1,505 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// This file is the path config/<name>: one MojoAuth machine-to-machine
+// application. Bare config is config/default.
+
+const (
+	configPrefix      = "config/"
+	defaultConfigName = "default"
+
+	// RFC 7591 §2 names.
+	authMethodPost  = "client_secret_post"
+	authMethodBasic = "client_secret_basic"
+
+	defaultRequestTimeout = 10 * time.Second
+	minRequestTimeout     = time.Second
+	// maxRequestTimeout keeps a mint within the 90 s that Vault gives a request.
+	maxRequestTimeout = 60 * time.Second
+
+	defaultMaxRetries = 2
+	maxMaxRetries     = 10
+)
+
+// configEntry is a config as it is stored.
+type configEntry struct {
+	TokenURL                string        `json:"token_url"`
+	ClientID                string        `json:"client_id"`
+	ClientSecret            string        `json:"client_secret"`
+	TokenEndpointAuthMethod string        `json:"token_endpoint_auth_method"`
+	CACert                  string        `json:"ca_cert,omitempty"`
+	RequestTimeout          time.Duration `json:"request_timeout"` // nanoseconds
+	MaxRetries              int           `json:"max_retries"`
+
+	// TokenGeneration is random and changes with what tokens depend on: who
+	// the client is, and where. Every node serves only tokens that were minted
+	// under the generation that storage has.
+	TokenGeneration string `json:"token_generation"`
+}
+
+func (b *backend) pathConfig() []*framework.Path {
+	named := map[string]*framework.FieldSchema{
+		"name": {
+			Type:        framework.TypeLowerCaseString,
+			Required:    true,
+			Description: `Name of the config, as roles name it in their field "config".`,
+		},
+	}
+	for name, schema := range configFields() {
+		named[name] = schema
+	}
+	return []*framework.Path{
+		{
+			Pattern: "config/" + framework.GenericNameRegex("name") + "$",
+			DisplayAttrs: &framework.DisplayAttributes{
+				OperationPrefix: operationPrefix,
+			},
+			Fields:          named,
+			ExistenceCheck:  b.configExists,
+			Operations:      b.configOperations("config"),
+			HelpSynopsis:    "Configure a named MojoAuth application that tokens are minted with.",
+			HelpDescription: strings.TrimSpace(configHelp),
+		},
+		{
+			Pattern: "config$",
+			DisplayAttrs: &framework.DisplayAttributes{
+				OperationPrefix: operationPrefix,
+			},
+			Fields:          configFields(),
+			ExistenceCheck:  b.configExists,
+			Operations:      b.configOperations("default-config"),
+			HelpSynopsis:    `Configure the MojoAuth application of roles that name no other: "config/default".`,
+			HelpDescription: strings.TrimSpace(configHelp),
+		},
+		{
+			Pattern: "config/$",
+			DisplayAttrs: &framework.DisplayAttributes{
+				OperationPrefix: operationPrefix,
+				OperationSuffix: "configs",
+			},
+			Operations: map[logical.Operation]framework.OperationHandler{
+				logical.ListOperation: &framework.PathOperation{
+					Callback:  b.configList,
+					Summary:   "List the names of the configs.",
+					Responses: listResponse,
+				},
+			},
+			HelpSynopsis:    "List the names of the configs.",
+			HelpDescription: "Each config is one MojoAuth application; read one at config/<name>.",
+		},
+	}
+}
+
+func configFields() map[string]*framework.FieldSchema {
+	return map[string]*framework.FieldSchema{
+		"token_url": {
+			Type: framework.TypeString,
+			Description: `URL of the token endpoint, for example
+https://your-app.mojoauth.com/oauth2/token. A query string such as ?env=test is
+kept. It must be https; http only for a loopback host. Required. To change its
+scheme, host or port, send client_secret again.`,
+			DisplayAttrs: &framework.DisplayAttributes{Name: "Token URL"},
+		},
+		"client_id": {
+			Type:         framework.TypeString,
+			Description:  "Client ID of the MojoAuth machine-to-machine application. Required.",
+			DisplayAttrs: &framework.DisplayAttributes{Name: "Client ID"},
+		},
+		"client_secret": {
+			Type: framework.TypeString,
+			Description: `Client secret of the application. Required. It is stored in Vault and never
+returned. When it is not sent, an update keeps it.`,
+			DisplayAttrs: &framework.DisplayAttributes{Name: "Client secret", Sensitive: true},
+		},
+		"token_endpoint_auth_method": {
+			Type:          framework.TypeString,
+			Default:       authMethodPost,
+			AllowedValues: []any{authMethodPost, authMethodBasic},
+			Description: `How the client authenticates: client_secret_post (in the form) or
+client_secret_basic (in the Authorization header).`,
+			DisplayAttrs: &framework.DisplayAttributes{Name: "Token endpoint auth method", Value: authMethodPost},
+		},
+		"ca_cert": {
+			Type: framework.TypeString,
+			Description: `PEM certificates of authorities to trust for this endpoint, in addition to
+the system's. Send an empty value to remove them. Verification cannot be
+switched off.`,
+			DisplayAttrs: &framework.DisplayAttributes{Name: "CA certificate", EditType: "file"},
+		},
+		"request_timeout": {
+			Type:    framework.TypeDurationSecond,
+			Default: int(defaultRequestTimeout / time.Second),
+			Description: `Longest time that getting one token may take, all tries included: 1s to 60s,
+in seconds or as a duration like 10s.`,
+			DisplayAttrs: &framework.DisplayAttributes{Name: "Request timeout", Value: "10s"},
+		},
+		"max_retries": {
+			Type:    framework.TypeInt,
+			Default: defaultMaxRetries,
+			Description: `How often a try that failed is repeated within request_timeout when the failure
+may pass (network, 429, 500, 502, 503, 504): 0 to 10.`,
+			DisplayAttrs: &framework.DisplayAttributes{Name: "Max retries", Value: defaultMaxRetries},
+		},
+		"verify_connection": {
+			Type:    framework.TypeBool,
+			Default: true,
+			Description: `Ask for one token before saving, and save only when MojoAuth accepts the client.
+false saves without asking. Not stored.`,
+			DisplayAttrs: &framework.DisplayAttributes{Name: "Verify connection", Value: true},
+		},
+	}
+}
+
+func (b *backend) configOperations(suffix string) map[logical.Operation]framework.OperationHandler {
+	attrs := func(verb string) *framework.DisplayAttributes {
+		return &framework.DisplayAttributes{OperationVerb: verb, OperationSuffix: suffix}
+	}
+	write := &framework.PathOperation{
+		Callback:                    b.configWrite,
+		Summary:                     "Write a config. Fields that are not sent keep their values.",
+		DisplayAttrs:                attrs("write"),
+		Responses:                   writeResponse,
+		ForwardPerformanceStandby:   true,
+		ForwardPerformanceSecondary: true,
+	}
+	return map[logical.Operation]framework.OperationHandler{
+		logical.CreateOperation: write,
+		logical.UpdateOperation: write,
+		logical.ReadOperation: &framework.PathOperation{
+			Callback:     b.configRead,
+			Summary:      "Read a config, without its client secret.",
+			DisplayAttrs: attrs("read"),
+			Responses: map[int][]framework.Response{http.StatusOK: {{
+				Description: "OK",
+				Fields: map[string]*framework.FieldSchema{
+					"token_url":                  {Type: framework.TypeString, Required: true, Description: "URL of the token endpoint."},
+					"client_id":                  {Type: framework.TypeString, Required: true, Description: "Client ID of the application."},
+					"token_endpoint_auth_method": {Type: framework.TypeString, Required: true, Description: "client_secret_post or client_secret_basic."},
+					"ca_cert":                    {Type: framework.TypeString, Required: true, Description: "PEM certificates trusted in addition to the system's."},
+					"request_timeout":            {Type: framework.TypeInt64, Required: true, Description: "Longest time, in seconds, that getting one token may take."},
+					"max_retries":                {Type: framework.TypeInt, Required: true, Description: "How often a failed try is repeated."},
+				},
+			}}},
+		},
+		logical.DeleteOperation: &framework.PathOperation{
+			Callback:                    b.configDelete,
+			Summary:                     "Delete a config and drop the tokens cached under it.",
+			DisplayAttrs:                attrs("delete"),
+			Responses:                   deleteResponse,
+			ForwardPerformanceStandby:   true,
+			ForwardPerformanceSecondary: true,
+		},
+	}
+}
+
+// configName is the config that a request is about.
+func configName(d *framework.FieldData) string {
+	if _, named := d.Schema["name"]; named {
+		return d.Get("name").(string)
+	}
+	return defaultConfigName
+}
+
+func (b *backend) configExists(ctx context.Context, req *logical.Request, d *framework.FieldData) (bool, error) {
+	config, err := b.configs.get(ctx, req.Storage, configName(d))
+	return config != nil, err
+}
+
+func (b *backend) configList(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+	names, err := b.configs.list(ctx, req.Storage)
+	if err != nil {
+		return nil, err
+	}
+	return logical.ListResponse(names), nil
+}
+
+func (b *backend) configRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+	config, err := b.configs.get(ctx, req.Storage, configName(d))
+	if err != nil || config == nil {
+		return nil, err
+	}
+	return &logical.Response{Data: config.entry.toResponseData()}, nil
+}
+
+// toResponseData is what a read may show: all but the client secret.
+func (c *configEntry) toResponseData() map[string]any {
+	return map[string]any{
+		"token_url":                  c.TokenURL,
+		"client_id":                  c.ClientID,
+		"token_endpoint_auth_method": c.TokenEndpointAuthMethod,
+		"ca_cert":                    c.CACert,
+		"request_timeout":            int64(c.RequestTimeout / time.Second),
+		"max_retries":                c.MaxRetries,
+	}
+}
+
+func (b *backend) configDelete(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+	name := configName(d)
+	b.configs.writing.Lock()
+	defer b.configs.writing.Unlock()
+	err := b.configs.delete(ctx, req.Storage, name)
+	b.tokens.configChanged(name)
+	return nil, err
+}
+
+func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+	name := configName(d)
+	old, err := b.configs.load(ctx, req.Storage, name)
+	if err != nil {
+		return nil, err
+	}
+	config, err := mergeConfig(old, d)
+	if err != nil {
+		return logical.ErrorResponse("config %q was not saved: %s", name, err), nil
+	}
+
+	// Asked before the lock is taken, so that no other write waits for MojoAuth.
+	resp := &logical.Response{}
+	if d.Get("verify_connection").(bool) {
+		warning, err := b.verifyConnection(ctx, config)
+		if err != nil {
+			var failed *mintError
+			if !errors.As(err, &failed) {
+				return nil, err
+			}
+			return logical.ErrorResponse(
+				"config %q was not saved, because trying it failed: %s. %s, or send verify_connection=false to save it without asking MojoAuth",
+				name, failed, failed.remedy()), nil
+		}
+		if warning != "" {
+			resp.AddWarning(warning)
+		}
+	}
+
+	b.configs.writing.Lock()
+	defer b.configs.writing.Unlock()
+	current, err := b.configs.load(ctx, req.Storage, name)
+	if err != nil {
+		return nil, err
+	}
+	if !sameEntry(old, current) {
+		return logical.ErrorResponse("config %q was not saved: it was changed by somebody else at the same time. Read it and write again", name), nil
+	}
+	if _, err := b.configs.put(ctx, req.Storage, name, *config); err != nil {
+		b.tokens.configChanged(name)
+		return nil, err
+	}
+	b.tokens.configChanged(name)
+	if len(resp.Warnings) == 0 {
+		return nil, nil
+	}
+	return resp, nil
+}
+
+func sameEntry[T comparable](a, b *held[T]) bool {
+	if a == nil || b == nil {
+		return a == nil && b == nil
+	}
+	return a.entry == b.entry
+}
+
+// mergeConfig makes the config that old becomes with the fields that were sent,
+// and checks the whole. Its error names the field and says how to mend it.
+func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, error) {
+	config := configEntry{
+		TokenEndpointAuthMethod: authMethodPost,
+		RequestTimeout:          defaultRequestTimeout,
+		MaxRetries:              defaultMaxRetries,
+	}
+	if old != nil {
+		config = old.entry
+	}
+
+	if v, ok := d.GetOk("token_url"); ok {
+		config.TokenURL = v.(string)
+	}
+	if v, ok := d.GetOk("client_id"); ok {
+		config.ClientID = v.(string)
+	}
+	_, secretSent := d.GetOk("client_secret")
+	if secretSent {
+		config.ClientSecret = d.Get("client_secret").(string)
+	}
+	if v, ok := d.GetOk("token_endpoint_auth_method"); ok {
+		config.TokenEndpointAuthMethod = v.(string)
+	}
+	if v, ok := d.GetOk("ca_cert"); ok {
+		config.CACert = strings.TrimSpace(v.(string))
+	}
+	if v, ok := d.GetOk("request_timeout"); ok {
+		config.RequestTimeout = time.Duration(v.(int)) * time.Second
+	}
+	if v, ok := d.GetOk("max_retries"); ok {
+		config.MaxRetries = v.(int)
+	}
+
+	if err := config.validate(); err != nil {
+		return nil, err
+	}
+	if old != nil && !secretSent && !sameOrigin(old.entry.TokenURL, config.TokenURL) {
+		return nil, errors.New("token_url moves to another scheme, host or port: send client_secret again, so that only who knows it can have it sent there")
+	}
+	if old == nil || old.entry.TokenURL != config.TokenURL || old.entry.ClientID != config.ClientID {
+		config.TokenGeneration = rand.Text()
+	}
+	return &config, nil
+}
+
+// validate checks the whole config.
+func (c *configEntry) validate() error {
+	if err := validateTokenURL(c.TokenURL); err != nil {
+		return err
+	}
+	for _, field := range []struct{ name, value string }{
+		{"client_id", c.ClientID},
+		{"client_secret", c.ClientSecret},
+	} {
+		if field.value == "" {
+			return fmt.Errorf("%s is required: send the one that MojoAuth shows for the application", field.name)
+		}
+		if strings.ContainsFunc(field.value, isControl) {
+			return fmt.Errorf("%s holds a control character, often the line end of a file it was read from: send it without", field.name)
+		}
+	}
+	switch c.TokenEndpointAuthMethod {
+	case authMethodPost, authMethodBasic:
+	default:
+		return fmt.Errorf("token_endpoint_auth_method %q is not known: send %s or %s", c.TokenEndpointAuthMethod, authMethodPost, authMethodBasic)
+	}
+	if err := validateCACert(c.CACert); err != nil {
+		return err
+	}
+	if c.RequestTimeout < minRequestTimeout || c.RequestTimeout > maxRequestTimeout {
+		return fmt.Errorf("request_timeout %s is out of range: send %s to %s", c.RequestTimeout, minRequestTimeout, maxRequestTimeout)
+	}
+	if c.MaxRetries < 0 || c.MaxRetries > maxMaxRetries {
+		return fmt.Errorf("max_retries %d is out of range: send 0 to %d", c.MaxRetries, maxMaxRetries)
+	}
+	return nil
+}
+
+func isControl(r rune) bool { return r < 0x20 || r == 0x7f }
+
+// validateTokenURL accepts an https URL of any host, and http of a loopback
+// host. The URL itself is not repeated in errors: it may hold a password.
+func validateTokenURL(raw string) error {
+	const example = "for example https://your-app.mojoauth.com/oauth2/token"
+	if raw == "" {
+		return errors.New("token_url is required: send the token endpoint's full URL, " + example)
+	}
+	u, err := url.Parse(raw)
+	if err != nil || u.Hostname() == "" || u.Opaque != "" || strings.ContainsFunc(raw, func(r rune) bool { return r == ' ' || isControl(r) }) {
+		return errors.New("token_url is not a full URL: send one without spaces, " + example)
+	}
+	switch {
+	case u.User != nil:
+		return errors.New("token_url holds user information before an @: send it without; credentials belong in client_id and client_secret")
+	case strings.Contains(raw, "#"):
+		return errors.New("token_url holds a fragment (#): send it without")
+	case u.Scheme == "https":
+	case u.Scheme == "http" && isLoopback(u.Hostname()):
+	case u.Scheme == "http":
+		return errors.New("token_url is http, which would send the client secret unencrypted: send an https URL (http is accepted for a loopback host only)")
+	default:
+		return fmt.Errorf("token_url has the scheme %q: send an https URL, %s", u.Scheme, example)
+	}
+	if port := u.Port(); port != "" {
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return fmt.Errorf("token_url has the port %q: send one from 1 to 65535, or none", port)
+		}
+	}
+	return nil
+}
+
+func isLoopback(host string) bool {
+	if strings.EqualFold(host, "localhost") {
+		return true
+	}
+	ip := net.ParseIP(host)
+	return ip != nil && ip.IsLoopback()
+}
+
+// sameOrigin compares scheme, host and port (RFC 6454 §4) of two valid URLs.
+func sameOrigin(a, b string) bool { return origin(a) == origin(b) }
+
+func origin(raw string) string {
+	u, err := url.Parse(raw)
+	if err != nil {
+		return raw
+	}
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"https": "443", "http": "80"}[u.Scheme]
+	}
+	return u.Scheme + "://" + net.JoinHostPort(strings.ToLower(u.Hostname()), port)
+}
+
+func validateCACert(bundle string) error {
+	rest, found := []byte(bundle), 0
+	for {
+		var block *pem.Block
+		block, rest = pem.Decode(rest)
+		if block == nil {
+			break
+		}
+		if block.Type != "CERTIFICATE" {
+			return fmt.Errorf("ca_cert holds a PEM block of type %q: send certificates only", block.Type)
+		}
+		if _, err := x509.ParseCertificate(block.Bytes); err != nil {
+			return fmt.Errorf("ca_cert holds a certificate that cannot be read: %w", err)
+		}
+		found++
+	}
+	if len(strings.TrimSpace(string(rest))) != 0 || (bundle != "" && found == 0) {
+		return errors.New("ca_cert is not PEM: send certificates between BEGIN CERTIFICATE and END CERTIFICATE lines, from the CLI as ca_cert=@file.pem")
+	}
+	return nil
+}
+
+// verifyConnection asks for a token with the config and throws it away. A
+// refusal that is about the request only, such as a scope being needed, shows
+// that the credentials are good: that is a warning.
+func (b *backend) verifyConnection(ctx context.Context, config *configEntry) (warning string, err error) {
+	client, err := b.tokens.newClient(config)
+	if err != nil {
+		return "", err
+	}
+	defer client.close()
+	_, err = client.mint(ctx, tokenRequest{retries: config.MaxRetries})
+	var failed *mintError
+	if errors.As(err, &failed) && failed.acceptsClient() {
+		return fmt.Sprintf("MojoAuth accepted the client, but gave no token without audience and scopes: %s. Roles have to ask for what it allows.", failed), nil
+	}
+	return "", err
+}
+
+const configHelp = `
+A config holds one MojoAuth machine-to-machine application: its token endpoint,
+client ID and client secret. It is tried before it is saved, unless
+verify_connection=false is sent.
+
+Updates merge: a field that is not sent keeps its value. Changing token_url or
+client_id, or deleting the config, drops every token cached under it; changing
+anything else keeps them, so that a client secret can be replaced while tokens
+go on being served. Any write ends a back-off after failures.
+`

@@ -1,0 +1,277 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"errors"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+func TestConfigRoundTrip(t *testing.T) {
+	m := newTestMount(t)
+	if got := m.read("config"); got != nil {
+		t.Fatalf("before any write: got %v, want nothing", got)
+	}
+	m.write("config", testConfig(nil))
+	want := map[string]any{
+		"token_url":                  "https://project.auth.mojoauth.test/oauth2/token",
+		"client_id":                  "client",
+		"token_endpoint_auth_method": "client_secret_post",
+		"ca_cert":                    "",
+		"request_timeout":            int64(10),
+		"max_retries":                2,
+	}
+	if got := m.read("config"); !maps.Equal(got, want) {
+		t.Errorf("read: got %v, want %v", got, want)
+	}
+	if got := m.read("config/default"); !maps.Equal(got, want) {
+		t.Errorf("bare config is not config/default: got %v", got)
+	}
+	m.write("config/Other", testConfig(nil))
+	if got, want := m.do(logical.ListOperation, "config/", nil).Data["keys"], []string{"default", "other"}; !slices.Equal(got.([]string), want) {
+		t.Errorf("list: got %v, want %v", got, want)
+	}
+	m.do(logical.DeleteOperation, "config", nil)
+	if got := m.read("config"); got != nil {
+		t.Errorf("after delete: got %v, want nothing", got)
+	}
+	m.do(logical.DeleteOperation, "config", nil) // again: no error
+}
+
+func TestConfigUpdateLeavesOtherFields(t *testing.T) {
+	m := newTestMount(t)
+	m.write("config", testConfig(map[string]any{
+		"token_endpoint_auth_method": "client_secret_basic",
+		"request_timeout":            "5s",
+		"max_retries":                0,
+	}))
+	m.write("config", map[string]any{"client_id": "other", "verify_connection": false})
+	got := m.read("config")
+	for field, want := range map[string]any{
+		"client_id":                  "other",
+		"token_url":                  "https://project.auth.mojoauth.test/oauth2/token",
+		"token_endpoint_auth_method": "client_secret_basic",
+		"request_timeout":            int64(5),
+		"max_retries":                0,
+	} {
+		if got[field] != want {
+			t.Errorf("%s: got %v, want %v", field, got[field], want)
+		}
+	}
+	stored, err := m.configs.load(t.Context(), m.storage, "default")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if stored.entry.ClientSecret != canary {
+		t.Error("the client secret was not kept")
+	}
+}
+
+func TestConfigRefusesBadFields(t *testing.T) {
+	cases := []struct {
+		name  string
+		field string
+		value any
+		want  string // a part of the text
+	}{
+		{"no URL", "token_url", "", "token_url is required"},
+		{"relative", "token_url", "/oauth2/token", "token_url is not a full URL"},
+		{"no host", "token_url", "https:///oauth2/token", "token_url is not a full URL"},
+		{"opaque", "token_url", "https:mojoauth.test", "token_url is not a full URL"},
+		{"space", "token_url", "https://mojoauth.test/to ken", "token_url is not a full URL"},
+		{"line end", "token_url", "https://mojoauth.test/token\n", "token_url is not a full URL"},
+		{"http", "token_url", "http://mojoauth.test/token", "send an https URL"},
+		{"http that looks like loopback", "token_url", "http://localhost.mojoauth.test/", "send an https URL"},
+		{"scheme", "token_url", "ftp://mojoauth.test/token", `scheme "ftp"`},
+		{"user information", "token_url", "https://a:b@mojoauth.test/token", "user information"},
+		{"fragment", "token_url", "https://mojoauth.test/token#x", "fragment"},
+		{"empty fragment", "token_url", "https://mojoauth.test/token#", "fragment"},
+		{"port 0", "token_url", "https://mojoauth.test:0/", `port "0"`},
+		{"port too high", "token_url", "https://mojoauth.test:65536/", `port "65536"`},
+		{"no client_id", "client_id", "", "client_id is required"},
+		{"client_id with line end", "client_id", "id\n", "client_id holds a control character"},
+		{"no secret", "client_secret", "", "client_secret is required"},
+		{"secret with line end", "client_secret", "secret\n", "client_secret holds a control character"},
+		{"auth method", "token_endpoint_auth_method", "none", `token_endpoint_auth_method "none"`},
+		{"ca_cert no PEM", "ca_cert", "hello", "ca_cert is not PEM"},
+		{"ca_cert a key", "ca_cert", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", `ca_cert holds a PEM block of type "PRIVATE KEY"`},
+		{"ca_cert unreadable", "ca_cert", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "ca_cert holds a certificate that cannot be read"},
+		{"timeout 0", "request_timeout", 0, "request_timeout 0s is out of range"},
+		{"timeout long", "request_timeout", "2m", "request_timeout 2m0s is out of range"},
+		{"timeout negative", "request_timeout", "-1s", "request_timeout"},
+		{"retries negative", "max_retries", -1, "max_retries -1 is out of range"},
+		{"retries many", "max_retries", 11, "max_retries 11 is out of range"},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			m := newTestMount(t)
+			text := m.refused(logical.UpdateOperation, "config/mine", testConfig(map[string]any{c.field: c.value}))
+			if !strings.Contains(text, c.want) {
+				t.Errorf("got %q, want it to hold %q", text, c.want)
+			}
+			if strings.Contains(text, canary) {
+				t.Errorf("the text holds the client secret: %q", text)
+			}
+			if got := m.read("config/mine"); got != nil {
+				t.Errorf("it was saved: %v", got)
+			}
+		})
+	}
+}
+
+func TestConfigAcceptsURLs(t *testing.T) {
+	for _, u := range []string{
+		"https://my_project-1a2b.auth.mojoauth.com/oauth2/token",
+		"https://your-app.mojoauth.com/oauth2/token?env=test",
+		"https://login.example.org",
+		"https://[2001:db8::1]:8443/token",
+		"http://localhost:8080/oauth2/token",
+		"http://127.8.9.10/oauth2/token",
+		"http://[::1]:8080/oauth2/token",
+	} {
+		m := newTestMount(t)
+		m.write("config", testConfig(map[string]any{"token_url": u}))
+		if got := m.read("config")["token_url"]; got != u {
+			t.Errorf("got %v, want %v", got, u)
+		}
+	}
+}
+
+func TestConfigChangedOriginNeedsSecret(t *testing.T) {
+	const old = "https://project.auth.mojoauth.test/oauth2/token"
+	for moved, refused := range map[string]bool{
+		"https://evil.test/oauth2/token":                       true,
+		"https://project.auth.mojoauth.test:8443/oauth2/token": true,
+		"http://127.0.0.1/oauth2/token":                        true,
+		"https://project.auth.mojoauth.test./oauth2/token":     true,
+		"https://project.auth.mojoauth.test:443/oauth2/token":  false,
+		"https://PROJECT.auth.mojoauth.test/oauth2/token":      false,
+		"https://project.auth.mojoauth.test/v2/token?env=test": false,
+	} {
+		m := newTestMount(t)
+		m.write("config", testConfig(nil))
+		change := map[string]any{"token_url": moved, "verify_connection": false}
+		if !refused {
+			m.write("config", change)
+			continue
+		}
+		if text := m.refused(logical.UpdateOperation, "config", change); !strings.Contains(text, "send client_secret again") {
+			t.Errorf("%s: got %q, want the remedy", moved, text)
+		}
+		if got := m.read("config")["token_url"]; got != old {
+			t.Errorf("%s: saved all the same", moved)
+		}
+		change["client_secret"] = canary
+		m.write("config", change)
+	}
+}
+
+func TestConfigIsVerifiedBeforeItIsSaved(t *testing.T) {
+	upstream := func(class errorClass, status int, code string) error {
+		return &mintError{class: class, status: status, oauthError: code}
+	}
+	cases := []struct {
+		name    string
+		fail    error
+		saved   bool
+		warning bool
+	}{
+		{"works", nil, true, false},
+		{"wrong secret", upstream(classClientRefused, 401, "invalid_client"), false, false},
+		{"not found", upstream(classClientRefused, 404, ""), false, false},
+		{"bad request without an OAuth error", upstream(classRequestRefused, 400, ""), false, false},
+		{"throttled", upstream(classThrottled, 429, ""), false, false},
+		{"server error", upstream(classServerError, 503, ""), false, false},
+		{"nonsense", upstream(classUnexpected, 200, ""), false, false},
+		{"TLS", upstream(classTLS, 0, ""), false, false},
+		{"network", upstream(classNetwork, 0, ""), false, false},
+		{"no answer in time", upstream(classTimeout, 0, ""), false, false},
+		{"needs a scope", upstream(classRequestRefused, 400, "invalid_scope"), true, true},
+		{"needs an audience", upstream(classRequestRefused, 400, "invalid_target"), true, true},
+		{"needs something", upstream(classRequestRefused, 400, "invalid_request"), true, true},
+		{"denied", upstream(classRequestRefused, 403, "access_denied"), true, true},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			m := newTestMount(t)
+			m.write("config", testConfig(nil))
+			m.mojo.set(func(s *standIn) { s.fail = c.fail })
+			change := map[string]any{"client_secret": "the-new-one"}
+			if !c.saved {
+				text := m.refused(logical.UpdateOperation, "config", change)
+				if !strings.Contains(text, "verify_connection=false") || !strings.Contains(text, `"default"`) {
+					t.Errorf("got %q, want the config's name and the way around", text)
+				}
+			} else if resp := m.write("config", change); (resp != nil && len(resp.Warnings) > 0) != c.warning {
+				t.Errorf("got %v, want a warning: %v", resp, c.warning)
+			}
+			stored, err := m.configs.load(t.Context(), m.storage, "default")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := stored.entry.ClientSecret == "the-new-one"; got != c.saved {
+				t.Errorf("saved: %v, want %v", got, c.saved)
+			}
+			if got := m.mojo.mints.Load(); got != 1 {
+				t.Errorf("asked MojoAuth %d times, want once", got)
+			}
+		})
+	}
+}
+
+func TestConfigWriteThatCannotBeStored(t *testing.T) {
+	m := newTestMount(t)
+	m.write("config", testConfig(nil))
+	broken := errors.New("disk full")
+	m.storage.fail.Store(&broken)
+	resp, err := m.HandleRequest(t.Context(), &logical.Request{
+		Operation: logical.UpdateOperation, Path: "config", Storage: m.storage,
+		Data: testConfig(map[string]any{"client_id": "other"}),
+	})
+	if !errors.Is(err, broken) {
+		t.Fatalf("got %v, %v; want the storage's own error", resp, err)
+	}
+	m.storage.fail.Store(nil)
+	if got := m.read("config")["client_id"]; got != "client" {
+		t.Errorf("client_id: got %v, want the old one", got)
+	}
+}
+
+func TestConfigIsSealWrapped(t *testing.T) {
+	m := newTestMount(t)
+	// Vault matches a pattern as a prefix only when it ends in a slash.
+	for _, pattern := range m.SpecialPaths().SealWrapStorage {
+		if strings.HasSuffix(pattern, "/") && strings.HasPrefix("config/default", pattern) {
+			return
+		}
+	}
+	t.Errorf("no pattern in %v covers config/default", m.SpecialPaths().SealWrapStorage)
+}
+
+func TestConfigWritesAreForwarded(t *testing.T) {
+	m := newTestMount(t)
+	for _, path := range []string{"config", "config/x", "roles/x"} {
+		for _, op := range []logical.Operation{logical.CreateOperation, logical.UpdateOperation, logical.DeleteOperation} {
+			props := m.Route(path).Operations[op].Properties()
+			if !props.ForwardPerformanceStandby || !props.ForwardPerformanceSecondary {
+				t.Errorf("%s %s is not forwarded", op, path)
+			}
+		}
+	}
+	if props := m.Route("creds/x").Operations[logical.ReadOperation].Properties(); props.ForwardPerformanceStandby || props.ForwardPerformanceSecondary {
+		t.Error("reads of creds are forwarded; they should be served where they arrive")
+	}
+}
+
+func TestMintErrorStatusNames(t *testing.T) {
+	if got := (&mintError{class: classThrottled, status: http.StatusTooManyRequests}).Error(); !strings.Contains(got, "HTTP 429") {
+		t.Errorf("got %q, want the status in it", got)
+	}
+}
