@@ -7,6 +7,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -254,3 +256,6 @@ func (s *countingStorage) List(ctx context.Context, prefix string) ([]string, er
 	}
 	return s.Storage.List(ctx, prefix)
 }
+
+// discardLog is for servers whose complaints a test expects.
+func discardLog() *log.Logger { return log.New(io.Discard, "", 0) }
