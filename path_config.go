@@ -502,4 +502,6 @@ Updates merge: a field that is not sent keeps its value. Changing token_url or
 client_id, or deleting the config, drops every token cached under it; changing
 anything else keeps them, so that a client secret can be replaced while tokens
 go on being served. Any write ends a back-off after failures.
+
+Bare "config" is "config/default". Listing "config/" gives the names of all.
 `

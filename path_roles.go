@@ -62,7 +62,7 @@ func (b *backend) pathRoles() []*framework.Path {
 			HelpDescription: strings.TrimSpace(roleHelp),
 		},
 		{
-			Pattern: rolePrefix + "$",
+			Pattern: rolePrefix + "?$", // path-help takes the slash away
 			DisplayAttrs: &framework.DisplayAttributes{
 				OperationPrefix: operationPrefix,
 				OperationSuffix: "roles",

@@ -1,0 +1,146 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+// Package harness runs the real things that the end-to-end tests are about: the
+// plugin as a binary, and Vault. Everything listens on free loopback ports, and
+// is ended with the test that started it.
+package harness
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Root is the directory of the project.
+func Root() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for {
+		if _, err := os.Stat(filepath.Join(dir, "scripts", "vault.sh")); err == nil {
+			return dir, nil
+		}
+		parent := filepath.Dir(dir)
+		if parent == dir {
+			return "", errors.New("not inside the project's directory")
+		}
+		dir = parent
+	}
+}
+
+// VaultBinary finds a vault, or builds one, which takes minutes.
+func VaultBinary() (string, error) {
+	root, err := Root()
+	if err != nil {
+		return "", err
+	}
+	cmd := exec.Command(filepath.Join(root, "scripts", "vault.sh"))
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("scripts/vault.sh: %w", err)
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// BuildPlugin builds the plugin with that version into dir, and returns the
+// binary's name in it.
+func BuildPlugin(dir, version string) (string, error) {
+	root, err := Root()
+	if err != nil {
+		return "", err
+	}
+	const module = "github.com/mojoauth/vault-plugin-secrets-mojoauth"
+	name := "vault-plugin-secrets-mojoauth-" + version
+	cmd := exec.Command("go", "build", "-trimpath",
+		"-ldflags", "-s -w -X "+module+".Version="+version+" -X "+module+".Commit=e2e",
+		"-o", filepath.Join(dir, name), "./cmd/vault-plugin-secrets-mojoauth")
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building the plugin: %w\n%s", err, out)
+	}
+	return name, nil
+}
+
+// FreeAddress is a loopback address that nothing listens on just now.
+func FreeAddress(t testing.TB) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+// Eventually waits until the condition holds, and fails the test with its last
+// error when it does not within a generous time.
+func Eventually(t testing.TB, what string, holds func() error) {
+	t.Helper()
+	const patience = time.Minute
+	deadline := time.Now().Add(patience)
+	for {
+		err := holds()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within %s: %v", what, patience, err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// process is a program that is ended with the test.
+type process struct {
+	cmd    *exec.Cmd
+	exited chan struct{}
+}
+
+func start(t testing.TB, cmd *exec.Cmd) *process {
+	t.Helper()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p := &process{cmd: cmd, exited: make(chan struct{})}
+	go func() {
+		_ = cmd.Wait()
+		close(p.exited)
+	}()
+	t.Cleanup(p.stop)
+	return p
+}
+
+// stop asks the process to end, and ends it when it does not.
+func (p *process) stop() {
+	_ = p.cmd.Process.Signal(os.Interrupt)
+	select {
+	case <-p.exited:
+	case <-time.After(10 * time.Second):
+		_ = p.cmd.Process.Kill()
+		<-p.exited
+	}
+}
+
+// run runs a command to its end, and answers what it printed.
+func run(ctx context.Context, env []string, name string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), env...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("%s %s: %w\n%s%s", filepath.Base(name), strings.Join(args, " "), err, out.String(), errs.String())
+	}
+	return out.String(), nil
+}

@@ -1,0 +1,197 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+// Package e2e tests the engine as its users meet it: the plugin's binary in a
+// real Vault, asking a real OAuth server for tokens.
+package e2e
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
+)
+
+const (
+	pluginName    = "vault-plugin-secrets-mojoauth"
+	pluginVersion = "v1.2.3"
+
+	clientID = "client"
+	// canary is the client secret: it must turn up nowhere.
+	canary = "canary-client-secret-52c8"
+)
+
+var (
+	vaultBinary  string
+	pluginDir    string
+	pluginBinary string
+)
+
+func TestMain(m *testing.M) { os.Exit(runTests(m)) }
+
+func runTests(m *testing.M) int {
+	fail := func(err error) int {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		return 1
+	}
+	var err error
+	if vaultBinary, err = harness.VaultBinary(); err != nil {
+		return fail(err)
+	}
+	if pluginDir, err = os.MkdirTemp("", "mojoauth-e2e-plugins-"); err != nil {
+		return fail(err)
+	}
+	defer os.RemoveAll(pluginDir)
+	if pluginBinary, err = harness.BuildPlugin(pluginDir, strings.TrimPrefix(pluginVersion, "v")); err != nil {
+		return fail(err)
+	}
+	return m.Run()
+}
+
+// world is a Vault with the engine at mojoauth/, and an OAuth server.
+type world struct {
+	*testing.T
+	vault *harness.Vault
+	oauth *oauthserver.Server
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{T: t, oauth: startOAuth(t), vault: harness.StartVault(t, vaultBinary, pluginDir)}
+	w.vault.Register(t, pluginDir, pluginBinary, pluginName, pluginVersion)
+	w.vault.Enable(t, "mojoauth", pluginName, pluginVersion)
+	return w
+}
+
+func startOAuth(t *testing.T) *oauthserver.Server {
+	t.Helper()
+	server, err := oauthserver.New(time.Hour, demoClient(clientID, canary))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Start("127.0.0.1:0"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Close() })
+	return server
+}
+
+func demoClient(id, secret string) oauthserver.Client {
+	return oauthserver.Client{
+		ID:        id,
+		Secret:    secret,
+		Audiences: []string{oauthserver.DataAudience},
+		Scopes:    []string{oauthserver.DataScope, "write:data"},
+	}
+}
+
+// config is the fields of a config for the world's OAuth server.
+func (w *world) config(more map[string]any) map[string]any {
+	data := map[string]any{
+		"token_url":     w.oauth.TokenURL(),
+		"client_id":     clientID,
+		"client_secret": canary,
+	}
+	for k, v := range more {
+		data[k] = v
+	}
+	return data
+}
+
+// role is the fields of a role that may call the protected API.
+func role(more map[string]any) map[string]any {
+	data := map[string]any{"audience": oauthserver.DataAudience, "scopes": oauthserver.DataScope}
+	for k, v := range more {
+		data[k] = v
+	}
+	return data
+}
+
+func (w *world) write(path string, data map[string]any) *api.Secret {
+	w.Helper()
+	secret, err := w.vault.Logical().Write("mojoauth/"+path, data)
+	if err != nil {
+		w.Fatalf("writing %s: %v", path, err)
+	}
+	return secret
+}
+
+func (w *world) read(path string) *api.Secret {
+	w.Helper()
+	secret, err := w.vault.Logical().Read("mojoauth/" + path)
+	if err != nil {
+		w.Fatalf("reading %s: %v", path, err)
+	}
+	if secret == nil {
+		w.Fatalf("reading %s: there is nothing", path)
+	}
+	return secret
+}
+
+// token reads a token of the role.
+func (w *world) token(role string) string {
+	w.Helper()
+	token, ok := w.read("creds/" + role).Data["access_token"].(string)
+	if !ok || token == "" {
+		w.Fatalf("creds/%s has no access_token", role)
+	}
+	return token
+}
+
+// callAPI calls the protected API, and answers the status.
+func (w *world) callAPI(token string) int {
+	w.Helper()
+	req, err := http.NewRequest(http.MethodGet, w.oauth.URL()+oauthserver.DataPath, nil)
+	if err != nil {
+		w.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		w.Fatal(err)
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
+// wantError checks that err is Vault's answer with that status, whose text holds
+// all of the parts.
+func (w *world) wantError(err error, status int, parts ...string) {
+	w.Helper()
+	var answer *api.ResponseError
+	if !errors.As(err, &answer) {
+		w.Errorf("got %v, want Vault's status %d", err, status)
+		return
+	}
+	if answer.StatusCode != status {
+		w.Errorf("got status %d, want %d: %v", answer.StatusCode, status, answer.Errors)
+	}
+	text := strings.Join(answer.Errors, "\n")
+	for _, part := range parts {
+		if !strings.Contains(text, part) {
+			w.Errorf("got %q, want it to hold %q", text, part)
+		}
+	}
+}
+
+func number(w *world, v any) int64 {
+	w.Helper()
+	n, ok := v.(json.Number)
+	if !ok {
+		w.Fatalf("got %v (%T), want a JSON number", v, v)
+	}
+	i, err := n.Int64()
+	if err != nil {
+		w.Fatalf("got %v, want an integer", n)
+	}
+	return i
+}

@@ -1,0 +1,336 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+// Package oauthserver is an OAuth 2.0 authorization server for tests and for
+// trying the engine without a MojoAuth account, and beside it a small API that
+// its tokens protect.
+//
+// It stands in for MojoAuth's token endpoint; how MojoAuth itself answers was
+// not checked with it. github.com/ory/fosite does the protocol: it
+// authenticates clients, checks scopes and audiences, and makes the errors. The
+// tokens are JWTs signed with RS256.
+//
+//	POST /oauth2/token           client credentials grant (RFC 6749 §4.4)
+//	GET  /.well-known/jwks.json  the public key (RFC 7517)
+//	GET  /data                   the protected API
+//	GET  /healthz                204 when the server is ready
+package oauthserver
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/go-jose/go-jose/v3"
+	josejwt "github.com/go-jose/go-jose/v3/jwt"
+	"github.com/ory/fosite"
+	"github.com/ory/fosite/compose"
+	"github.com/ory/fosite/handler/oauth2"
+	"github.com/ory/fosite/storage"
+	"github.com/ory/fosite/token/jwt"
+)
+
+const (
+	// TokenPath, JWKSPath, DataPath and HealthPath are where the endpoints are.
+	TokenPath  = "/oauth2/token"
+	JWKSPath   = "/.well-known/jwks.json"
+	DataPath   = "/data"
+	HealthPath = "/healthz"
+
+	// DataAudience and DataScope are what the protected API wants of a token.
+	DataAudience = "https://api.example.org/"
+	DataScope    = "read:data"
+)
+
+// Client is a machine-to-machine application that the server knows.
+type Client struct {
+	ID        string
+	Secret    string // at most 72 bytes: it is kept as a bcrypt hash
+	Audiences []string
+	Scopes    []string
+}
+
+// Request is a token request as it came over the wire.
+type Request struct {
+	At     time.Time
+	Method string
+	Query  string // undecoded
+	Header http.Header
+	Body   string // undecoded
+}
+
+// Server is the authorization server and the API. Make it with New, and run it
+// with Start or as an http.Handler.
+type Server struct {
+	mux      *http.ServeMux
+	provider fosite.OAuth2Provider
+	config   *fosite.Config
+	key      jose.JSONWebKey
+	lifetime atomic.Int64 // of the tokens it makes, in nanoseconds
+
+	mu       sync.Mutex
+	clients  map[string]*client
+	requests []Request
+	issued   []string
+
+	http *http.Server
+	url  string
+}
+
+// New makes a server that knows these clients. Its tokens live for lifetime.
+func New(lifetime time.Duration, clients ...Client) (*Server, error) {
+	private, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{
+		mux:     http.NewServeMux(),
+		clients: make(map[string]*client),
+		key:     jose.JSONWebKey{Key: private, KeyID: "1", Algorithm: string(jose.RS256), Use: "sig"},
+		config: &fosite.Config{
+			GlobalSecret:             []byte(rand.Text() + rand.Text()),
+			HashCost:                 4, // the secrets of tests need no more
+			AccessTokenIssuer:        "https://oauth-server.test",
+			ScopeStrategy:            fosite.ExactScopeStrategy,
+			AudienceMatchingStrategy: fosite.ExactAudienceMatchingStrategy,
+			JWTScopeClaimKey:         jwt.JWTScopeFieldString,
+		},
+	}
+	s.SetLifetime(lifetime)
+	for _, c := range clients {
+		if err := s.SetClient(c); err != nil {
+			return nil, err
+		}
+	}
+
+	signingKey := func(context.Context) (any, error) { return &s.key, nil }
+	s.provider = compose.Compose(s.config, &store{storage.NewMemoryStore(), s},
+		compose.NewOAuth2JWTStrategy(signingKey, compose.NewOAuth2HMACStrategy(s.config), s.config),
+		compose.OAuth2ClientCredentialsGrantFactory,
+	)
+	s.mux.HandleFunc("POST "+TokenPath, s.token)
+	s.mux.HandleFunc("GET "+JWKSPath, s.jwks)
+	s.mux.HandleFunc("GET "+DataPath, s.data)
+	s.mux.HandleFunc("GET "+HealthPath, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	return s, nil
+}
+
+// client gives fosite's client the lifetime that the server has at the moment.
+type client struct {
+	*fosite.DefaultClient
+	server *Server
+}
+
+func (c *client) GetEffectiveLifespan(fosite.GrantType, fosite.TokenType, time.Duration) time.Duration {
+	return time.Duration(c.server.lifetime.Load())
+}
+
+// store is fosite's storage in memory, but for the clients, which may change
+// while the server runs.
+type store struct {
+	*storage.MemoryStore
+	server *Server
+}
+
+func (st *store) GetClient(_ context.Context, id string) (fosite.Client, error) {
+	st.server.mu.Lock()
+	defer st.server.mu.Unlock()
+	if c := st.server.clients[id]; c != nil {
+		return c, nil
+	}
+	return nil, fosite.ErrNotFound
+}
+
+// SetClient adds a client, or replaces the one with its ID: that is how a client
+// secret is regenerated.
+func (s *Server) SetClient(c Client) error {
+	hash, err := (&fosite.BCrypt{Config: s.config}).Hash(context.Background(), []byte(c.Secret))
+	if err != nil {
+		return fmt.Errorf("client %q: %w", c.ID, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.clients[c.ID] = &client{server: s, DefaultClient: &fosite.DefaultClient{
+		ID:         c.ID,
+		Secret:     hash,
+		GrantTypes: []string{"client_credentials"},
+		Audience:   c.Audiences,
+		Scopes:     c.Scopes,
+	}}
+	return nil
+}
+
+// SetLifetime sets how long tokens live that are made from now on.
+func (s *Server) SetLifetime(d time.Duration) { s.lifetime.Store(int64(d)) }
+
+// Requests are the token requests so far, in order of arrival.
+func (s *Server) Requests() []Request {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.requests)
+}
+
+// Issued are the access tokens so far.
+func (s *Server) Issued() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.issued)
+}
+
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+
+// Start serves on the address, such as 127.0.0.1:0 for any free port.
+func (s *Server) Start(address string) error {
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		return err
+	}
+	s.url = "http://" + listener.Addr().String()
+	s.http = &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second}
+	go func() { _ = s.http.Serve(listener) }()
+	return nil
+}
+
+// URL is where the server listens, without a path.
+func (s *Server) URL() string { return s.url }
+
+// TokenURL is the token endpoint.
+func (s *Server) TokenURL() string { return s.url + TokenPath }
+
+// Close stops the server and its connections.
+func (s *Server) Close() error {
+	if s.http == nil {
+		return nil
+	}
+	return s.http.Close()
+}
+
+func (s *Server) token(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, 1<<20))
+	if err != nil {
+		http.Error(w, "unreadable body", http.StatusBadRequest)
+		return
+	}
+	s.mu.Lock()
+	s.requests = append(s.requests, Request{time.Now(), r.Method, r.URL.RawQuery, r.Header.Clone(), string(body)})
+	s.mu.Unlock()
+	r.Body = io.NopCloser(bytes.NewReader(body))
+
+	ctx := r.Context()
+	session := &oauth2.JWTSession{JWTClaims: &jwt.JWTClaims{}, JWTHeader: &jwt.Headers{Extra: map[string]any{"kid": s.key.KeyID}}}
+	access, err := s.provider.NewAccessRequest(ctx, r, session)
+	if err != nil {
+		s.provider.WriteAccessError(ctx, w, access, err)
+		return
+	}
+	session.JWTClaims.Subject = access.GetClient().GetID()
+	for _, scope := range access.GetRequestedScopes() {
+		access.GrantScope(scope)
+	}
+	for _, audience := range access.GetRequestedAudience() {
+		access.GrantAudience(audience)
+	}
+	response, err := s.provider.NewAccessResponse(ctx, access)
+	if err != nil {
+		s.provider.WriteAccessError(ctx, w, access, err)
+		return
+	}
+	s.mu.Lock()
+	s.issued = append(s.issued, response.GetAccessToken())
+	s.mu.Unlock()
+	s.provider.WriteAccessResponse(ctx, w, access, response)
+}
+
+func (s *Server) jwks(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/jwk-set+json")
+	_ = json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{s.key.Public()}})
+}
+
+// data is the protected API: it answers only to a token for its audience, with
+// its scope, that is signed by a key in the JWKS and has not ended.
+func (s *Server) data(w http.ResponseWriter, r *http.Request) {
+	subject, err := s.authorize(r)
+	w.Header().Set("Content-Type", "application/json")
+	if err != nil {
+		status, code := http.StatusUnauthorized, "invalid_token"
+		if errors.Is(err, errScope) {
+			status, code = http.StatusForbidden, "insufficient_scope"
+		}
+		// RFC 6750 §3.
+		w.Header().Set("WWW-Authenticate", fmt.Sprintf("Bearer error=%q, error_description=%q", code, err))
+		w.WriteHeader(status)
+		_ = json.NewEncoder(w).Encode(map[string]string{"error": code, "error_description": err.Error()})
+		return
+	}
+	_ = json.NewEncoder(w).Encode(map[string]string{"message": "hello " + subject})
+}
+
+var errScope = fmt.Errorf("the token does not have the scope %s", DataScope)
+
+// authorize checks the request's bearer token (RFC 6750 §2.1, RFC 9068 §4) and
+// returns its subject.
+func (s *Server) authorize(r *http.Request) (subject string, err error) {
+	bearer, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if !ok {
+		return "", errors.New("no bearer token was sent")
+	}
+	token, err := josejwt.ParseSigned(bearer)
+	if err != nil {
+		return "", errors.New("the token is no signed JWT")
+	}
+	keys, err := s.fetchJWKS(r.Context())
+	if err != nil {
+		return "", err
+	}
+	if len(token.Headers) != 1 || token.Headers[0].Algorithm != string(jose.RS256) {
+		return "", errors.New("the token is not signed with RS256")
+	}
+	key := keys.Key(token.Headers[0].KeyID)
+	if len(key) != 1 {
+		return "", errors.New("the token is signed with an unknown key")
+	}
+	var claims josejwt.Claims
+	var scope struct {
+		Scope string `json:"scope"`
+	}
+	if err := token.Claims(key[0].Key, &claims, &scope); err != nil {
+		return "", errors.New("the token's signature is not valid")
+	}
+	if claims.Expiry == nil {
+		return "", errors.New("the token has no exp")
+	}
+	if err := claims.ValidateWithLeeway(josejwt.Expected{Audience: josejwt.Audience{DataAudience}, Time: time.Now()}, 0); err != nil {
+		return "", err
+	}
+	if !slices.Contains(strings.Fields(scope.Scope), DataScope) {
+		return "", errScope
+	}
+	return claims.Subject, nil
+}
+
+// fetchJWKS gets the keys as any API would: over HTTP.
+func (s *Server) fetchJWKS(ctx context.Context) (*jose.JSONWebKeySet, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url+JWKSPath, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	keys := &jose.JSONWebKeySet{}
+	return keys, json.NewDecoder(resp.Body).Decode(keys)
+}
