@@ -42,14 +42,16 @@ import (
 	"github.com/ory/fosite/token/jwt"
 )
 
+// Where the endpoints are.
 const (
-	// TokenPath, JWKSPath, DataPath and HealthPath are where the endpoints are.
 	TokenPath  = "/oauth2/token"
 	JWKSPath   = "/.well-known/jwks.json"
 	DataPath   = "/data"
 	HealthPath = "/healthz"
+)
 
-	// DataAudience and DataScope are what the protected API wants of a token.
+// What the protected API wants of a token.
+const (
 	DataAudience = "https://api.example.org/"
 	DataScope    = "read:data"
 )

@@ -1,0 +1,50 @@
+# Development tasks; `make help` lists them.
+
+MODULE      := github.com/mojoauth/vault-plugin-secrets-mojoauth
+NAME        := vault-plugin-secrets-mojoauth
+VERSION     ?= 0.1.0-dev
+COMMIT      ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
+LDFLAGS     := -s -w -X $(MODULE).Version=$(VERSION) -X $(MODULE).Commit=$(COMMIT)
+GOLANGCI    := bin/golangci-lint
+
+.PHONY: help build dev test test-unit test-e2e test-live lint fmt bench clean
+
+help: ## List the tasks
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## Build the plugin into bin/
+	CGO_ENABLED=0 go build -trimpath -ldflags "$(LDFLAGS)" -o bin/$(NAME) ./cmd/$(NAME)
+
+dev: ## Run Vault with the engine and an OAuth server, and read a token
+	@VERSION=$(VERSION) scripts/dev.sh
+
+test: test-unit test-e2e ## Run all tests
+
+test-unit: ## Run the unit tests with the race detector
+	@echo "Unit tests with the race detector; the first time, about 3 minutes of that is compiling."
+	go test -race ./...
+
+test-e2e: ## Run the tests in a real Vault; builds one, once, when there is none
+	@echo "End-to-end tests in a real Vault; the first time, building Vault takes about 8 minutes."
+	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && go test -count=1 -timeout 20m ./...
+
+test-live: ## Get a token of the real MojoAuth; needs the MOJOAUTH_* variables
+	go test -count=1 -run '^TestLive' -v .
+
+$(GOLANGCI): tools/lint/go.mod tools/lint/go.sum
+	@echo "Building golangci-lint; the first time this takes about 3 minutes on 2 cores."
+	cd tools/lint && go build -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+lint: $(GOLANGCI) ## Check the code with golangci-lint
+	$(GOLANGCI) run ./...
+	cd e2e && ../$(GOLANGCI) run --config ../.golangci.yaml ./...
+
+fmt: $(GOLANGCI) ## Format the code
+	$(GOLANGCI) fmt ./...
+	cd e2e && ../$(GOLANGCI) fmt --config ../.golangci.yaml ./...
+
+bench: ## Run the benchmarks
+	go test -run '^$$' -bench . -benchmem .
+
+clean: ## Remove what was built
+	rm -rf bin dist

@@ -1,0 +1,127 @@
+#!/bin/sh
+# Runs Vault in dev mode with the engine, configured and tried, until Ctrl-C.
+#
+# An OAuth server of the end-to-end tests stands in for MojoAuth, with an API
+# that its tokens open. When MOJOAUTH_TOKEN_URL, MOJOAUTH_CLIENT_ID and
+# MOJOAUTH_CLIENT_SECRET are set, the real MojoAuth is asked instead, for the
+# audience MOJOAUTH_API_AUDIENCE and the scopes MOJOAUTH_SCOPES if they are set.
+#
+# Nothing is kept: Vault's storage is in memory.
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+cd "$root"
+
+say() { printf '==> %s\n' "$*"; }
+die() { printf 'dev.sh: %s\n' "$*" >&2; exit 1; }
+
+work=$(mktemp -d)
+vault_pid='' oauth_pid=''
+cleanup() {
+	trap - EXIT INT TERM
+	for pid in $vault_pid $oauth_pid; do
+		kill "$pid" 2>/dev/null || true
+	done
+	for pid in $vault_pid $oauth_pid; do
+		wait "$pid" 2>/dev/null || true
+	done
+	rm -rf "$work"
+}
+trap cleanup EXIT
+trap 'echo; say "Stopping"; exit 0' INT TERM
+
+# until_ready WHAT PID LOG COMMAND...: waits, for a minute at most, until the
+# command succeeds while the process lives.
+until_ready() {
+	what=$1 pid=$2 log=$3
+	shift 3
+	tries=0
+	until "$@" >/dev/null 2>&1; do
+		kill -0 "$pid" 2>/dev/null || die "$what has ended: $(tail -n 5 "$log")"
+		tries=$((tries + 1))
+		[ $tries -lt 300 ] || die "$what is not ready after a minute: $(tail -n 5 "$log")"
+		sleep 0.2
+	done
+}
+
+say "Building the plugin (about 2 minutes the first time)"
+mkdir -p "$work/plugins"
+make --no-print-directory -s build VERSION="${VERSION:-0.1.0-dev}"
+cp bin/vault-plugin-secrets-mojoauth "$work/plugins/"
+vault=$(scripts/vault.sh)
+
+if [ -n "${MOJOAUTH_TOKEN_URL:-}" ]; then
+	: "${MOJOAUTH_CLIENT_ID:?set it, or unset MOJOAUTH_TOKEN_URL}" "${MOJOAUTH_CLIENT_SECRET:?set it, or unset MOJOAUTH_TOKEN_URL}"
+	say "Using the real MojoAuth"
+	token_url=$MOJOAUTH_TOKEN_URL client_id=$MOJOAUTH_CLIENT_ID client_secret=$MOJOAUTH_CLIENT_SECRET
+	audience=${MOJOAUTH_API_AUDIENCE:-} scopes=${MOJOAUTH_SCOPES:-}
+	narrow=${scopes%%[ ,]*}
+	api=''
+else
+	say "Building the OAuth server (about 1 minute the first time)"
+	(cd e2e && CGO_ENABLED=0 go build -o ../bin/oauth-server ./cmd/oauth-server)
+	client_id=demo-client
+	client_secret=demo-$(od -An -N12 -tx1 /dev/urandom | tr -d ' \n')
+	OAUTH_SERVER_CLIENT_SECRET=$client_secret bin/oauth-server -client-id "$client_id" >"$work/oauth.url" 2>"$work/oauth.log" &
+	oauth_pid=$!
+	until_ready "the OAuth server" "$oauth_pid" "$work/oauth.log" test -s "$work/oauth.url"
+	oauth=$(cat "$work/oauth.url")
+	until_ready "the OAuth server" "$oauth_pid" "$work/oauth.log" curl -sf "$oauth/healthz"
+	token_url=$oauth/oauth2/token
+	audience=https://api.example.org/ scopes=read:data,write:data narrow=read:data
+	api=$oauth/data
+fi
+
+port=${VAULT_DEV_PORT:-8200}
+while curl -s -o /dev/null "http://127.0.0.1:$port/"; do
+	port=$((port + 10))
+done
+export VAULT_ADDR="http://127.0.0.1:$port"
+VAULT_TOKEN=dev-$(od -An -N12 -tx1 /dev/urandom | tr -d ' \n')
+export VAULT_TOKEN
+say "Starting Vault at $VAULT_ADDR"
+printf 'plugin_directory = "%s/plugins"\n' "$work" >"$work/vault.hcl"
+"$vault" server -dev -dev-no-store-token -dev-root-token-id="$VAULT_TOKEN" \
+	-dev-listen-address="127.0.0.1:$port" -config="$work/vault.hcl" >"$work/vault.log" 2>&1 &
+vault_pid=$!
+until_ready Vault "$vault_pid" "$work/vault.log" "$vault" status
+
+say "Registering and enabling the plugin"
+VAULT_BIN=$vault scripts/register.sh "$work/plugins/vault-plugin-secrets-mojoauth" mojoauth
+
+say "Writing config and roles"
+# The secret comes from standard input: arguments can be read by other users.
+printf '%s' "$client_secret" | "$vault" write mojoauth/config token_url="$token_url" client_id="$client_id" client_secret=-
+"$vault" write mojoauth/roles/demo audience="$audience" scopes="$scopes"
+"$vault" write mojoauth/roles/demo-narrow audience="$audience" scopes="$narrow"
+
+say "Reading a token: vault read mojoauth/creds/demo"
+"$vault" read mojoauth/creds/demo
+
+if [ -n "$api" ]; then
+	token=$("$vault" read -field=access_token mojoauth/creds/demo)
+	say "Calling the protected API with it: curl -H \"Authorization: Bearer …\" $api"
+	status=$(printf 'header = "Authorization: Bearer %s"\n' "$token" |
+		curl -s -K - -o "$work/answer" -w '%{http_code}' "$api")
+	printf '%s %s\n' "$status" "$(cat "$work/answer")"
+	[ "$status" = 200 ] || die "the API did not accept the token"
+fi
+
+vault_log=$work/vault.log
+cat <<TXT
+
+Vault is running. In another terminal:
+
+  export VAULT_ADDR=$VAULT_ADDR VAULT_TOKEN=$VAULT_TOKEN
+  alias vault=$vault
+  vault read mojoauth/creds/demo                       # the same token, from the cache
+  vault read -field=access_token mojoauth/creds/demo-narrow
+  vault read mojoauth/config                           # without the client secret
+  vault path-help mojoauth/roles/demo
+  less $vault_log
+TXT
+[ -z "$api" ] || cat <<TXT
+  curl -H "Authorization: Bearer \$(vault read -field=access_token mojoauth/creds/demo)" $api
+TXT
+echo
+say "Press Ctrl-C to stop and remove everything"
+wait "$vault_pid" || die "Vault has ended: $(tail -n 5 "$work/vault.log")"
