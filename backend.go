@@ -71,6 +71,7 @@ func newBackend(newClient clientFactory) *backend {
 		BackendType:    logical.TypeLogical,
 		RunningVersion: runningVersion(),
 		Invalidate:     b.invalidate,
+		Secrets:        []*framework.Secret{b.secretToken()},
 		Clean:          func(context.Context) { b.tokens.close() },
 		PathsSpecial: &logical.Paths{
 			// The slash makes it a prefix; without it only the key "config"
@@ -80,6 +81,7 @@ func newBackend(newClient clientFactory) *backend {
 		// The most read path comes first: the framework tries them in order.
 		Paths: framework.PathAppend(
 			b.pathCreds(),
+			b.pathRotateRole(),
 			b.pathRoles(),
 			b.pathConfig(),
 		),
@@ -114,5 +116,5 @@ machine-to-machine applications.
 Write an application's token_url, client_id and client_secret to "config", an
 audience and scopes to "roles/<name>", and read tokens from "creds/<name>". The
 client secret never leaves Vault. Tokens come from a cache in memory, and are
-renewed before they end.
+renewed before they end. Writing to "rotate-role/<name>" replaces one at once.
 `

@@ -26,3 +26,12 @@ var (
 
 	deleteResponse = map[int][]framework.Response{http.StatusNoContent: {{Description: "Deleted."}}}
 )
+
+// pick takes some of the fields.
+func pick(fields map[string]*framework.FieldSchema, names ...string) map[string]*framework.FieldSchema {
+	picked := make(map[string]*framework.FieldSchema, len(names))
+	for _, name := range names {
+		picked[name] = fields[name]
+	}
+	return picked
+}

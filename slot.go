@@ -195,16 +195,19 @@ func (s *slot) adopt(g *grant) bool {
 }
 
 // put makes tok the slot's token under g, unless the slot knows a newer grant.
-func (s *slot) put(g *grant, tok *token) {
+func (s *slot) put(g *grant, tok *cachedToken) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed || !s.adopt(g) {
-		return
+	if s.closed {
+		return errEvicted
 	}
-	s.flight = nil
-	s.backoff = backoff{}
-	s.state.Store(&slotState{g, newCachedToken(tok, new(atomic.Bool), &g.role.entry)})
-	s.plan()
+	if s.adopt(g) {
+		s.flight = nil // it began before, so that its token is an older one
+		s.backoff = backoff{}
+		s.state.Store(&slotState{g, tok})
+		s.plan()
+	}
+	return nil
 }
 
 // wait waits for the mint: to its end, or, while the old token would do, until

@@ -73,7 +73,7 @@ type tokenCache struct {
 type grant struct {
 	role   *held[roleEntry]
 	config *held[configEntry]
-	scopes []string // in the role's order
+	scopes []string
 	// narrowed identifies scopes when they are fewer than the role's: sorted
 	// and joined. "" stands for all of them.
 	narrowed string
@@ -163,6 +163,55 @@ func (c *tokenCache) read(ctx context.Context, g *grant, minTTL time.Duration) (
 		answer, err := s.read(ctx, g, minTTL)
 		if err != errEvicted {
 			return answer, err
+		}
+	}
+}
+
+// mintNow mints a token of g beside whatever is cached or under way, and does not
+// keep it. A failure back-off is ignored, a Retry-After is not. The errors are
+// those of read.
+func (c *tokenCache) mintNow(ctx context.Context, g *grant) (*token, error) {
+	app, err := c.application(g.config)
+	if err != nil {
+		return nil, err
+	}
+	if refusal := app.admitNow(time.Now()); refusal != nil {
+		return nil, refusal
+	}
+	var tok *token
+	done := make(chan struct{})
+	if !c.spawn(func() {
+		defer close(done)
+		tok, err = app.mint(c.ctx, admission{}, g.request())
+	}) {
+		return nil, errClosed
+	}
+	select {
+	case <-done:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	switch {
+	case err == nil:
+		return tok, nil
+	case c.ctx.Err() != nil:
+		return nil, errClosed
+	case !c.current(app):
+		return nil, errOutdated
+	}
+	return nil, err
+}
+
+// put makes tok the token that reads of g get.
+func (c *tokenCache) put(g *grant, tok *token) (*cachedToken, error) {
+	cached := newCachedToken(tok, new(atomic.Bool), &g.role.entry)
+	for {
+		s, err := c.slot(g)
+		if err != nil {
+			return nil, err
+		}
+		if err := s.put(g, cached); err == nil {
+			return cached, nil
 		}
 	}
 }
