@@ -4,6 +4,7 @@
 package mojoauth
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -145,6 +146,7 @@ type standIn struct {
 
 	mu       sync.Mutex
 	lifetime time.Duration // told of each token
+	grant    string        // scope granted, if not as asked for
 	latency  time.Duration
 	fail     error
 	failFor  func(tokenRequest) error
@@ -202,7 +204,7 @@ func (c *standInClient) mint(ctx context.Context, req tokenRequest) (*token, err
 	return &token{
 		accessToken: fmt.Sprintf("token-%d-%s-%s", n, c.config.ClientID, c.config.ClientSecret[:6]),
 		tokenType:   "Bearer",
-		scope:       joinScopes(req.scopes),
+		scope:       cmp.Or(s.grant, joinScopes(req.scopes)),
 		mintedAt:    sent,
 		told:        s.lifetime,
 	}, nil

@@ -240,15 +240,19 @@ func narrow(g *grant, d *framework.FieldData) (minTTL time.Duration, problem str
 
 // tokenResponse is the answer to a read of creds/<role>.
 func (b *backend) tokenResponse(g *grant, minTTL time.Duration, answer *served) *logical.Response {
+	same := &answer.cachedToken.answer
 	data := map[string]any{
-		"access_token":        answer.accessToken,
-		"token_type":          answer.tokenType,
-		"scope":               answer.scope,
-		"expires_at":          answer.expiresAt,
-		"expires_at_seconds":  answer.endsAt.Unix(),
+		"access_token":        same.accessToken,
+		"token_type":          same.tokenType,
+		"scope":               same.scope,
+		"expires_at":          same.expiresAt,
+		"expires_at_seconds":  same.expiresAtSeconds,
 		"ttl":                 answer.ttl,
-		"rotation_period":     answer.schedule.rotationPeriod(),
-		"last_vault_rotation": answer.lastRotated,
+		"rotation_period":     same.rotationPeriod,
+		"last_vault_rotation": same.lastVaultRotation,
+	}
+	if answer.schedule != answer.cachedToken.schedule { // the reader's min_ttl counts
+		data["rotation_period"] = answer.schedule.rotationPeriod()
 	}
 	resp := &logical.Response{Data: data}
 	if g.role.entry.GenerateLease {
@@ -261,8 +265,8 @@ func (b *backend) tokenResponse(g *grant, minTTL time.Duration, answer *served) 
 	if answer.assumed {
 		resp.AddWarning(fmt.Sprintf("MojoAuth did not tell how long the token lives: %s is assumed. Set max_ttl of role %q to what it is.", assumedLifetime, g.role.name))
 	}
-	if missing := missingScopes(g.scopes, answer.scope); len(missing) > 0 {
-		resp.AddWarning(fmt.Sprintf("MojoAuth granted fewer scopes than role %q asks for: without %s.", g.role.name, strings.Join(missing, " ")))
+	if len(answer.missing) > 0 {
+		resp.AddWarning(fmt.Sprintf("MojoAuth granted fewer scopes than were asked for role %q: without %s.", g.role.name, joinScopes(answer.missing)))
 	}
 	return resp
 }
@@ -336,9 +340,9 @@ func (b *backend) rotateTo(ctx context.Context, s logical.Storage, g *grant, tok
 		return nil, err
 	}
 	return &logical.Response{Data: map[string]any{
-		"last_vault_rotation": cached.lastRotated,
-		"expires_at":          cached.expiresAt,
-		"expires_at_seconds":  cached.endsAt.Unix(),
+		"last_vault_rotation": cached.answer.lastVaultRotation,
+		"expires_at":          cached.answer.expiresAt,
+		"expires_at_seconds":  cached.answer.expiresAtSeconds,
 	}}, nil
 }
 

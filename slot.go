@@ -157,7 +157,7 @@ func (s *slot) run(f *flight, leave admission) {
 	switch {
 	case err == nil:
 		s.backoff = backoff{}
-		s.state.Store(&slotState{st.grant, newCachedToken(tok, f.read, &st.grant.role.entry)})
+		s.state.Store(&slotState{st.grant, newCachedToken(tok, f.read, st.grant)})
 	case errors.As(err, &failure) && failure.concernsRequest() && current:
 		s.backoff.fail(failure.mintError, f.started, time.Now(), rand.Float64())
 		failure.next = s.backoff.until
@@ -184,7 +184,7 @@ func (s *slot) adopt(g *grant) bool {
 	next := &slotState{grant: g}
 	if st.grant.sharesTokens(g) {
 		if st.token != nil {
-			next.token = newCachedToken(st.token.token, st.token.read, &g.role.entry)
+			next.token = newCachedToken(st.token.token, st.token.read, g)
 		}
 	} else {
 		s.flight = nil
@@ -239,7 +239,7 @@ func (s *slot) arrived(f *flight, g *grant, old *cachedToken, minTTL time.Durati
 	st := s.state.Load()
 	tok := st.token
 	if tok == nil || tok.token != f.token || !st.grant.same(g) {
-		tok = newCachedToken(f.token, f.read, &g.role.entry)
+		tok = newCachedToken(f.token, f.read, g)
 	}
 	now := time.Now()
 	left := tok.left(now)

@@ -204,7 +204,7 @@ func (c *tokenCache) mintNow(ctx context.Context, g *grant) (*token, error) {
 
 // put makes tok the token that reads of g get.
 func (c *tokenCache) put(g *grant, tok *token) (*cachedToken, error) {
-	cached := newCachedToken(tok, new(atomic.Bool), &g.role.entry)
+	cached := newCachedToken(tok, new(atomic.Bool), g)
 	for {
 		s, err := c.slot(g)
 		if err != nil {
@@ -382,30 +382,48 @@ func (c *tokenCache) close() {
 	}
 }
 
-// cachedToken is a token as it is served under a role's settings. It does not
-// change, but for the note that it was read.
+// cachedToken is a token as it is served for a grant. It does not change, but
+// for the note that it was read. What an answer needs is made here, once, and
+// not at each read.
 type cachedToken struct {
 	*token
 	read *atomic.Bool // shared by all views of the token
 
-	schedule    schedule
-	endsAt      time.Time
-	assumed     bool // nobody told the lifetime
-	expiresAt   string
-	lastRotated string
+	schedule schedule
+	endsAt   time.Time
+	assumed  bool     // nobody told the lifetime
+	missing  []string // scopes that were asked for and not granted
+	answer   tokenAnswer
 }
 
-func newCachedToken(tok *token, read *atomic.Bool, role *roleEntry) *cachedToken {
+// tokenAnswer is what all reads of a token are answered alike. The values are
+// interfaces, as an answer's data holds them, so that a read does not allocate
+// them anew.
+type tokenAnswer struct {
+	accessToken, tokenType, scope, expiresAt, expiresAtSeconds, rotationPeriod, lastVaultRotation any
+}
+
+func newCachedToken(tok *token, read *atomic.Bool, g *grant) *cachedToken {
+	role := &g.role.entry
 	lifetime := effectiveLifetime(tok.told, role.MaxTTL)
 	endsAt := tok.mintedAt.Add(lifetime)
+	schedule := newSchedule(lifetime, role.MinTTL)
 	return &cachedToken{
-		token:       tok,
-		read:        read,
-		schedule:    newSchedule(lifetime, role.MinTTL),
-		endsAt:      endsAt,
-		assumed:     tok.told <= 0 && role.MaxTTL <= 0,
-		expiresAt:   formatTime(endsAt),
-		lastRotated: formatTime(tok.mintedAt),
+		token:    tok,
+		read:     read,
+		schedule: schedule,
+		endsAt:   endsAt,
+		assumed:  tok.told <= 0 && role.MaxTTL <= 0,
+		missing:  missingScopes(g.scopes, tok.scope),
+		answer: tokenAnswer{
+			accessToken:       tok.accessToken,
+			tokenType:         tok.tokenType,
+			scope:             tok.scope,
+			expiresAt:         formatTime(endsAt),
+			expiresAtSeconds:  endsAt.Unix(),
+			rotationPeriod:    schedule.rotationPeriod(),
+			lastVaultRotation: formatTime(tok.mintedAt),
+		},
 	}
 }
 

@@ -446,12 +446,14 @@ func TestLifetimeNobodyTells(t *testing.T) {
 
 func TestNarrowerGrantIsAWarning(t *testing.T) {
 	bubble(t, func(m *testMount) {
+		m.mojo.set(func(s *standIn) { s.grant = "a" })
 		m.configure("app", map[string]any{"scopes": "a,b"})
-		m.creds("app", nil)
-		m.tokens.slots["app"].state.Load().token.scope = "a"
 		resp := m.do(logical.ReadOperation, "creds/app", nil)
 		if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "without b") {
 			t.Errorf("got the warnings %q", resp.Warnings)
+		}
+		if resp := m.do(logical.ReadOperation, "creds/app", map[string]any{"scopes": "a"}); len(resp.Warnings) != 0 {
+			t.Errorf("got the warnings %q for what was granted", resp.Warnings)
 		}
 	})
 }

@@ -1,0 +1,169 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// The benchmarks compare a cached read with what the framework costs by itself:
+// read them as ratios within one run.
+
+// benchMount is a mount with n roles whose tokens are cached.
+func benchMount(b *testing.B, n int) *backend {
+	b.Helper()
+	mojo := &standIn{lifetime: assumedLifetime * 1000}
+	m := newBackend(mojo.client)
+	storage := &logical.InmemStorage{}
+	if err := m.Setup(context.Background(), &logical.BackendConfig{
+		StorageView: storage, Logger: hclog.NewNullLogger(), System: logical.TestSystemView(),
+	}); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { m.Cleanup(context.Background()) })
+	write := func(path string, data map[string]any) {
+		resp, err := m.HandleRequest(context.Background(), &logical.Request{
+			Operation: logical.UpdateOperation, Path: path, Data: data, Storage: storage,
+		})
+		if err != nil || resp.IsError() {
+			b.Fatal(resp, err)
+		}
+	}
+	write("config", testConfig(nil))
+	for i := range n {
+		write(fmt.Sprintf("roles/role%d", i), map[string]any{"audience": "https://api.example.org/", "scopes": "read:a,read:b"})
+		if _, err := m.HandleRequest(context.Background(), &logical.Request{
+			Operation: logical.ReadOperation, Path: fmt.Sprintf("creds/role%d", i), Storage: storage,
+		}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return m
+}
+
+func readCreds(b *testing.B, h logical.Backend, path string) {
+	// benchStorage is nil: a cached read that touched it would panic.
+	resp, err := h.HandleRequest(context.Background(), &logical.Request{Operation: logical.ReadOperation, Path: path, Storage: benchStorage})
+	if err != nil || resp.IsError() {
+		b.Fatal(resp, err)
+	}
+}
+
+var benchStorage logical.Storage
+
+// noOp is a backend whose creds path does nothing but answer what it is given,
+// with as many keys as a token's.
+func noOp(b *testing.B, answer func() map[string]any) logical.Backend {
+	b.Helper()
+	n := &framework.Backend{
+		BackendType: logical.TypeLogical,
+		Paths: []*framework.Path{{
+			Pattern: credsPrefix + framework.GenericNameRegex("role") + "$",
+			Fields:  map[string]*framework.FieldSchema{"role": {Type: framework.TypeLowerCaseString}},
+			Operations: map[logical.Operation]framework.OperationHandler{
+				logical.ReadOperation: &framework.PathOperation{
+					Callback: func(_ context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+						_ = d.Get("role").(string)
+						return &logical.Response{Data: answer()}, nil
+					},
+				},
+			},
+		}},
+	}
+	if err := n.Setup(context.Background(), &logical.BackendConfig{Logger: hclog.NewNullLogger(), System: logical.TestSystemView()}); err != nil {
+		b.Fatal(err)
+	}
+	return n
+}
+
+func BenchmarkHandleRequest(b *testing.B) {
+	const roles = 10_000
+	one := benchMount(b, 1)
+	many := benchMount(b, roles)
+	paths := make([]string, roles)
+	for i := range paths {
+		paths[i] = fmt.Sprintf("creds/role%d", i)
+	}
+	// The last is the fair comparison: any path that answers a token makes this map.
+	targets := []struct {
+		name    string
+		backend logical.Backend
+		path    func() string
+	}{
+		{"no-op/empty", noOp(b, func() map[string]any { return nil }), func() string { return paths[0] }},
+		{"no-op/8keys", noOp(b, func() map[string]any {
+			return map[string]any{
+				"access_token": "token", "token_type": "Bearer", "scope": "read:a read:b",
+				"expires_at": "2027-01-01T00:00:00Z", "expires_at_seconds": rand.Int64(), "ttl": rand.Int64(),
+				"rotation_period": rand.Int64(), "last_vault_rotation": "2027-01-01T00:00:00Z",
+			}
+		}), func() string { return paths[0] }},
+		{"cached", one, func() string { return paths[0] }},
+		{"cached/10000roles", many, func() string { return paths[rand.IntN(roles)] }},
+	}
+	for _, t := range targets {
+		b.Run(t.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				readCreds(b, t.backend, t.path())
+			}
+		})
+	}
+	for _, t := range targets {
+		b.Run("parallel/"+t.name, func(b *testing.B) {
+			b.ReportAllocs()
+			b.RunParallel(func(p *testing.PB) {
+				for p.Next() {
+					readCreds(b, t.backend, t.path())
+				}
+			})
+		})
+	}
+}
+
+// BenchmarkCache is a cached read without the framework.
+func BenchmarkCache(b *testing.B) {
+	const roles = 10_000
+	read := func(b *testing.B, m *backend, role string) {
+		g, problem, err := m.grant(context.Background(), benchStorage, role)
+		if err != nil || problem != "" {
+			b.Fatal(problem, err)
+		}
+		if _, err := m.tokens.read(context.Background(), g, 0); err != nil {
+			b.Fatal(err)
+		}
+	}
+	one, many := benchMount(b, 1), benchMount(b, roles)
+	names := make([]string, roles)
+	for i := range names {
+		names[i] = fmt.Sprintf("role%d", i)
+	}
+	b.Run("1role", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			read(b, one, "role0")
+		}
+	})
+	b.Run("10000roles", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			read(b, many, names[rand.IntN(roles)])
+		}
+	})
+	b.Run("parallel/1role", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(p *testing.PB) {
+			for p.Next() {
+				read(b, one, "role0")
+			}
+		})
+	})
+}
