@@ -45,6 +45,8 @@ fmt: $(GOLANGCI) ## Format the code
 
 bench: ## Run the benchmarks
 	go test -run '^$$' -bench . -benchmem .
+	@echo "Through a real Vault; about two minutes."
+	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && go test -run '^$$' -bench . -benchtime 1x .
 
 clean: ## Remove what was built
 	rm -rf bin dist

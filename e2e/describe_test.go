@@ -13,6 +13,7 @@ import (
 
 // What Vault's help and its OpenAPI document say of the engine.
 func TestDescriptions(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	for path, words := range map[string][]string{
 		"":             {"MojoAuth", "config", "roles/<name>", "creds/<name>"},

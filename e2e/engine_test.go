@@ -19,6 +19,7 @@ import (
 // The first thing that must be true: a role's token comes out of a real Vault
 // and opens a real API.
 func TestTokenOpensTheAPI(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(nil))
 	w.write("roles/app", role(nil))
@@ -78,6 +79,7 @@ func TestTokenOpensTheAPI(t *testing.T) {
 }
 
 func TestWireRequests(t *testing.T) {
+	t.Parallel()
 	const (
 		id     = `id:with/res+rved &=%?#@ü`
 		secret = `s:e/c+r e&t=%41?#@ü~"\`
@@ -146,6 +148,7 @@ func TestWireRequests(t *testing.T) {
 // What a user sees of each mistake and fault: Vault's status, and a text that
 // names what is wrong and how to mend it.
 func TestErrorsAsVaultTellsThem(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	logical := w.vault.Logical()
 
@@ -271,6 +274,7 @@ func (w *world) noCanary() {
 }
 
 func TestStateSurvivesSealAndCrash(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(map[string]any{"max_retries": 1}))
 	w.write("config/second", w.config(nil))
@@ -314,6 +318,7 @@ func TestStateSurvivesSealAndCrash(t *testing.T) {
 
 // A mount runs in the process of its plugin's other mounts, and shares nothing.
 func TestMountsShareAProcessAndNothingElse(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.vault.Enable(t, "second", pluginName, pluginVersion)
 	w.write("config", w.config(nil))

@@ -59,20 +59,26 @@ func runTests(m *testing.M) int {
 
 // world is a Vault with the engine at mojoauth/, and an OAuth server.
 type world struct {
-	*testing.T
+	testing.TB
 	vault *harness.Vault
 	oauth *oauthserver.Server
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
-	w := &world{T: t, oauth: startOAuth(t), vault: harness.StartVault(t, vaultBinary, pluginDir)}
+	return newWorldIn(t, harness.StartVault(t, vaultBinary, pluginDir))
+}
+
+// newWorldIn makes a world of a Vault.
+func newWorldIn(t testing.TB, vault *harness.Vault) *world {
+	t.Helper()
+	w := &world{TB: t, oauth: startOAuth(t), vault: vault}
 	w.vault.Register(t, pluginDir, pluginBinary, pluginName, pluginVersion)
 	w.vault.Enable(t, "mojoauth", pluginName, pluginVersion)
 	return w
 }
 
-func startOAuth(t *testing.T) *oauthserver.Server {
+func startOAuth(t testing.TB) *oauthserver.Server {
 	t.Helper()
 	server, err := oauthserver.New(time.Hour, demoClient(clientID, canary))
 	if err != nil {

@@ -73,6 +73,21 @@ func BuildPlugin(dir, version string) (string, error) {
 	return name, nil
 }
 
+// BuildTool builds a command of this module into dir, under its own name.
+func BuildTool(dir, command string) error {
+	root, err := Root()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command("go", "build", "-trimpath", "-o", filepath.Join(dir, command), "./cmd/"+command)
+	cmd.Dir = filepath.Join(root, "e2e")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("building %s: %w\n%s", command, err, out)
+	}
+	return nil
+}
+
 // FreeAddress is a loopback address that nothing listens on just now.
 func FreeAddress(t testing.TB) string {
 	t.Helper()

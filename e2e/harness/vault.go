@@ -25,7 +25,7 @@ import (
 )
 
 // Vault is a running Vault server that keeps its storage in files, so that it
-// outlives a seal. Its log is at the highest level, and it has an audit file.
+// outlives a seal.
 type Vault struct {
 	*api.Client // with the root token
 
@@ -75,6 +75,24 @@ func (v *Vault) Responses() string {
 // pluginDir.
 func StartVault(t testing.TB, binary, pluginDir string) *Vault {
 	t.Helper()
+	v := startVault(t, binary, pluginDir, "trace")
+	if err := v.Sys().EnableAuditWithOptions("file", &api.EnableAuditOptions{
+		Type: "file", Options: map[string]string{"file_path": v.AuditFile},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// StartQuietVault is StartVault without an audit and with the log of a Vault in
+// production, for measuring.
+func StartQuietVault(t testing.TB, binary, pluginDir string) *Vault {
+	t.Helper()
+	return startVault(t, binary, pluginDir, "info")
+}
+
+func startVault(t testing.TB, binary, pluginDir, logLevel string) *Vault {
+	t.Helper()
 	dir := t.TempDir()
 	v := &Vault{
 		Binary:    binary,
@@ -93,8 +111,8 @@ listener "tcp" {
 api_addr         = "http://%[2]s"
 plugin_directory = %[4]q
 disable_mlock    = true
-log_level        = "trace"
-`, filepath.Join(dir, "storage"), address, FreeAddress(t), pluginDir)
+log_level        = %[5]q
+`, filepath.Join(dir, "storage"), address, FreeAddress(t), pluginDir, logLevel)
 	configFile := filepath.Join(dir, "vault.hcl")
 	if err := os.WriteFile(configFile, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
@@ -133,11 +151,6 @@ log_level        = "trace"
 	v.unsealKey = keys.KeysB64[0]
 	v.SetToken(keys.RootToken)
 	v.Unseal(t)
-	if err := v.Sys().EnableAuditWithOptions("file", &api.EnableAuditOptions{
-		Type: "file", Options: map[string]string{"file_path": v.AuditFile},
-	}); err != nil {
-		t.Fatal(err)
-	}
 	return v
 }
 
