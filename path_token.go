@@ -240,7 +240,7 @@ func narrow(g *grant, d *framework.FieldData) (minTTL time.Duration, problem str
 
 // tokenResponse is the answer to a read of creds/<role>.
 func (b *backend) tokenResponse(g *grant, minTTL time.Duration, answer *served) *logical.Response {
-	same := &answer.cachedToken.answer
+	same := &answer.common
 	data := map[string]any{
 		"access_token":        same.accessToken,
 		"token_type":          same.tokenType,
@@ -340,9 +340,9 @@ func (b *backend) rotateTo(ctx context.Context, s logical.Storage, g *grant, tok
 		return nil, err
 	}
 	return &logical.Response{Data: map[string]any{
-		"last_vault_rotation": cached.answer.lastVaultRotation,
-		"expires_at":          cached.answer.expiresAt,
-		"expires_at_seconds":  cached.answer.expiresAtSeconds,
+		"last_vault_rotation": cached.common.lastVaultRotation,
+		"expires_at":          cached.common.expiresAt,
+		"expires_at_seconds":  cached.common.expiresAtSeconds,
 	}}, nil
 }
 

@@ -393,7 +393,7 @@ type cachedToken struct {
 	endsAt   time.Time
 	assumed  bool     // nobody told the lifetime
 	missing  []string // scopes that were asked for and not granted
-	answer   tokenAnswer
+	common   tokenAnswer
 }
 
 // tokenAnswer is what all reads of a token are answered alike. The values are
@@ -415,7 +415,7 @@ func newCachedToken(tok *token, read *atomic.Bool, g *grant) *cachedToken {
 		endsAt:   endsAt,
 		assumed:  tok.told <= 0 && role.MaxTTL <= 0,
 		missing:  missingScopes(g.scopes, tok.scope),
-		answer: tokenAnswer{
+		common: tokenAnswer{
 			accessToken:       tok.accessToken,
 			tokenType:         tok.tokenType,
 			scope:             tok.scope,
