@@ -180,7 +180,7 @@ func (c *tokenClient) granted(tok *oauth2.Token, req tokenRequest, ex *exchange)
 	if told < 0 {
 		return nil, &mintError{
 			class:  classUnexpected,
-			status: http.StatusOK,
+			status: ex.status,
 			reason: "the token's exp claim had already passed when the token was asked for; compare the clocks of this host and MojoAuth",
 		}
 	}
@@ -208,6 +208,7 @@ type exchange struct {
 	retries int        // tries after the first that are allowed
 	tries   int        // tries made
 	sentAt  time.Time  // when the last try was sent
+	status  int        // of the answer that had the token
 	failed  *mintError // the last answer that was no good
 }
 
@@ -323,6 +324,7 @@ func (r *answerReader) RoundTrip(req *http.Request) (*http.Response, error) {
 	if failed != nil {
 		return nil, failed
 	}
+	ex.status = resp.StatusCode
 	body := granted.json()
 	return &http.Response{
 		Status:        strconv.Itoa(http.StatusOK) + " " + http.StatusText(http.StatusOK),

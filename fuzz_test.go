@@ -1,0 +1,133 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+)
+
+// roundTripper answers requests in process.
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// FuzzAnswer sends any answer through the whole client. Whatever it is, a token
+// comes out that may be sent and cached, or an error that may be shown.
+func FuzzAnswer(f *testing.F) {
+	f.Add(200, "", `{"access_token":"tok","expires_in":3600,"token_type":"bearer","scope":"a b"}`)
+	f.Add(200, "", `{"access_token":"tok","expires_in":"2027-01-01T00:00:00Z","scope":["a"]}`)
+	f.Add(200, "", `{"access_token":"tok","expires_in":1e400}`)
+	f.Add(200, "", `{"access_token":"`+jwt(`{"exp":1e18}`)+`","expires_in":-0}`)
+	f.Add(200, "", `{"error":"invalid_scope","error_description":"`+canary+`"}`)
+	f.Add(400, "", `{"error_code":900,"message":"bad","description":"no `+canary+`"}`)
+	f.Add(401, "", `{"ErrorCode":"1","message":{},"error":{"code":5}}`)
+	f.Add(403, "", `{"error":"access_denied"}`)
+	f.Add(429, "Wed, 21 Oct 2099 07:28:00 GMT", ``)
+	f.Add(503, "18446744073709551616", "\x00\xff<html>")
+	f.Add(307, "-1", `null`)
+	f.Add(101, "1.5", `[]`)
+	f.Add(999, "", `{"access_token":"`+strings.Repeat("x", maxAnswerBytes)+`"}`)
+	f.Fuzz(func(t *testing.T, status int, wait, body string) {
+		status = 100 + abs(status)%900
+		header := http.Header{"Retry-After": {wait}}
+		config := &configEntry{
+			TokenURL: "https://mojoauth.test/", ClientID: "client", ClientSecret: canary,
+			TokenEndpointAuthMethod: authMethodPost, RequestTimeout: 10 * time.Second,
+		}
+		client := newTokenClientOver(config, &wire{next: roundTripper(func(r *http.Request) (*http.Response, error) {
+			return &http.Response{
+				StatusCode: status, Header: header, Request: r,
+				Body: io.NopCloser(bytes.NewReader([]byte(body))),
+			}, nil
+		})})
+		tok, err := client.mint(t.Context(), tokenRequest{scopes: []string{"a"}})
+		if err == nil {
+			if tok.accessToken == "" || strings.ContainsFunc(tok.accessToken, func(r rune) bool { return r < 0x20 || r > 0x7e }) {
+				t.Errorf("got the token %q", tok.accessToken)
+			}
+			if tok.told < 0 || tok.told > longestLifetime || tok.told > 0 && tok.told < time.Nanosecond {
+				t.Errorf("got the lifetime %s", tok.told)
+			}
+			if tok.tokenType == "" || tok.scope == "" {
+				t.Errorf("got type %q and scope %q", tok.tokenType, tok.scope)
+			}
+			return
+		}
+		var failed *mintError
+		if !errors.As(err, &failed) {
+			t.Fatalf("got the error %v (%T), want a *mintError", err, err)
+		}
+		text := failed.Error()
+		if strings.Contains(text, canary) {
+			t.Errorf("the error holds the client secret: %q", text)
+		}
+		if strings.ContainsFunc(text, unicode.IsControl) {
+			t.Errorf("the error holds control characters: %q", text)
+		}
+		if len([]rune(text)) > 3*longestDescription {
+			t.Errorf("the error is %d characters long", len([]rune(text)))
+		}
+		if failed.retryAfter < 0 || failed.retryAfter > longestRetryAfter {
+			t.Errorf("got Retry-After %s", failed.retryAfter)
+		}
+		if failed.class == "" || failed.status != status {
+			t.Errorf("got class %q and status %d for %d", failed.class, failed.status, status)
+		}
+	})
+}
+
+func abs(n int) int {
+	if n < 0 {
+		return -(n + 1)
+	}
+	return n
+}
+
+// FuzzTokenURL looks for a URL that is accepted and would take the client secret
+// somewhere it must not go.
+func FuzzTokenURL(f *testing.F) {
+	for _, seed := range []string{
+		"https://your-app.mojoauth.com/oauth2/token?env=test",
+		"https://my_project-1a2b.auth.mojoauth.com/oauth2/token",
+		"http://localhost:8080/", "http://[::1]:80", "http://127.0.0.1@evil.test/", "http://localhost%00.evil.test/",
+		"https://a:b@c/", "https://c/#", "https:/c", "https:c", "//c", "HTTPS://C:443/", "https://c:0/", "https://c:99999/",
+		"https://[::ffff:127.0.0.1]/", "http://[::ffff:127.0.0.1%25eth0]/", "https://\u212b/", "https://c\\@d/",
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, raw string) {
+		if validateTokenURL(raw) != nil {
+			return
+		}
+		u, err := url.Parse(raw)
+		if err != nil {
+			t.Fatalf("%q: accepted, but cannot be read: %v", raw, err)
+		}
+		if u.Scheme != "https" && (u.Scheme != "http" || !isLoopback(u.Hostname())) {
+			t.Errorf("%q: the secret would be sent unencrypted to %s", raw, u.Host)
+		}
+		if u.User != nil || u.Fragment != "" || u.Hostname() == "" {
+			t.Errorf("%q: accepted", raw)
+		}
+		if !sameOrigin(raw, raw) || sameOrigin(raw, "https://other.invalid/") && strings.ToLower(u.Hostname()) != "other.invalid" {
+			t.Errorf("%q has the origin %q", raw, origin(raw))
+		}
+		// What is sent goes there, and nowhere else.
+		req, err := http.NewRequest(http.MethodPost, raw, nil)
+		if err != nil {
+			t.Fatalf("%q: accepted, but cannot be requested: %v", raw, err)
+		}
+		if origin(req.URL.String()) != origin(raw) {
+			t.Errorf("%q is requested from %q", raw, origin(req.URL.String()))
+		}
+	})
+}
