@@ -10,6 +10,8 @@ import (
 	"math/rand/v2"
 	"sync"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
 )
 
 // minter asks MojoAuth for tokens with one config: a tokenClient.
@@ -25,8 +27,10 @@ type clientFactory func(*configEntry) (minter, error)
 // MojoAuth may be asked just now. A write of the config makes a new one, so that
 // what still happens to the old is forgotten with it.
 type application struct {
-	config *held[configEntry]
-	client minter
+	config    *held[configEntry]
+	client    minter
+	telemetry *telemetry
+	logger    func() hclog.Logger
 
 	mu      sync.Mutex // never held across I/O
 	backoff backoff    // of failures that concern the whole config
@@ -98,31 +102,52 @@ func (a *application) unavailable(failed *mintError, next time.Time) *unavailabl
 // mint asks for one token and keeps account of how it went. The error is an
 // *unavailable without a next try when only the request failed, or the end of
 // ctx.
-func (a *application) mint(ctx context.Context, leave admission, req tokenRequest) (*token, error) {
+func (a *application) mint(ctx context.Context, leave admission, g *grant) (*token, error) {
+	req := g.request()
 	req.retries = a.config.entry.MaxRetries
 	if leave.probe {
 		req.retries = 0 // a server in trouble gets one request, not three
 	}
 	started := time.Now()
 	tok, err := a.client.mint(ctx, req)
+	took := time.Since(started)
 
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if leave.probe {
 		a.probing = false
 	}
-	if err == nil {
-		a.backoff.succeed(started)
-		return tok, nil
-	}
 	var failed *mintError
-	if !errors.As(err, &failed) {
+	if err != nil && !errors.As(err, &failed) {
 		return nil, err
 	}
-	if failed.concernsRequest() { // so the client and the server are well
+	a.telemetry.minted(a.config.name, took, failed)
+	before := a.backoff.last
+	if failed == nil || failed.concernsRequest() { // so the client and the server are well
 		a.backoff.succeed(started)
-		return nil, a.unavailable(failed, time.Time{})
+	} else {
+		a.backoff.fail(failed, started, time.Now(), rand.Float64())
 	}
-	a.backoff.fail(failed, started, time.Now(), rand.Float64())
-	return nil, a.unavailable(failed, a.backoff.until)
+
+	switch {
+	case failed == nil:
+		a.logger().Debug("minted a token", "config", a.config.name, "role", g.role.name, "duration", took, "lifetime", tok.told)
+	case failed.concernsRequest(): // logged by the slot, which knows what failed before
+		return nil, a.unavailable(failed, time.Time{})
+	case before == nil || before.class != failed.class:
+		a.log(g, failed)
+	}
+	if before != nil && a.backoff.last == nil {
+		a.logger().Info("tokens are minted again", "config", a.config.name, "role", g.role.name)
+	}
+	if failed != nil {
+		return nil, a.unavailable(failed, a.backoff.until)
+	}
+	return tok, nil
+}
+
+// log tells of a failure. It is called when the class of failures changes, not
+// for each: an outage is one line.
+func (a *application) log(g *grant, failed *mintError) {
+	a.logger().Warn("no token could be minted", "config", a.config.name, "role", g.role.name, "class", failed.class, "error", failed.Error())
 }

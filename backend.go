@@ -20,6 +20,7 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/helper/useragent"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -41,6 +42,8 @@ type backend struct {
 	configs *entries[configEntry]
 	roles   *entries[roleEntry]
 	tokens  *tokenCache
+
+	telemetry *telemetry
 }
 
 // Factory makes the backend of one mount: logical.Factory.
@@ -58,13 +61,14 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 func newBackend(newClient clientFactory) *backend {
 	var seq atomic.Uint64
 	b := &backend{
-		configs: newEntries[configEntry](configPrefix, &seq),
-		roles:   newEntries[roleEntry](rolePrefix, &seq),
+		configs:   newEntries[configEntry](configPrefix, &seq),
+		roles:     newEntries[roleEntry](rolePrefix, &seq),
+		telemetry: newTelemetry(),
 	}
 	if newClient == nil {
 		newClient = b.newClient
 	}
-	b.tokens = newTokenCache(b.configs, b.roles, newClient)
+	b.tokens = newTokenCache(b.configs, b.roles, newClient, b.telemetry, func() hclog.Logger { return b.Logger() })
 
 	b.Backend = &framework.Backend{
 		Help:           strings.TrimSpace(backendHelp),
@@ -84,6 +88,7 @@ func newBackend(newClient clientFactory) *backend {
 			b.pathRotateRole(),
 			b.pathRoles(),
 			b.pathConfig(),
+			b.pathStatus(),
 		),
 	}
 	return b

@@ -259,6 +259,9 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, d *fra
 	defer b.configs.writing.Unlock()
 	err := b.configs.delete(ctx, req.Storage, name)
 	b.tokens.configChanged(name)
+	if err == nil {
+		b.telemetry.configDeleted(name)
+	}
 	return nil, err
 }
 

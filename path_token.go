@@ -170,25 +170,32 @@ func tokenFields() map[string]*framework.FieldSchema {
 }
 
 func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+	resp, how, err := b.readToken(ctx, req, d)
+	b.telemetry.read(how)
+	return resp, err
+}
+
+func (b *backend) readToken(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, outcome, error) {
 	name := d.Get("role").(string)
 	for {
 		g, problem, err := b.grant(ctx, req.Storage, name)
 		if err != nil {
-			return nil, err
+			return nil, outcomeError, err
+		}
+		var minTTL time.Duration
+		if problem == "" {
+			minTTL, problem = narrow(g, d)
 		}
 		if problem != "" {
-			return logical.ErrorResponse(problem), nil
-		}
-		minTTL, problem := narrow(g, d)
-		if problem != "" {
-			return logical.ErrorResponse(problem), nil
+			return logical.ErrorResponse(problem), outcomeError, nil
 		}
 		answer, err := b.tokens.read(ctx, g, minTTL)
 		if err == nil {
-			return b.tokenResponse(g, minTTL, &answer), nil
+			return b.tokenResponse(g, minTTL, &answer), answer.outcome, nil
 		}
 		if !errors.Is(err, errOutdated) {
-			return mintFailure(name, err)
+			resp, err := mintFailure(name, err)
+			return resp, outcomeError, err
 		}
 	}
 }

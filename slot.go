@@ -138,7 +138,7 @@ func (s *slot) mint(g *grant, app *application) (*flight, error) {
 // run carries a mint out, and keeps its token unless what is asked for has
 // changed since it began.
 func (s *slot) run(f *flight, leave admission) {
-	tok, err := f.app.mint(s.cache.ctx, leave, f.grant.request())
+	tok, err := f.app.mint(s.cache.ctx, leave, f.grant)
 	current := s.cache.current(f.app)
 	if !current {
 		f.app.client.close()
@@ -159,6 +159,9 @@ func (s *slot) run(f *flight, leave admission) {
 		s.backoff = backoff{}
 		s.state.Store(&slotState{st.grant, newCachedToken(tok, f.read, st.grant)})
 	case errors.As(err, &failure) && failure.concernsRequest() && current:
+		if s.backoff.last == nil || s.backoff.last.class != failure.class {
+			f.app.log(f.grant, failure.mintError)
+		}
 		s.backoff.fail(failure.mintError, f.started, time.Now(), rand.Float64())
 		failure.next = s.backoff.until
 	}

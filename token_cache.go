@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/hashicorp/vault/sdk/logical"
 )
@@ -53,6 +54,8 @@ type tokenCache struct {
 	configs   *entries[configEntry]
 	roles     *entries[roleEntry]
 	newClient clientFactory
+	telemetry *telemetry
+	logger    func() hclog.Logger
 	storage   logical.Storage // to look up roles and configs when no reader brings them
 
 	ctx    context.Context // of everything that outlives a read; ends in close
@@ -128,11 +131,13 @@ type served struct {
 	failure  *unavailable  // for outcomeStale: why, or nil when a mint is slow
 }
 
-func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], newClient clientFactory) *tokenCache {
+func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], newClient clientFactory, account *telemetry, logger func() hclog.Logger) *tokenCache {
 	c := &tokenCache{
 		configs:      configs,
 		roles:        roles,
 		newClient:    newClient,
+		telemetry:    account,
+		logger:       logger,
 		ahead:        make(chan struct{}, maxAhead),
 		slots:        make(map[string]*slot),
 		applications: make(map[string]*application),
@@ -182,7 +187,7 @@ func (c *tokenCache) mintNow(ctx context.Context, g *grant) (*token, error) {
 	done := make(chan struct{})
 	if !c.spawn(func() {
 		defer close(done)
-		tok, err = app.mint(c.ctx, admission{}, g.request())
+		tok, err = app.mint(c.ctx, admission{}, g)
 	}) {
 		return nil, errClosed
 	}
@@ -335,7 +340,7 @@ func (c *tokenCache) install(config *held[configEntry], client minter) (app *app
 	default:
 		unused = old.client
 	}
-	app = &application{config: config, client: client}
+	app = &application{config: config, client: client, telemetry: c.telemetry, logger: c.logger}
 	c.applications[config.name] = app
 	return app, unused, nil
 }

@@ -1,0 +1,210 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"bytes"
+	"net/http"
+	"reflect"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+)
+
+// aBadDay makes a mount whose config has minted, failed and is in a back-off.
+func aBadDay(m *testMount) {
+	m.write("config/unused", testConfig(nil))
+	m.configure("app", nil)
+	m.wantToken("app", 1)
+	m.wantToken("app", 1)
+	m.creds("nobody", nil)
+	m.write("roles/bad", map[string]any{"scopes": "x"})
+	m.mojo.set(func(s *standIn) {
+		s.fail = &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}
+	})
+	m.creds("bad", nil)
+	m.mojo.set(func(s *standIn) { s.fail = errDown })
+	time.Sleep(45 * time.Minute) // refreshing ahead fails
+	synctest.Wait()
+	m.wantToken("app", 1) // stale
+}
+
+func TestStatus(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		began := time.Now()
+		aBadDay(m)
+		got := m.read("status")
+		failed := formatTime(time.Now())
+		configs := got["configs"].(map[string]any)
+		next, err := time.Parse(time.RFC3339, configs["default"].(map[string]any)["next_attempt_at"].(string))
+		if wait := time.Until(next); err != nil || wait < 3*time.Second || wait > 5*time.Second {
+			t.Errorf("next_attempt_at is %s away, %v", wait, err)
+		}
+		delete(configs["default"].(map[string]any), "next_attempt_at")
+		want := map[string]any{
+			"version":       "v0.0.0-dev",
+			"commit":        "unknown",
+			"started_at":    formatTime(began),
+			"cached_tokens": int64(1),
+			"reads":         map[string]any{"hit": int64(1), "refreshed": int64(0), "minted": int64(1), "stale": int64(1), "error": int64(2)},
+			"mints":         int64(1),
+			"mint_failures": map[string]any{"request_refused": int64(1), "server_error": int64(1)},
+			"configs": map[string]any{
+				"unused": map[string]any{},
+				"default": map[string]any{
+					"last_mint_at":     formatTime(began),
+					"last_error":       "MojoAuth failed (HTTP 503)",
+					"last_error_class": "server_error",
+					"last_error_at":    failed,
+				},
+			},
+		}
+		for key := range want {
+			if !reflect.DeepEqual(got[key], want[key]) {
+				t.Errorf("%s: got %v, want %v", key, got[key], want[key])
+			}
+		}
+		if len(got) != len(want) {
+			t.Errorf("got the keys of %v", got)
+		}
+
+		m.do(logical.DeleteOperation, "config", nil)
+		if configs := m.read("status")["configs"].(map[string]any); len(configs) != 1 {
+			t.Errorf("after a delete: got %v", configs)
+		}
+	})
+}
+
+func (m *testMount) metrics() string {
+	m.t.Helper()
+	resp, err := m.HandleRequest(m.t.Context(), &logical.Request{Operation: logical.ReadOperation, Path: "metrics", Storage: m.storage})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if got := resp.Data[logical.HTTPContentType]; !strings.HasPrefix(got.(string), "text/plain; version=0.0.4") {
+		m.t.Errorf("got content type %v", got)
+	}
+	if got := resp.Data[logical.HTTPStatusCode]; got != http.StatusOK {
+		m.t.Errorf("got status %v", got)
+	}
+	return resp.Data[logical.HTTPRawBody].(string) // no []byte: Vault makes a 500 of an empty one
+}
+
+func TestMetrics(t *testing.T) {
+	m := newTestMount(t)
+	problems, err := promlint.New(strings.NewReader(m.metrics())).Lint()
+	if err != nil || len(problems) != 0 {
+		t.Errorf("an idle mount's metrics: %v, %v", problems, err)
+	}
+
+	synctest.Test(t, func(t *testing.T) {
+		m := newTestMount(t)
+		aBadDay(m)
+		got := m.metrics()
+		for _, line := range []string{
+			`mojoauth_build_info{commit="unknown",goversion="go`,
+			`mojoauth_reads_total{outcome="hit"} 1`,
+			`mojoauth_reads_total{outcome="minted"} 1`,
+			`mojoauth_reads_total{outcome="stale"} 1`,
+			`mojoauth_reads_total{outcome="error"} 2`,
+			`mojoauth_reads_total{outcome="refreshed"} 0`,
+			`mojoauth_mints_total{config="default",result="ok"} 1`,
+			`mojoauth_mints_total{config="default",result="request_refused"} 1`,
+			`mojoauth_mints_total{config="default",result="server_error"} 1`,
+			`mojoauth_mint_duration_seconds_count 3`,
+			`mojoauth_cached_tokens 1`,
+			`mojoauth_due_tokens 1`,
+			`mojoauth_due_token_servable_seconds 840`,
+			`mojoauth_config_in_backoff{config="default"} 1`,
+			`mojoauth_config_last_mint_timestamp_seconds{config="default"} 9.466848e+08`,
+		} {
+			if !strings.Contains(got, "\n"+line) {
+				t.Errorf("no line %s… in\n%s", line, got)
+			}
+		}
+		if strings.Contains(got, "app") || strings.Contains(got, "bad") {
+			t.Errorf("a role's name is a label:\n%s", got)
+		}
+		problems, err := promlint.New(strings.NewReader(got)).Lint()
+		if err != nil || len(problems) != 0 {
+			t.Errorf("lint: %v, %v", problems, err)
+		}
+	})
+}
+
+// An outage is a line when it begins and one when it ends, whatever the readers
+// do.
+func TestLogTellsOfChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		mojo := &standIn{lifetime: time.Hour}
+		m := newTestMountWith(t, mojo, mojo.client)
+		if err := m.Setup(t.Context(), &logical.BackendConfig{
+			Logger: hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Debug}), System: logical.TestSystemView(),
+		}); err != nil {
+			t.Fatal(err)
+		}
+		lines := func(with string) int {
+			n := 0
+			for line := range strings.Lines(log.String()) {
+				if strings.Contains(line, with) {
+					n++
+				}
+			}
+			return n
+		}
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		if lines("[DEBUG] minted a token: config=default role=app") != 1 {
+			t.Errorf("no line for the mint:\n%s", log.String())
+		}
+		time.Sleep(58 * time.Minute) // lapses after one refresh ahead
+		synctest.Wait()
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		m.write("roles/app", map[string]any{"audience": "x"})
+		for range 600 {
+			m.creds("app", nil)
+			time.Sleep(time.Second)
+		}
+		if lines("[WARN]") != 1 || lines("no token could be minted: config=default role=app class=server_error") != 1 {
+			t.Errorf("want one line for the outage:\n%s", log.String())
+		}
+		m.mojo.set(func(s *standIn) { s.fail = &mintError{class: classTimeout, allowed: time.Second} })
+		for range 60 {
+			m.creds("app", nil)
+			time.Sleep(time.Second)
+		}
+		if lines("[WARN]") != 2 || lines("class=timeout") != 1 {
+			t.Errorf("want one line more when it changes:\n%s", log.String())
+		}
+		m.mojo.set(func(s *standIn) { s.fail = nil })
+		for range 60 {
+			m.creds("app", nil)
+			time.Sleep(time.Second)
+		}
+		if lines("[INFO]  tokens are minted again: config=default role=app") != 1 {
+			t.Errorf("want one line when it is over:\n%s", log.String())
+		}
+
+		m.write("roles/bad", map[string]any{"scopes": "x"})
+		m.mojo.set(func(s *standIn) {
+			s.fail = &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}
+		})
+		for range 120 {
+			m.creds("bad", nil)
+			time.Sleep(time.Second)
+		}
+		if lines("class=request_refused") != 1 {
+			t.Errorf("want one line for a refused request:\n%s", log.String())
+		}
+		if strings.Contains(log.String(), canary) || strings.Contains(log.String(), "token-1") {
+			t.Errorf("the log holds a secret:\n%s", log.String())
+		}
+	})
+}

@@ -1,0 +1,209 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"maps"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// This file counts what this node does for one mount. status and metrics tell the
+// same numbers. Labels come from fixed sets, but for the names of configs:
+// whoever reads tokens cannot make more of them.
+
+// outcomes in the order of telemetry.reads.
+var outcomes = [...]outcome{outcomeHit, outcomeRefreshed, outcomeMinted, outcomeStale, outcomeError}
+
+func (o outcome) index() int { return slices.Index(outcomes[:], o) }
+
+// resultOK is the result of a mint that gave a token; the others are errorClasses.
+const resultOK = "ok"
+
+// telemetry is one node's account of one mount.
+type telemetry struct {
+	startedAt time.Time
+	reads     [len(outcomes)]atomic.Int64
+	duration  prometheus.Histogram
+
+	mu      sync.Mutex // never held across I/O
+	configs map[string]*configTelemetry
+}
+
+// configTelemetry is the account of the mints with one config.
+type configTelemetry struct {
+	results    map[string]int64 // by resultOK or errorClass
+	lastMint   time.Time
+	lastError  *mintError
+	lastFailed time.Time
+}
+
+func newTelemetry() *telemetry {
+	return &telemetry{
+		startedAt: time.Now(),
+		configs:   make(map[string]*configTelemetry),
+		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "mojoauth_mint_duration_seconds",
+			Help:    "How long mints took, with all their tries, whether or not they gave a token.",
+			Buckets: []float64{0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60},
+		}),
+	}
+}
+
+// read counts a read of creds.
+func (t *telemetry) read(how outcome) { t.reads[how.index()].Add(1) }
+
+// minted counts a mint with a config: failed is nil when it gave a token.
+func (t *telemetry) minted(config string, took time.Duration, failed *mintError) {
+	t.duration.Observe(took.Seconds())
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	c := t.configs[config]
+	if c == nil {
+		c = &configTelemetry{results: make(map[string]int64)}
+		t.configs[config] = c
+	}
+	if failed == nil {
+		c.results[resultOK]++
+		c.lastMint = time.Now()
+		return
+	}
+	c.results[string(failed.class)]++
+	c.lastError, c.lastFailed = failed, time.Now()
+}
+
+// configDeleted forgets a config, so that names that are gone do not pile up.
+func (t *telemetry) configDeleted(name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.configs, name)
+}
+
+// snapshot is a copy of the accounts of all configs.
+func (t *telemetry) snapshot() map[string]configTelemetry {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	configs := make(map[string]configTelemetry, len(t.configs))
+	for name, c := range t.configs {
+		copied := *c
+		copied.results = maps.Clone(c.results)
+		configs[name] = copied
+	}
+	return configs
+}
+
+// census is what the cache holds at one moment.
+type census struct {
+	cached int // tokens that may be served
+	// due counts the tokens in use for which a new one is due and not there, and
+	// nearest is how long the first of them may still be served.
+	due     int
+	nearest time.Duration
+	// backoff tells of each config with an application whether it is in a
+	// back-off, and until when.
+	backoff map[string]time.Time
+}
+
+// census counts what the cache holds.
+func (c *tokenCache) census() census {
+	now := time.Now()
+	n := census{backoff: make(map[string]time.Time)}
+	c.mu.RLock()
+	slots := slices.Collect(maps.Values(c.slots))
+	applications := maps.Clone(c.applications)
+	c.mu.RUnlock()
+	for _, s := range append(slots, c.narrowed.Values()...) {
+		st := s.state.Load()
+		if st == nil || st.token == nil {
+			continue
+		}
+		left := st.token.left(now)
+		switch st.token.schedule.phase(left) {
+		case phaseSpent:
+			continue
+		case phaseDue:
+			if st.token.read.Load() {
+				servable := left - st.token.schedule.floor
+				if n.due == 0 || servable < n.nearest {
+					n.nearest = servable
+				}
+				n.due++
+			}
+		}
+		n.cached++
+	}
+	for name, app := range applications {
+		app.mu.Lock()
+		if app.backoff.blocks(now) {
+			n.backoff[name] = app.backoff.until
+		} else {
+			n.backoff[name] = time.Time{}
+		}
+		app.mu.Unlock()
+	}
+	return n
+}
+
+// Metrics, beside the histogram.
+var (
+	descBuild   = prometheus.NewDesc("mojoauth_build_info", "The plugin's version and commit; always 1.", []string{"version", "commit", "goversion"}, nil)
+	descReads   = prometheus.NewDesc("mojoauth_reads_total", "Reads of creds/<role> on this node, by how they were answered.", []string{"outcome"}, nil)
+	descMints   = prometheus.NewDesc("mojoauth_mints_total", "Requests for a token to MojoAuth, retries included in one, by config and by result: ok or the class of the failure.", []string{"config", "result"}, nil)
+	descCached  = prometheus.NewDesc("mojoauth_cached_tokens", "Tokens in memory that may be served.", nil, nil)
+	descDue     = prometheus.NewDesc("mojoauth_due_tokens", "Tokens in use that should have been replaced by a new one already.", nil, nil)
+	descNearest = prometheus.NewDesc("mojoauth_due_token_servable_seconds", "How long the first of the due tokens may still be served. Absent when none is due.", nil, nil)
+	descBackoff = prometheus.NewDesc("mojoauth_config_in_backoff", "1 while MojoAuth is not asked with this config because of a failure, else 0.", []string{"config"}, nil)
+	descLast    = prometheus.NewDesc("mojoauth_config_last_mint_timestamp_seconds", "When the config last gave a token: Unix time.", []string{"config"}, nil)
+)
+
+// collector makes metrics of a mount's telemetry: prometheus.Collector.
+type collector struct {
+	telemetry *telemetry
+	tokens    *tokenCache
+}
+
+func (c collector) Describe(out chan<- *prometheus.Desc) {
+	for _, desc := range []*prometheus.Desc{descBuild, descReads, descMints, descCached, descDue, descNearest, descBackoff, descLast} {
+		out <- desc
+	}
+}
+
+func (c collector) Collect(out chan<- prometheus.Metric) {
+	gauge := func(desc *prometheus.Desc, value float64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, labels...)
+	}
+	counter := func(desc *prometheus.Desc, value int64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(value), labels...)
+	}
+	gauge(descBuild, 1, runningVersion(), Commit, runtime.Version())
+	for i, how := range outcomes {
+		counter(descReads, c.telemetry.reads[i].Load(), string(how))
+	}
+	for name, config := range c.telemetry.snapshot() {
+		for result, n := range config.results {
+			counter(descMints, n, name, result)
+		}
+		if !config.lastMint.IsZero() {
+			gauge(descLast, float64(config.lastMint.UnixMilli())/1000, name)
+		}
+	}
+	n := c.tokens.census()
+	gauge(descCached, float64(n.cached))
+	gauge(descDue, float64(n.due))
+	if n.due > 0 {
+		gauge(descNearest, n.nearest.Seconds())
+	}
+	for name, until := range n.backoff {
+		value := 0.0
+		if !until.IsZero() {
+			value = 1
+		}
+		gauge(descBackoff, value, name)
+	}
+}
