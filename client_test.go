@@ -324,6 +324,47 @@ func TestMintBoundsWhatItReads(t *testing.T) {
 	}
 }
 
+// A body of 10 MB costs less than 1 MB: the rest is not read.
+func TestMintTakesLittleMemory(t *testing.T) {
+	var read atomic.Int64
+	client := newTokenClientOver((&endpoint{Server: &httptest.Server{}}).config(nil), &wire{next: roundTripper(func(r *http.Request) (*http.Response, error) {
+		body := io.TeeReader(io.LimitReader(neverending('x'), 10<<20), countingWriter{&read})
+		return &http.Response{StatusCode: 200, Body: io.NopCloser(body), Request: r}, nil
+	})})
+	allocated := testing.Benchmark(func(b *testing.B) {
+		for b.Loop() {
+			if _, err := client.mint(context.Background(), tokenRequest{}); err == nil {
+				b.Fatal("got a token")
+			}
+		}
+	}).AllocedBytesPerOp()
+	if allocated == 0 || allocated >= 1<<20 {
+		t.Errorf("a mint that was answered with 10 MB allocated %d bytes, want less than 1 MB", allocated)
+	}
+	t.Logf("allocated %d bytes", allocated)
+	read.Store(0)
+	_, _ = client.mint(t.Context(), tokenRequest{})
+	if got := read.Load(); got == 0 || got > 2*maxAnswerBytes {
+		t.Errorf("%d bytes were read of 10 MB", got)
+	}
+}
+
+type neverending byte
+
+func (n neverending) Read(p []byte) (int, error) {
+	for i := range p {
+		p[i] = byte(n)
+	}
+	return len(p), nil
+}
+
+type countingWriter struct{ n *atomic.Int64 }
+
+func (c countingWriter) Write(p []byte) (int, error) {
+	c.n.Add(int64(len(p)))
+	return len(p), nil
+}
+
 func TestMintRetriesABrokenAnswer(t *testing.T) {
 	var e *endpoint
 	e = newEndpoint(t, func(w http.ResponseWriter, r *http.Request) {

@@ -308,6 +308,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 		return nil, err
 	}
 	b.tokens.configChanged(name)
+	b.telemetry.configSeen(name)
 	if len(resp.Warnings) == 0 {
 		return nil, nil
 	}

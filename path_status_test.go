@@ -115,6 +115,8 @@ func TestMetrics(t *testing.T) {
 			`mojoauth_reads_total{outcome="error"} 2`,
 			`mojoauth_reads_total{outcome="refreshed"} 0`,
 			`mojoauth_mints_total{config="default",result="ok"} 1`,
+			`mojoauth_mints_total{config="default",result="throttled"} 0`,
+			`mojoauth_mints_total{config="unused",result="ok"} 0`,
 			`mojoauth_mints_total{config="default",result="request_refused"} 1`,
 			`mojoauth_mints_total{config="default",result="server_error"} 1`,
 			`mojoauth_mint_duration_seconds_count 3`,

@@ -26,6 +26,13 @@ func (o outcome) index() int { return slices.Index(outcomes[:], o) }
 // resultOK is the result of a mint that gave a token; the others are errorClasses.
 const resultOK = "ok"
 
+// results are all that a mint may have. Each is told from the start, as 0: a
+// counter that begins with its first event hides that event from increase().
+var results = []string{
+	resultOK, string(classClientRefused), string(classRequestRefused), string(classThrottled), string(classServerError),
+	string(classUnexpected), string(classTLS), string(classNetwork), string(classTimeout),
+}
+
 // telemetry is one node's account of one mount.
 type telemetry struct {
 	startedAt time.Time
@@ -64,11 +71,7 @@ func (t *telemetry) minted(config string, took time.Duration, failed *mintError)
 	t.duration.Observe(took.Seconds())
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	c := t.configs[config]
-	if c == nil {
-		c = &configTelemetry{results: make(map[string]int64)}
-		t.configs[config] = c
-	}
+	c := t.config(config)
 	if failed == nil {
 		c.results[resultOK]++
 		c.lastMint = time.Now()
@@ -76,6 +79,23 @@ func (t *telemetry) minted(config string, took time.Duration, failed *mintError)
 	}
 	c.results[string(failed.class)]++
 	c.lastError, c.lastFailed = failed, time.Now()
+}
+
+// configSeen begins the account of a config.
+func (t *telemetry) configSeen(name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.config(name)
+}
+
+// config finds or begins the account of a config. The caller holds t.mu.
+func (t *telemetry) config(name string) *configTelemetry {
+	c := t.configs[name]
+	if c == nil {
+		c = &configTelemetry{results: make(map[string]int64)}
+		t.configs[name] = c
+	}
+	return c
 }
 
 // configDeleted forgets a config, so that names that are gone do not pile up.
@@ -186,8 +206,8 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 		counter(descReads, c.telemetry.reads[i].Load(), string(how))
 	}
 	for name, config := range c.telemetry.snapshot() {
-		for result, n := range config.results {
-			counter(descMints, n, name, result)
+		for _, result := range results {
+			counter(descMints, config.results[result], name, result)
 		}
 		if !config.lastMint.IsZero() {
 			gauge(descLast, float64(config.lastMint.UnixMilli())/1000, name)

@@ -342,6 +342,7 @@ func (c *tokenCache) install(config *held[configEntry], client minter) (app *app
 	}
 	app = &application{config: config, client: client, telemetry: c.telemetry, logger: c.logger}
 	c.applications[config.name] = app
+	c.telemetry.configSeen(config.name)
 	return app, unused, nil
 }
 

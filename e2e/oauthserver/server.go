@@ -14,6 +14,7 @@
 //	GET  /.well-known/jwks.json  the public key (RFC 7517)
 //	GET  /data                   the protected API
 //	GET  /healthz                204 when the server is ready
+//	PUT  /faults                 misbehave: see Faults
 package oauthserver
 
 import (
@@ -21,10 +22,12 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"slices"
@@ -87,6 +90,9 @@ type Server struct {
 	clients  map[string]*client
 	requests []Request
 	issued   []string
+	faults   Faults
+	// faultsLeft is how many requests the faults are still for.
+	faultsLeft int
 
 	http *http.Server
 	url  string
@@ -125,6 +131,9 @@ func New(lifetime time.Duration, clients ...Client) (*Server, error) {
 	)
 	s.mux.HandleFunc("POST "+TokenPath, s.token)
 	s.mux.HandleFunc("GET "+JWKSPath, s.jwks)
+	for _, method := range []string{http.MethodGet, http.MethodPut, http.MethodDelete} {
+		s.mux.HandleFunc(method+" "+FaultsPath, s.faultsEndpoint)
+	}
 	s.mux.HandleFunc("GET "+DataPath, s.data)
 	s.mux.HandleFunc("GET "+HealthPath, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	return s, nil
@@ -203,8 +212,25 @@ func (s *Server) Start(address string) error {
 	if err != nil {
 		return err
 	}
-	s.url = "http://" + listener.Addr().String()
-	s.http = &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second}
+	return s.serve(listener, "http")
+}
+
+// StartTLS is Start with TLS.
+func (s *Server) StartTLS(address string, certificate tls.Certificate) error {
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		return err
+	}
+	return s.serve(tls.NewListener(listener, &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12}), "https")
+}
+
+func (s *Server) serve(listener net.Listener, scheme string) error {
+	s.url = scheme + "://" + listener.Addr().String()
+	s.http = &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: 10 * time.Second,
+		ErrorLog:          log.New(io.Discard, "", 0), // it misbehaves on purpose
+	}
 	go func() { _ = s.http.Serve(listener) }()
 	return nil
 }
@@ -233,7 +259,11 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) {
 	s.requests = append(s.requests, Request{time.Now(), r.Method, r.URL.RawQuery, r.Header.Clone(), string(body)})
 	s.mu.Unlock()
 	r.Body = io.NopCloser(bytes.NewReader(body))
+	s.takeFaults().misbehave(w, r, s.grant)
+}
 
+// grant answers a token request as a server does that is well.
+func (s *Server) grant(w http.ResponseWriter, r *http.Request) {
 	ctx := r.Context()
 	session := &oauth2.JWTSession{JWTClaims: &jwt.JWTClaims{}, JWTHeader: &jwt.Headers{Extra: map[string]any{"kid": s.key.KeyID}}}
 	access, err := s.provider.NewAccessRequest(ctx, r, session)
