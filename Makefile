@@ -26,7 +26,7 @@ test-unit: ## Run the unit tests with the race detector
 
 test-e2e: ## Run the tests in a real Vault; builds one, once, when there is none
 	@echo "End-to-end tests in a real Vault; the first time, building Vault takes about 8 minutes."
-	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && go test -count=1 -timeout 20m ./...
+	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && go test -count=1 -timeout 20m -parallel 8 ./...
 
 test-live: ## Get a token of the real MojoAuth; needs the MOJOAUTH_* variables
 	go test -count=1 -run '^TestLive' -v .

@@ -116,11 +116,19 @@ Vault is running. In another terminal:
   vault read mojoauth/creds/demo                       # the same token, from the cache
   vault read -field=access_token mojoauth/creds/demo-narrow
   vault read mojoauth/config                           # without the client secret
+  vault write -force mojoauth/rotate-role/demo         # a new token now
+  vault read -format=json mojoauth/status              # what the node did
+  curl -H "X-Vault-Token: \$VAULT_TOKEN" \$VAULT_ADDR/v1/mojoauth/metrics
   vault path-help mojoauth/roles/demo
   less $vault_log
 TXT
 [ -z "$api" ] || cat <<TXT
   curl -H "Authorization: Bearer \$(vault read -field=access_token mojoauth/creds/demo)" $api
+
+An outage, to watch the engine on a bad day, and its end (docs/monitoring.md has more):
+
+  curl -X PUT $oauth/faults -d '{"status": 503}'
+  curl -X DELETE $oauth/faults
 TXT
 echo
 say "Press Ctrl-C to stop and remove everything"
