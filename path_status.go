@@ -144,8 +144,9 @@ func (b *backend) metricsRead(context.Context, *logical.Request, *framework.Fiel
 
 const statusHelp = `
 What this node has done for the mount since it began to serve it, and how each
-config fares: when it last gave a token, what failed last, and when MojoAuth is
-asked again. Other nodes of a cluster have their own numbers. No token and no
+config fares: when it last gave a token (last_mint_at), what failed last
+(last_error, last_error_class, last_error_at), and when MojoAuth is asked again
+(next_attempt_at). Other nodes of a cluster have their own numbers. No token and no
 secret is shown.
 `
 

@@ -22,7 +22,11 @@ func TestDescriptions(t *testing.T) {
 		"config/":      {`Listing "config/"`},
 		"roles/app":    {"audience", "scopes", "extra_params", "generate_lease", "Updates merge"},
 		"roles/":       {"List"},
-		"creds/app":    {"role", "ttl", "cache"},
+		"creds/app":    {"role", "ttl", "cache", "min_ttl", "scopes"},
+
+		"rotate-role/app": {"role", "dropped on every node"},
+		"status":          {"next_attempt_at", "No token"},
+		"metrics":         {"Prometheus", "curl"},
 	} {
 		out, err := w.vault.CLI(t.Context(), "path-help", "mojoauth/"+path)
 		if err != nil {
@@ -81,7 +85,7 @@ func TestDescriptions(t *testing.T) {
 		"mojoauth-write-config", "mojoauth-read-config", "mojoauth-delete-config", "mojoauth-list-configs",
 		"mojoauth-write-default-config", "mojoauth-read-default-config", "mojoauth-delete-default-config",
 		"mojoauth-write-role", "mojoauth-read-role", "mojoauth-delete-role", "mojoauth-list-roles",
-		"mojoauth-read-access-token",
+		"mojoauth-read-access-token", "mojoauth-rotate-role", "mojoauth-read-status", "mojoauth-read-metrics",
 	} {
 		n := 0
 		for _, have := range got {

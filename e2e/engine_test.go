@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -304,7 +305,7 @@ func TestStateSurvivesSealAndCrash(t *testing.T) {
 	check("a seal")
 
 	old := w.vault.PluginProcesses(t, pluginBinary)
-	w.vault.KillPlugin(t, pluginBinary)
+	w.vault.KillPlugin(t, pluginBinary, syscall.SIGKILL)
 	harness.Eventually(t, "Vault starts the plugin again", func() error {
 		_, err := w.vault.Logical().Read("mojoauth/config")
 		return err

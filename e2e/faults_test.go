@@ -22,6 +22,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -134,6 +135,24 @@ func TestEveryFaultThroughVault(t *testing.T) {
 			t.Error("an access token is in status or metrics")
 		}
 	}
+	// What a crash leaves in Vault's log, in the middle of a mint.
+	w.write("roles/crash", role(map[string]any{"config": "well"}))
+	w.oauth.SetFaults(oauthserver.Faults{Hang: true})
+	before := len(w.oauth.Requests())
+	go func() { _, _ = w.vault.Logical().Read("mojoauth/creds/crash") }()
+	harness.Eventually(t, "the mint is under way", func() error {
+		if len(w.oauth.Requests()) == before {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	w.vault.KillPlugin(t, pluginBinary, syscall.SIGQUIT)
+	harness.Eventually(t, "the crash is in the log", func() error {
+		if !strings.Contains(w.vault.Log(t), "mojoauth.(*slot).run") {
+			return errors.New("no goroutine of a mint is there yet")
+		}
+		return nil
+	})
 	w.noCanary()
 }
 

@@ -240,15 +240,16 @@ func (v *Vault) PluginProcesses(t testing.TB, binary string) []int {
 	return pids
 }
 
-// KillPlugin ends the plugin's process, or processes, at once.
-func (v *Vault) KillPlugin(t testing.TB, binary string) {
+// KillPlugin ends the plugin's process, or processes, by a signal: SIGKILL at once,
+// SIGQUIT with a dump of all goroutines to Vault's log, as a crash leaves.
+func (v *Vault) KillPlugin(t testing.TB, binary string, signal syscall.Signal) {
 	t.Helper()
 	pids := v.PluginProcesses(t, binary)
 	if len(pids) == 0 {
 		t.Fatalf("no process of %s is running", binary)
 	}
 	for _, pid := range pids {
-		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		if err := syscall.Kill(pid, signal); err != nil {
 			t.Fatal(err)
 		}
 	}
