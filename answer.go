@@ -4,7 +4,6 @@
 package mojoauth
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
@@ -111,6 +110,8 @@ func (e *mintError) Error() string {
 // a sentence.
 func (e *mintError) remedy() string {
 	switch {
+	case e.class == classUnexpected && e.status == 0: // overOnArrival
+		return "Check max_ttl of the role and how long the token endpoint takes"
 	case e.status == http.StatusNotFound, e.class == classUnexpected:
 		return "Check token_url"
 	case e.class == classClientRefused:
@@ -149,7 +150,7 @@ func (e *mintError) retryable() bool {
 		return true
 	case classServerError:
 		switch e.status {
-		case http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+		case http.StatusTooManyRequests, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
 			return true
 		}
 	}
@@ -389,8 +390,6 @@ func classifyTransport(err error) *mintError {
 		return &mintError{class: classTLS, reason: "the handshake failed: " + rootCause(op).Error()}
 	case strings.HasPrefix(rootCause(err).Error(), "tls: "):
 		return &mintError{class: classTLS, reason: "the handshake failed"}
-	case errors.Is(err, context.DeadlineExceeded):
-		return &mintError{class: classTimeout}
 	case errors.As(err, &dns):
 		return &mintError{class: classNetwork, reason: "its host name does not resolve"}
 	case errors.As(err, &op):

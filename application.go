@@ -34,23 +34,27 @@ type application struct {
 
 	mu      sync.Mutex // never held across I/O
 	backoff backoff    // of failures that concern the whole config
-	probing bool       // a mint is under way that finds out whether the trouble is over
+	// probe is set while a mint is under way that finds out whether the trouble is
+	// over, and closed when it ends.
+	probe chan struct{}
 }
 
 // unavailable is why a read got no new token: what failed, and when the engine
 // tries again by itself or for a reader.
 type unavailable struct {
 	*mintError
-	config  string
-	next    time.Time // zero when nothing is in the way of the next read's try
-	probing bool      // a try is under way
+	config string
+	next   time.Time // zero when nothing is in the way of the next read's try
+
+	// probe is closed when the try ends that is under way, nil when there is none.
+	probe <-chan struct{}
 }
 
 // Error names the config and tells when the next try is.
 func (u *unavailable) Error() string {
 	text := fmt.Sprintf("config %q: %s", u.config, u.mintError)
 	switch {
-	case u.probing:
+	case u.probe != nil:
 		return text + ". The next try is under way"
 	case u.next.IsZero():
 		return text
@@ -75,12 +79,12 @@ func (a *application) admit(now time.Time) (admission, *unavailable) {
 		return admission{}, nil
 	case a.backoff.blocks(now):
 		return admission{}, a.unavailable(a.backoff.last, a.backoff.until)
-	case a.probing:
+	case a.probe != nil:
 		refusal := a.unavailable(a.backoff.last, time.Time{})
-		refusal.probing = true
+		refusal.probe = a.probe
 		return admission{}, refusal
 	}
-	a.probing = true
+	a.probe = make(chan struct{})
 	return admission{probe: true}, nil
 }
 
@@ -112,38 +116,51 @@ func (a *application) mint(ctx context.Context, leave admission, g *grant) (*tok
 	tok, err := a.client.mint(ctx, req)
 	took := time.Since(started)
 
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if leave.probe {
-		a.probing = false
-	}
 	var failed *mintError
 	if err != nil && !errors.As(err, &failed) {
+		a.settle(leave, nil)
 		return nil, err
 	}
 	a.telemetry.minted(a.config.name, took, failed)
-	before := a.backoff.last
-	if failed == nil || failed.concernsRequest() { // so the client and the server are well
-		a.backoff.succeed(started)
-	} else {
-		a.backoff.fail(failed, started, time.Now(), rand.Float64())
-	}
+	var before, after *mintError
+	var until time.Time
+	a.settle(leave, func(b *backoff) {
+		before = b.last
+		if failed == nil || failed.concernsRequest() { // so the client and the server are well
+			b.succeed(started)
+		} else {
+			b.fail(failed, started, time.Now(), rand.Float64())
+		}
+		after, until = b.last, b.until
+	})
 
+	// Logged without the lock: whoever reads the log may be slow.
+	if before != nil && after == nil {
+		a.logger().Info("tokens are minted again", "config", a.config.name, "role", g.role.name)
+	}
 	switch {
 	case failed == nil:
 		a.logger().Debug("minted a token", "config", a.config.name, "role", g.role.name, "duration", took, "lifetime", tok.told)
+		return tok, nil
 	case failed.concernsRequest(): // logged by the slot, which knows what failed before
 		return nil, a.unavailable(failed, time.Time{})
 	case before == nil || before.class != failed.class:
 		a.log(g, failed)
 	}
-	if before != nil && a.backoff.last == nil {
-		a.logger().Info("tokens are minted again", "config", a.config.name, "role", g.role.name)
+	return nil, a.unavailable(failed, until)
+}
+
+// settle ends a probe and takes into the back-off how a mint went.
+func (a *application) settle(leave admission, account func(*backoff)) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if account != nil {
+		account(&a.backoff)
 	}
-	if failed != nil {
-		return nil, a.unavailable(failed, a.backoff.until)
+	if leave.probe {
+		close(a.probe)
+		a.probe = nil
 	}
-	return tok, nil
 }
 
 // log tells of a failure. It is called when the class of failures changes, not

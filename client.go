@@ -140,7 +140,7 @@ func (c *tokenClient) mint(ctx context.Context, req tokenRequest) (*token, error
 		return nil, failed
 	}
 	if timed.Err() != nil {
-		if ex.failed != nil { // an answer came, and was no good
+		if ex.failed != nil && ex.failed.status != 0 { // an answer came, and was no good
 			return nil, ex.failed
 		}
 		return nil, &mintError{class: classTimeout, allowed: c.timeout}

@@ -237,6 +237,7 @@ func TestMintClassifiesEveryBadAnswer(t *testing.T) {
 		{"not found", 404, `page not found`, classClientRefused, 1, "(HTTP 404)"},
 		{"teapot", 418, ``, classClientRefused, 1, "(HTTP 418)"},
 		{"throttled", 429, ``, classThrottled, 3, "throttles (HTTP 429)"},
+		{"throttled in other words", 429, `{"error":"temporarily_unavailable"}`, classServerError, 3, "temporarily_unavailable (HTTP 429)"},
 		{"500", 500, ``, classServerError, 3, "(HTTP 500)"},
 		{"501", 501, ``, classServerError, 1, "(HTTP 501)"},
 		{"502", 502, `<html>bad gateway</html>`, classServerError, 3, "(HTTP 502)"},

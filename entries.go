@@ -50,12 +50,16 @@ func newEntries[T any](prefix string, seq *atomic.Uint64) *entries[T] {
 func (e *entries[T]) get(ctx context.Context, s logical.Storage, name string) (*held[T], error) {
 	e.mu.RLock()
 	h, changes := e.held[name], e.changes
-	e.mu.RUnlock()
 	if h != nil {
+		e.mu.RUnlock()
 		return h, nil
 	}
+	// Numbered together with changes and before the read, so that whatever is held
+	// after a change has a higher number than what was read before it.
+	seq := e.seq.Add(1)
+	e.mu.RUnlock()
 
-	loaded, err := e.load(ctx, s, name)
+	loaded, err := e.loadAs(ctx, s, name, seq)
 	if err != nil || loaded == nil {
 		return nil, err
 	}
@@ -73,8 +77,11 @@ func (e *entries[T]) get(ctx context.Context, s logical.Storage, name string) (*
 
 // load reads the entry from storage, and leaves alone what is held.
 func (e *entries[T]) load(ctx context.Context, s logical.Storage, name string) (*held[T], error) {
-	// Numbered before the read: what is written meanwhile counts as newer.
-	h := &held[T]{name: name, seq: e.seq.Add(1)}
+	return e.loadAs(ctx, s, name, e.seq.Add(1))
+}
+
+func (e *entries[T]) loadAs(ctx context.Context, s logical.Storage, name string, seq uint64) (*held[T], error) {
+	h := &held[T]{name: name, seq: seq}
 	stored, err := s.Get(ctx, e.prefix+name)
 	if err != nil || stored == nil {
 		return nil, err
@@ -96,9 +103,9 @@ func (e *entries[T]) put(ctx context.Context, s logical.Storage, name string, en
 		e.forget(name)
 		return nil, err
 	}
-	h := &held[T]{name: name, entry: entry, seq: e.seq.Add(1)}
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	h := &held[T]{name: name, entry: entry, seq: e.seq.Add(1)}
 	e.changes++
 	e.held[name] = h
 	return h, nil

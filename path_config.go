@@ -259,9 +259,7 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, d *fra
 	defer b.configs.writing.Unlock()
 	err := b.configs.delete(ctx, req.Storage, name)
 	b.tokens.configChanged(name)
-	if err == nil {
-		b.telemetry.configDeleted(name)
-	}
+	b.tokens.drop(func(g *grant) bool { return g.config.name == name })
 	return nil, err
 }
 
@@ -308,6 +306,9 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 		return nil, err
 	}
 	b.tokens.configChanged(name)
+	b.tokens.drop(func(g *grant) bool {
+		return g.config.name == name && g.config.entry.TokenGeneration != config.TokenGeneration
+	})
 	b.telemetry.configSeen(name)
 	if len(resp.Warnings) == 0 {
 		return nil, nil

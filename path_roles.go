@@ -219,7 +219,7 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *frame
 	b.roles.writing.Lock()
 	defer b.roles.writing.Unlock()
 	err := b.roles.delete(ctx, req.Storage, name)
-	b.tokens.roleDeleted(name)
+	b.tokens.drop(func(g *grant) bool { return g.role.name == name })
 	return nil, err
 }
 
@@ -251,6 +251,9 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 	if _, err := b.roles.put(ctx, req.Storage, name, *role); err != nil {
 		return nil, err
 	}
+	b.tokens.drop(func(g *grant) bool {
+		return g.role.name == name && g.role.entry.TokenGeneration != role.TokenGeneration
+	})
 	if len(resp.Warnings) == 0 {
 		return nil, nil
 	}

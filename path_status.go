@@ -80,7 +80,7 @@ func (b *backend) statusRead(ctx context.Context, req *logical.Request, _ *frame
 	for _, name := range names {
 		configs[name] = map[string]any{}
 	}
-	for name, c := range b.telemetry.snapshot() {
+	for name, c := range b.telemetry.snapshot(names) {
 		state := map[string]any{}
 		for result, count := range c.results {
 			if result == resultOK {
@@ -115,9 +115,13 @@ func (b *backend) statusRead(ctx context.Context, req *logical.Request, _ *frame
 	}}, nil
 }
 
-func (b *backend) metricsRead(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
+func (b *backend) metricsRead(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+	names, err := b.configs.list(ctx, req.Storage)
+	if err != nil {
+		return nil, err
+	}
 	registry := prometheus.NewPedanticRegistry()
-	for _, c := range []prometheus.Collector{collector{b.telemetry, b.tokens}, b.telemetry.duration} {
+	for _, c := range []prometheus.Collector{collector{b.telemetry, b.tokens, names}, b.telemetry.duration} {
 		if err := registry.Register(c); err != nil {
 			return nil, err
 		}

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"reflect"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -144,7 +145,7 @@ func TestMetrics(t *testing.T) {
 // do.
 func TestLogTellsOfChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var log bytes.Buffer
+		var log lockedBuffer
 		mojo := &standIn{lifetime: time.Hour}
 		m := newTestMountWith(t, mojo, mojo.client)
 		if err := m.Setup(t.Context(), &logical.BackendConfig{
@@ -153,6 +154,7 @@ func TestLogTellsOfChanges(t *testing.T) {
 			t.Fatal(err)
 		}
 		lines := func(with string) int {
+			synctest.Wait() // until what is under way is logged
 			n := 0
 			for line := range strings.Lines(log.String()) {
 				if strings.Contains(line, with) {
@@ -209,4 +211,22 @@ func TestLogTellsOfChanges(t *testing.T) {
 			t.Errorf("the log holds a secret:\n%s", log.String())
 		}
 	})
+}
+
+// lockedBuffer is a buffer that is written while it is read.
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
 }

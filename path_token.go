@@ -134,7 +134,7 @@ func tokenFields() map[string]*framework.FieldSchema {
 		"token_type": {
 			Type:        framework.TypeString,
 			Required:    true,
-			Description: "Type of the token: Bearer.",
+			Description: "Type of the token, as MojoAuth tells it: Bearer, also when it tells none.",
 		},
 		"scope": {
 			Type:        framework.TypeString,
@@ -193,7 +193,7 @@ func (b *backend) readToken(ctx context.Context, req *logical.Request, d *framew
 		if err == nil {
 			return b.tokenResponse(g, minTTL, &answer), answer.outcome, nil
 		}
-		if !errors.Is(err, errOutdated) {
+		if !errors.Is(err, errOutdated) || ctx.Err() != nil {
 			resp, err := mintFailure(name, err)
 			return resp, outcomeError, err
 		}
@@ -208,6 +208,7 @@ func (b *backend) grant(ctx context.Context, s logical.Storage, name string) (g 
 		return nil, "", err
 	}
 	if role == nil {
+		b.tokens.roleGone(name)
 		return nil, fmt.Sprintf("role %q does not exist: create it by writing roles/%s, or list the roles there are at roles/", name, name), nil
 	}
 	config, err := b.configs.get(ctx, s, role.entry.Config)
@@ -311,7 +312,7 @@ func (b *backend) rotateRole(ctx context.Context, req *logical.Request, d *frame
 			return logical.ErrorResponse(problem), nil
 		}
 		tok, err := b.tokens.mintNow(ctx, g)
-		if errors.Is(err, errOutdated) {
+		if errors.Is(err, errOutdated) && ctx.Err() == nil {
 			continue
 		}
 		if err != nil {
@@ -378,6 +379,10 @@ The token is valid for a while yet: at least a tenth of its lifetime or a
 minute, whichever is less, and usually a quarter or more. It comes from a cache
 in memory when there is one, and is minted by MojoAuth when there is none.
 
+When there is no token that may be served and none can be had, the answer is 400
+if MojoAuth refused, 504 if it gave no answer in time, and else 502; it says what
+failed and when the next try is.
+
 Read again after "ttl" seconds. The engine has the next token ready by then.
 
 The answer has a lease only when the role says generate_lease. Revoking it does
@@ -385,7 +390,8 @@ not end the token, which MojoAuth cannot do: it stays valid until "expires_at".
 `
 
 const rotateHelp = `
-A new token is minted at once, whatever is cached. Then the role's older tokens
+A new token is minted at once, whatever is cached and whatever failed before; only
+while MojoAuth has asked to be left alone by Retry-After is it not asked. Then the role's older tokens
 are dropped on every node, and reads get the new one. When no new token can be
 had, nothing is dropped and the error is told.
 

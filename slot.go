@@ -57,7 +57,19 @@ func (s *slot) read(ctx context.Context, g *grant, minTTL time.Duration) (served
 		var failure *unavailable
 		switch {
 		case errors.As(err, &failure): // nothing may be tried just now
-			return s.fallBack(old, minTTL, failure)
+			answer, err := s.fallBack(old, minTTL, failure)
+			if err == nil || failure.probe == nil {
+				return answer, err
+			}
+			// Another mint is finding out whether the trouble is over.
+			select {
+			case <-failure.probe:
+				continue
+			case <-ctx.Done():
+				return served{}, ctx.Err()
+			case <-s.cache.ctx.Done():
+				return served{}, errClosed
+			}
 		case err != nil:
 			return served{}, err
 		case f == nil: // somebody else has minted meanwhile
@@ -110,6 +122,12 @@ func (s *slot) board(g *grant, minTTL time.Duration) (*flight, *cachedToken, err
 		return nil, tok, nil
 	}
 	f, err := s.mint(g, app)
+	if err != nil && tok != nil {
+		// The token is in use, so that the next has to be minted when that is allowed
+		// again; nobody may have seen to that while it was not read.
+		tok.read.Store(true)
+		s.plan()
+	}
 	return f, tok, err
 }
 
@@ -144,28 +162,47 @@ func (s *slot) run(f *flight, leave admission) {
 		f.app.client.close()
 	}
 
+	if news := s.land(f, tok, err, current); news != nil {
+		f.app.log(f.grant, news)
+	}
+}
+
+// land ends a flight with what came of it. A failure is returned if it is to be
+// logged.
+func (s *slot) land(f *flight, tok *token, err error, current bool) (news *mintError) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	defer close(f.done)
 	f.token, f.err, f.read = tok, err, new(atomic.Bool)
 	if s.flight != f {
-		return
+		return nil
 	}
 	s.flight = nil
 	st := s.state.Load()
+	if err == nil {
+		cached := newCachedToken(tok, f.read, st.grant)
+		if cached.schedule.phase(cached.left(time.Now())) != phaseSpent {
+			s.backoff = backoff{}
+			s.state.Store(&slotState{st.grant, cached})
+		} else {
+			f.err = f.app.unavailable(overOnArrival(cached.schedule.lifetime), time.Time{})
+		}
+	}
 	var failure *unavailable
-	switch {
-	case err == nil:
-		s.backoff = backoff{}
-		s.state.Store(&slotState{st.grant, newCachedToken(tok, f.read, st.grant)})
-	case errors.As(err, &failure) && failure.concernsRequest() && current:
+	if errors.As(f.err, &failure) && (failure.concernsRequest() || err == nil) && current {
 		if s.backoff.last == nil || s.backoff.last.class != failure.class {
-			f.app.log(f.grant, failure.mintError)
+			news = failure.mintError
 		}
 		s.backoff.fail(failure.mintError, f.started, time.Now(), rand.Float64())
 		failure.next = s.backoff.until
 	}
 	s.plan()
+	return news
+}
+
+// overOnArrival is the failure of a mint whose token may not be served any more.
+func overOnArrival(lifetime time.Duration) *mintError {
+	return &mintError{class: classUnexpected, reason: "the token's life of " + lifetime.String() + " was over when it arrived"}
 }
 
 // adopt makes g what the slot goes by, unless it knows a newer grant: then it is
@@ -248,10 +285,7 @@ func (s *slot) arrived(f *flight, g *grant, old *cachedToken, minTTL time.Durati
 	left := tok.left(now)
 	schedule := tok.scheduleFor(minTTL)
 	if schedule.phase(left) == phaseSpent {
-		return served{}, f.app.unavailable(&mintError{
-			class:  classUnexpected,
-			reason: "the token's life of " + schedule.lifetime.String() + " was over when it arrived",
-		}, now)
+		return served{}, f.app.unavailable(overOnArrival(schedule.lifetime), time.Time{})
 	}
 	how := outcomeMinted
 	if old != nil && old.schedule.phase(old.left(now)) != phaseSpent {
@@ -352,7 +386,9 @@ func (s *slot) wake() {
 		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		s.wakeIn(until)
+		if s.state.Load() == st { // else what is new has its own time
+			s.wakeIn(until)
+		}
 		return
 	}
 

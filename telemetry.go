@@ -98,17 +98,12 @@ func (t *telemetry) config(name string) *configTelemetry {
 	return c
 }
 
-// configDeleted forgets a config, so that names that are gone do not pile up.
-func (t *telemetry) configDeleted(name string) {
+// snapshot is a copy of the accounts of the configs with these names. Others are
+// forgotten: they were deleted, here or on another node.
+func (t *telemetry) snapshot(names []string) map[string]configTelemetry {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.configs, name)
-}
-
-// snapshot is a copy of the accounts of all configs.
-func (t *telemetry) snapshot() map[string]configTelemetry {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	maps.DeleteFunc(t.configs, func(name string, _ *configTelemetry) bool { return !slices.Contains(names, name) })
 	configs := make(map[string]configTelemetry, len(t.configs))
 	for name, c := range t.configs {
 		copied := *c
@@ -125,8 +120,7 @@ type census struct {
 	// nearest is how long the first of them may still be served.
 	due     int
 	nearest time.Duration
-	// backoff tells of each config with an application whether it is in a
-	// back-off, and until when.
+	// backoff has the configs that are in a back-off, and until when.
 	backoff map[string]time.Time
 }
 
@@ -162,8 +156,6 @@ func (c *tokenCache) census() census {
 		app.mu.Lock()
 		if app.backoff.blocks(now) {
 			n.backoff[name] = app.backoff.until
-		} else {
-			n.backoff[name] = time.Time{}
 		}
 		app.mu.Unlock()
 	}
@@ -186,6 +178,7 @@ var (
 type collector struct {
 	telemetry *telemetry
 	tokens    *tokenCache
+	configs   []string // the names there are
 }
 
 func (c collector) Describe(out chan<- *prometheus.Desc) {
@@ -205,7 +198,7 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	for i, how := range outcomes {
 		counter(descReads, c.telemetry.reads[i].Load(), string(how))
 	}
-	for name, config := range c.telemetry.snapshot() {
+	for name, config := range c.telemetry.snapshot(c.configs) {
 		for _, result := range results {
 			counter(descMints, config.results[result], name, result)
 		}
@@ -219,9 +212,9 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	if n.due > 0 {
 		gauge(descNearest, n.nearest.Seconds())
 	}
-	for name, until := range n.backoff {
+	for _, name := range c.configs {
 		value := 0.0
-		if !until.IsZero() {
+		if !n.backoff[name].IsZero() {
 			value = 1
 		}
 		gauge(descBackoff, value, name)

@@ -6,7 +6,9 @@ package mojoauth
 import (
 	"context"
 	"errors"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -183,11 +185,17 @@ func (c *tokenCache) mintNow(ctx context.Context, g *grant) (*token, error) {
 	if refusal := app.admitNow(time.Now()); refusal != nil {
 		return nil, refusal
 	}
+	if refusal := c.askedToWait(g, app); refusal != nil {
+		return nil, refusal
+	}
 	var tok *token
 	done := make(chan struct{})
 	if !c.spawn(func() {
 		defer close(done)
 		tok, err = app.mint(c.ctx, admission{}, g)
+		if !c.current(app) {
+			app.client.close()
+		}
 	}) {
 		return nil, errClosed
 	}
@@ -205,6 +213,22 @@ func (c *tokenCache) mintNow(ctx context.Context, g *grant) (*token, error) {
 		return nil, errOutdated
 	}
 	return nil, err
+}
+
+// askedToWait tells of a Retry-After that concerns g alone.
+func (c *tokenCache) askedToWait(g *grant, app *application) *unavailable {
+	c.mu.RLock()
+	s := c.slots[g.role.name]
+	c.mu.RUnlock()
+	if s == nil {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.backoff.asked && s.backoff.blocks(time.Now()) {
+		return app.unavailable(s.backoff.last, s.backoff.until)
+	}
+	return nil
 }
 
 // put makes tok the token that reads of g get.
@@ -269,20 +293,26 @@ func (c *tokenCache) remove(s *slot) {
 	}
 }
 
-// roleDeleted frees what is held for a role.
-func (c *tokenCache) roleDeleted(name string) {
-	var slots []*slot
+// drop frees the slots whose grants match, because their tokens are not to be served
+// any more. Readers who wait for their mints still get them.
+func (c *tokenCache) drop(match func(*grant) bool) {
 	c.mu.RLock()
-	if s := c.slots[name]; s != nil {
-		slots = append(slots, s)
-	}
+	slots := slices.Collect(maps.Values(c.slots))
 	c.mu.RUnlock()
-	for _, key := range c.narrowed.Keys() {
-		if s, ok := c.narrowed.Peek(key); ok && key.role == name {
-			slots = append(slots, s)
+	for _, s := range append(slots, c.narrowed.Values()...) {
+		if st := s.state.Load(); st != nil && match(st.grant) {
+			s.close()
+			c.remove(s)
 		}
 	}
-	for _, s := range slots {
+}
+
+// roleGone frees the slot of a role that another node has deleted.
+func (c *tokenCache) roleGone(name string) {
+	c.mu.RLock()
+	s := c.slots[name]
+	c.mu.RUnlock()
+	if s != nil {
 		s.close()
 		c.remove(s)
 	}

@@ -989,6 +989,19 @@ func TestRotateRole(t *testing.T) {
 			m.wantMints(1)
 		})
 	})
+	t.Run("obeys a Retry-After for the role alone", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.mojo.set(func(s *standIn) {
+				s.fail = &mintError{class: classRequestRefused, status: 429, oauthError: "invalid_request", retryAfter: time.Minute}
+			})
+			m.creds("app", nil)
+			if resp, err := rotate(m); err != nil || !resp.IsError() {
+				t.Errorf("got %v, %v", resp, err)
+			}
+			m.wantMints(1)
+		})
+	})
 	t.Run("starts a mint of its own", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
@@ -1170,4 +1183,106 @@ func TestManyThingsAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// A reader must never be left with a number higher than that of what is held later:
+// its slot would take everybody else for outdated.
+func TestLaterEntriesHaveHigherNumbers(t *testing.T) {
+	for _, change := range []string{"forget", "put"} {
+		m := newTestMount(t)
+		m.write("roles/app", nil)
+		for range 20_000 {
+			m.roles.forget("app")
+			var early *held[roleEntry]
+			var wg sync.WaitGroup
+			wg.Go(func() { early, _ = m.roles.get(context.Background(), m.storage, "app") })
+			if change == "put" {
+				_, _ = m.roles.put(context.Background(), m.storage, "app", roleEntry{Config: "default"})
+			} else {
+				m.roles.forget("app")
+			}
+			later, _ := m.roles.get(context.Background(), m.storage, "app")
+			wg.Wait()
+			if early.seq > later.seq && early != later {
+				now, _ := m.roles.get(context.Background(), m.storage, "app")
+				if early.seq > now.seq {
+					t.Fatalf("%s: a reader got number %d, and %d is held", change, early.seq, now.seq)
+				}
+			}
+		}
+	}
+}
+
+func TestTokenThatIsFirstReadInABackoffIsRenewed(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("a", nil)
+		m.write("roles/b", nil)
+		m.creds("a", nil)
+		m.creds("b", nil)
+		time.Sleep(46 * time.Minute)
+		synctest.Wait()
+		m.wantMints(4) // both ahead, and neither read since
+		time.Sleep(46 * time.Minute)
+		synctest.Wait()
+		m.mojo.set(func(s *standIn) {
+			s.fail = &mintError{class: classThrottled, status: 429, retryAfter: 2 * time.Minute}
+		})
+		m.creds("a", nil)
+		m.creds("b", nil)
+		m.wantMints(5)
+		m.mojo.set(func(s *standIn) { s.fail = nil })
+		time.Sleep(2*time.Minute + 2*time.Second)
+		synctest.Wait()
+		m.wantMints(7) // each by itself
+	})
+}
+
+func TestTokenWhoseLifeIsOverOnArrival(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"max_ttl": "1s"})
+		m.mojo.set(func(s *standIn) { s.latency = 1500 * time.Millisecond })
+		for range 5 {
+			wantStatus(t, m.creds("app", nil).err, http.StatusBadGateway, "was over when it arrived", "Check max_ttl")
+		}
+		m.wantMints(1) // and a back-off
+		time.Sleep(5 * time.Second)
+		m.mojo.set(func(s *standIn) { s.latency = 0 })
+		m.wantToken("app", 2)
+	})
+}
+
+func TestColdReaderWaitsForTheProbe(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("a", nil)
+		m.write("roles/b", nil)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		m.creds("a", nil)
+		time.Sleep(5 * time.Second)
+		m.mojo.set(func(s *standIn) { s.fail, s.latency = nil, time.Second })
+		go m.creds("a", nil)
+		synctest.Wait()
+		m.wantToken("b", 3) // not the error that is about to be outdated
+	})
+}
+
+func TestDroppedTokensAreFreed(t *testing.T) {
+	for name, change := range map[string]func(m *testMount){
+		"role's audience": func(m *testMount) { m.write("roles/app", map[string]any{"audience": "x"}) },
+		"role deleted":    func(m *testMount) { m.do(logical.DeleteOperation, "roles/app", nil) },
+		"client_id":       func(m *testMount) { m.write("config", map[string]any{"client_id": "x", "verify_connection": false}) },
+		"config deleted":  func(m *testMount) { m.do(logical.DeleteOperation, "config", nil) },
+	} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", map[string]any{"scopes": "a,b"})
+			m.creds("app", nil)
+			m.creds("app", map[string]any{"scopes": "a"})
+			if got := m.read("status")["cached_tokens"]; got != int64(2) {
+				t.Errorf("%s: %v tokens before, want 2", name, got)
+			}
+			change(m)
+			if got := m.read("status")["cached_tokens"]; got != int64(0) {
+				t.Errorf("%s: %v tokens after, want none", name, got)
+			}
+		})
+	}
 }
