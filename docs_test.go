@@ -1,0 +1,506 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// This file compares docs/api.md with the code: with the paths, operations,
+// fields and responses that the backend declares, and with the texts it gives.
+// The document is read line by line, by these rules:
+//
+//   - "## Title" begins a section. One that has rows of operations documents
+//     these; all other sections are prose.
+//   - "| `METHOD` | `/mojoauth/path/:field` |" is the row of an operation. POST
+//     stands for create and update.
+//   - "### Title" begins a part of a section.
+//   - In the part "Parameters", "- `name` `(type: default)` – Text" at the
+//     beginning of a line is a parameter. The default is JSON, a Go duration when
+//     the type is duration, or <required>.
+//   - In the part "Response", "- `key` `(type)` – Text" at the beginning of a line
+//     is a key of the response's data.
+//   - In the part "Sample payload", a ```json block is an object of parameters.
+//   - In parts whose title begins with "Sample response", a ```json block is an
+//     object whose "data" has all keys of the response and no others.
+//   - The text of an error or a warning stands in backquotes, on one line.
+//   - A field is required when its schema says so, or when its description holds
+//     the sentence "Required.": the framework knows no field that only a create
+//     needs.
+//
+// Lists of parameters hold what the operation takes: the fields in the path, and
+// besides them the fields with Query for GET, those without for POST, and none for
+// DELETE and LIST.
+
+const apiDoc = "docs/api.md"
+
+var (
+	docOperationRow = regexp.MustCompile("^\\| `([A-Z]+)` +\\| `/mojoauth/([^`]*)` +\\|$")
+	docParameter    = regexp.MustCompile("^- `([^`]+)` `\\(([a-z]+): (.+)\\)` – \\S")
+	docResponseKey  = regexp.MustCompile("^- `([^`]+)` `\\(([a-z]+)\\)` – \\S")
+)
+
+// docMethods are the operations that a method in the document stands for.
+var docMethods = map[string][]logical.Operation{
+	"GET":    {logical.ReadOperation},
+	"POST":   {logical.CreateOperation, logical.UpdateOperation},
+	"DELETE": {logical.DeleteOperation},
+	"LIST":   {logical.ListOperation},
+}
+
+// docTypes are the names of types in the document.
+var docTypes = map[framework.FieldType]string{
+	framework.TypeString:           "string",
+	framework.TypeLowerCaseString:  "string",
+	framework.TypeInt:              "int",
+	framework.TypeInt64:            "int",
+	framework.TypeBool:             "bool",
+	framework.TypeDurationSecond:   "duration",
+	framework.TypeStringSlice:      "list",
+	framework.TypeCommaStringSlice: "list",
+	framework.TypeKVPairs:          "map",
+	framework.TypeMap:              "map",
+}
+
+// docKinds are what a sample's values are when they are decoded from JSON.
+var docKinds = map[string]reflect.Kind{
+	"string": reflect.String,
+	"int":    reflect.Float64,
+	"bool":   reflect.Bool,
+	"list":   reflect.Slice,
+	"map":    reflect.Map,
+}
+
+// docSection is a section of the document that documents operations.
+type docSection struct {
+	title      string
+	operations []docOperation
+	parameters map[string]string // "type: default" by name
+	response   map[string]string // type by key
+	payloads   []map[string]any
+	samples    []map[string]any // the data of sample responses
+}
+
+type docOperation struct{ method, path string }
+
+func (o docOperation) String() string { return o.method + " /mojoauth/" + o.path }
+
+// has tells whether :name is in the path.
+func (o docOperation) has(name string) bool {
+	return slices.Contains(strings.Split(o.path, "/"), ":"+name)
+}
+
+// readDoc reads the document's sections that document operations.
+func readDoc(t *testing.T) []*docSection {
+	t.Helper()
+	content, err := os.ReadFile(apiDoc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var (
+		sections []*docSection
+		s        *docSection
+		part     string           // title of the part, "" before the first
+		fence    string           // what opened the block, "" outside of one
+		block    *strings.Builder // its lines
+	)
+	number := 0
+	for line := range strings.Lines(string(content)) {
+		number++
+		line = strings.TrimSuffix(line, "\n")
+		fail := func(format string, args ...any) {
+			t.Helper()
+			t.Errorf("%s:%d: %s", apiDoc, number, fmt.Sprintf(format, args...))
+		}
+		switch {
+		case fence != "" && line == "```":
+			if fence == "```json" && s != nil {
+				s.addBlock(part, block.String(), fail)
+			}
+			fence = ""
+		case fence != "":
+			block.WriteString(line + "\n")
+		case strings.HasPrefix(line, "```"):
+			fence, block = line, new(strings.Builder)
+		case strings.HasPrefix(line, "## "):
+			s, part = &docSection{title: line[3:], parameters: map[string]string{}, response: map[string]string{}}, ""
+			sections = append(sections, s)
+		case strings.HasPrefix(line, "### "):
+			part = line[4:]
+		case s != nil:
+			s.addLine(part, line, fail)
+		}
+	}
+	return slices.DeleteFunc(sections, func(s *docSection) bool { return len(s.operations) == 0 })
+}
+
+func (s *docSection) addLine(part, line string, fail func(string, ...any)) {
+	add := func(fields map[string]string, rule *regexp.Regexp, form string) {
+		m := rule.FindStringSubmatch(line)
+		switch {
+		case !strings.HasPrefix(line, "- "):
+		case m == nil:
+			fail("write the line as %s", form)
+		case fields[m[1]] != "":
+			fail("%s is listed twice: remove one", m[1])
+		default:
+			fields[m[1]] = strings.Join(m[2:], ": ")
+		}
+	}
+	switch part {
+	case "":
+		if m := docOperationRow.FindStringSubmatch(line); m != nil {
+			s.operations = append(s.operations, docOperation{m[1], m[2]})
+		} else if strings.Contains(line, "`/mojoauth/") {
+			fail("write the line as | `METHOD` | `/mojoauth/path/:field` |")
+		}
+	case "Parameters":
+		add(s.parameters, docParameter, "- `name` `(type: default)` – Text")
+	case "Response":
+		add(s.response, docResponseKey, "- `key` `(type)` – Text")
+	}
+}
+
+func (s *docSection) addBlock(part, block string, fail func(string, ...any)) {
+	if len(s.operations) == 0 {
+		return
+	}
+	var object map[string]any
+	if err := json.Unmarshal([]byte(block), &object); err != nil {
+		fail("the block that ends here is no JSON object: %v", err)
+		return
+	}
+	switch {
+	case part == "Sample payload":
+		s.payloads = append(s.payloads, object)
+	case strings.HasPrefix(part, "Sample response"):
+		data, _ := object["data"].(map[string]any)
+		s.samples = append(s.samples, data)
+	}
+}
+
+// docRoute finds the path of the backend that an operation of the document is
+// about, and the names of the fields in it.
+func docRoute(b *backend, o docOperation) (path *framework.Path, inPath []string, err error) {
+	if _, ok := docMethods[o.method]; !ok {
+		return nil, nil, fmt.Errorf("%s: there is no such method: use one of %q", o, slices.Sorted(maps.Keys(docMethods)))
+	}
+	// :name stands for any name, and so for its own.
+	request := strings.ReplaceAll(o.path, ":", "")
+	if o.method == "LIST" {
+		request += "/" // as Vault does
+	}
+	path = b.Route(request)
+	if path == nil {
+		return nil, nil, fmt.Errorf("%s: the backend has no such path: remove the row, or correct its path", o)
+	}
+	pattern := regexp.MustCompile(path.Pattern)
+	for i, value := range pattern.FindStringSubmatch(request) {
+		name := pattern.SubexpNames()[i]
+		if name == "" {
+			continue
+		}
+		if name != value || !o.has(name) {
+			return nil, nil, fmt.Errorf("%s: the part of the path that is %q in the code is not :%s: rename it", o, name, name)
+		}
+		inPath = append(inPath, name)
+	}
+	return path, inPath, nil
+}
+
+// docParameters are the parameters of an operation as the document should list
+// them.
+func docParameters(o docOperation, path *framework.Path, inPath []string) map[string]string {
+	parameters := make(map[string]string)
+	for name, schema := range path.Fields {
+		if slices.Contains(inPath, name) || o.method == "GET" && schema.Query || o.method == "POST" && !schema.Query {
+			parameters[name] = docTypeOf(schema) + ": " + docDefaultOf(schema)
+		}
+	}
+	return parameters
+}
+
+func docTypeOf(schema *framework.FieldSchema) string {
+	if name, ok := docTypes[schema.Type]; ok {
+		return name
+	}
+	return fmt.Sprintf("%s, which docTypes in docs_test.go has no name for", schema.Type)
+}
+
+func docDefaultOf(schema *framework.FieldSchema) string {
+	value := schema.DefaultOrZero()
+	switch {
+	case schema.Required || strings.Contains(schema.Description, "Required."):
+		return "<required>"
+	case schema.Type == framework.TypeDurationSecond:
+		return (time.Duration(value.(int)) * time.Second).String()
+	}
+	text, err := json.Marshal(value)
+	if err != nil {
+		return err.Error()
+	}
+	return string(text)
+}
+
+// docResponse are the keys of an operation's response as the document should list
+// them.
+func docResponse(op *framework.OperationProperties) map[string]string {
+	keys := make(map[string]string)
+	for _, response := range op.Responses[200] {
+		for key, schema := range response.Fields {
+			keys[key] = docTypeOf(schema)
+		}
+	}
+	return keys
+}
+
+// Every operation of the backend has a row in the document, and every row is one.
+func TestDocsOperations(t *testing.T) {
+	b := newBackend(nil)
+	type operation struct {
+		pattern string
+		op      logical.Operation
+	}
+	rows := map[operation]int{}
+	for _, s := range readDoc(t) {
+		for _, row := range s.operations {
+			path, _, err := docRoute(b, row)
+			if err != nil {
+				t.Error(err)
+				continue
+			}
+			n := 0
+			for _, op := range docMethods[row.method] {
+				if path.Operations[op] != nil {
+					rows[operation{path.Pattern, op}]++
+					n++
+				}
+			}
+			if n == 0 {
+				t.Errorf("%s: the path %s has no such operation in the code: remove the row from section %q", row, path.Pattern, s.title)
+			}
+		}
+	}
+	for _, path := range b.Paths {
+		for op := range path.Operations {
+			switch n := rows[operation{path.Pattern, op}]; n {
+			case 1:
+			case 0:
+				t.Errorf("%s has no row for the %s of the path %s: document it", apiDoc, op, path.Pattern)
+			default:
+				t.Errorf("%s has %d rows for the %s of the path %s: leave one", apiDoc, n, op, path.Pattern)
+			}
+		}
+	}
+}
+
+// Parameters and response keys are those of the code, with type and default.
+func TestDocsFields(t *testing.T) {
+	b := newBackend(nil)
+	for _, s := range readDoc(t) {
+		t.Run(s.title, func(t *testing.T) {
+			for _, row := range s.operations {
+				path, inPath, err := docRoute(b, row)
+				if err != nil {
+					t.Fatal(err)
+				}
+				// A section may have a path with a field in it and one without.
+				listed := maps.Clone(s.parameters)
+				maps.DeleteFunc(listed, func(name, _ string) bool {
+					return !slices.Contains(inPath, name) && slices.ContainsFunc(s.operations, func(o docOperation) bool { return o.has(name) })
+				})
+				docCompare(t, row.String(), "parameter", listed, docParameters(row, path, inPath))
+				for _, op := range docMethods[row.method] {
+					if handler := path.Operations[op]; handler != nil {
+						properties := handler.Properties()
+						docCompare(t, row.String(), "response key", s.response, docResponse(&properties))
+					}
+				}
+			}
+		})
+	}
+}
+
+// docCompare reports where what the document lists is not what the code has.
+func docCompare(t *testing.T, where, what string, doc, code map[string]string) {
+	t.Helper()
+	for _, name := range slices.Sorted(maps.Keys(code)) {
+		if doc[name] == "" {
+			t.Errorf("%s: %s %s is missing in %s: list it with `(%s)`", where, what, name, apiDoc, code[name])
+		} else if doc[name] != code[name] {
+			t.Errorf("%s: %s %s is `(%s)` in %s but `(%s)` in the code: correct the one that is wrong", where, what, name, doc[name], apiDoc, code[name])
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(doc)) {
+		if code[name] == "" {
+			t.Errorf("%s: %s %s is in %s but not in the code: remove it, or declare it", where, what, name, apiDoc)
+		}
+	}
+}
+
+// Samples hold what the section lists.
+func TestDocsSamples(t *testing.T) {
+	for _, s := range readDoc(t) {
+		t.Run(s.title, func(t *testing.T) {
+			if len(s.response) > 0 && len(s.samples) == 0 {
+				t.Error("no sample response in JSON: add one")
+			}
+			for i, sample := range s.samples {
+				where := fmt.Sprintf("sample response %d", i+1)
+				for _, key := range slices.Sorted(maps.Keys(s.response)) {
+					value, ok := sample[key]
+					if !ok {
+						t.Errorf("%s: its data has no key %s: add it", where, key)
+					} else if got, want := reflect.ValueOf(value).Kind(), docKinds[s.response[key]]; got != want {
+						t.Errorf("%s: the value of %s is a %s, but the key is listed as %s: correct one of them", where, key, got, s.response[key])
+					}
+				}
+				for _, key := range slices.Sorted(maps.Keys(sample)) {
+					if s.response[key] == "" {
+						t.Errorf("%s: the key %s is not listed in the part Response: remove it, or list it", where, key)
+					}
+				}
+			}
+			for _, payload := range s.payloads {
+				for _, name := range slices.Sorted(maps.Keys(payload)) {
+					if s.parameters[name] == "" {
+						t.Errorf("sample payload: %s is no parameter of this section: remove it", name)
+					}
+				}
+			}
+		})
+	}
+}
+
+// docTimes are what differs between a text in the document and the same text in a
+// test: when the next try is.
+var docTimes = regexp.MustCompile(`at \S+Z, in \w+`)
+
+// Texts of errors and warnings in the document are what the code gives.
+func TestDocsTexts(t *testing.T) {
+	content, err := os.ReadFile(apiDoc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc := docTimes.ReplaceAllString(string(content), "at TIME, in TIME")
+
+	type fields = map[string]any
+	const (
+		read  = logical.ReadOperation
+		write = logical.UpdateOperation
+	)
+	both := fields{"scopes": "read:reports,write:reports"}
+	fails := func(failure error) func(*testMount) {
+		return func(m *testMount) {
+			m.configure("reports", both)
+			m.mojo.set(func(s *standIn) { s.fail = failure })
+		}
+	}
+	refusedClient := &mintError{class: classClientRefused, status: 401, oauthError: "invalid_client"}
+	refusedScope := &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}
+	timedOut := &mintError{class: classTimeout, allowed: defaultRequestTimeout}
+	throttled := &mintError{class: classThrottled, status: 429, retryAfter: 90 * time.Second}
+
+	cases := []struct {
+		name   string
+		before func(*testMount) // may be nil
+		op     logical.Operation
+		path   string
+		data   fields
+	}{
+		{"config without URL", nil, write, "config", nil},
+		{"config with a long timeout", nil, write, "config", testConfig(fields{"request_timeout": "2m"})},
+		{"config moved", fails(nil), write, "config", fields{"token_url": "https://other.test/"}},
+		{"config refused", fails(refusedClient), write, "config", fields{"client_secret": "x"}},
+		{"config saved with a warning", fails(refusedScope), write, "config", fields{"client_secret": "x"}},
+		{"role with a bad scope", nil, write, "roles/reports", fields{"scopes": `read"reports`}},
+		{"role with a scope among parameters", nil, write, "roles/reports", fields{"extra_params": fields{"scope": "x"}}},
+		{"role with a bad config", nil, write, "roles/reports", fields{"config": "a b"}},
+		{"role before its config", nil, write, "roles/reports", both},
+		{"role whose limits cross", fails(nil), write, "roles/reports", fields{"min_ttl": "2h", "max_ttl": "1h"}},
+		{"no role", nil, read, "creds/reports", nil},
+		{"no config", func(m *testMount) { m.write("roles/reports", nil) }, read, "creds/reports", nil},
+		{"more scopes", fails(nil), read, "creds/reports", fields{"scopes": "admin"}},
+		{"negative min_ttl", fails(nil), read, "creds/reports", fields{"min_ttl": "-1"}},
+		{"client refused", fails(refusedClient), read, "creds/reports", nil},
+		{"scope refused", fails(refusedScope), read, "creds/reports", nil},
+		{"throttled", fails(throttled), read, "creds/reports", nil},
+		{"down", fails(errDown), read, "creds/reports", nil},
+		{"timed out", fails(timedOut), read, "creds/reports", nil},
+		{"rotation of a role that changes", func(m *testMount) {
+			fails(nil)(m)
+			m.mojo.set(func(s *standIn) { s.latency = time.Second })
+			go func() {
+				time.Sleep(time.Second / 2)
+				m.write("roles/reports", fields{"audience": "https://api.example.com/"})
+			}()
+		}, write, "rotate-role/reports", nil},
+		{"fewer scopes granted", func(m *testMount) {
+			fails(nil)(m)
+			m.mojo.set(func(s *standIn) { s.grant = "read:reports" })
+		}, read, "creds/reports", nil},
+		{"lifetime not told", func(m *testMount) {
+			fails(nil)(m)
+			m.mojo.set(func(s *standIn) { s.lifetime = 0 })
+		}, read, "creds/reports", nil},
+		{"old token in an outage", func(m *testMount) {
+			fails(nil)(m)
+			m.read("creds/reports")
+			time.Sleep(20 * time.Minute)
+			m.mojo.set(func(s *standIn) { s.fail = errDown })
+		}, read, "creds/reports", fields{"min_ttl": "45m"}},
+		{"old token while MojoAuth is slow", func(m *testMount) {
+			fails(nil)(m)
+			m.read("creds/reports")
+			time.Sleep(20*time.Minute - patience)
+			m.mojo.set(func(s *standIn) { s.latency = 5 * time.Second })
+		}, read, "creds/reports", fields{"min_ttl": "45m"}},
+		{"min_ttl near the lifetime", func(m *testMount) {
+			fails(nil)(m)
+			m.read("creds/reports")
+			time.Sleep(10 * time.Minute)
+		}, read, "creds/reports", fields{"min_ttl": "55m"}},
+		{"unknown parameter", fails(nil), read, "creds/reports", fields{"scope": "x"}},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := newTestMount(t)
+				if c.before != nil {
+					c.before(m)
+				}
+				resp, err := m.request(c.op, c.path, c.data)
+				var texts []string
+				switch {
+				case err != nil:
+					texts = []string{err.Error()}
+				case resp.IsError():
+					texts = []string{resp.Error().Error()}
+				case resp != nil:
+					texts = resp.Warnings
+				}
+				if len(texts) != 1 {
+					t.Fatalf("got the texts %q, want one", texts)
+				}
+				text := docTimes.ReplaceAllString(texts[0], "at TIME, in TIME")
+				if !strings.Contains(doc, "`"+text+"`") {
+					t.Errorf("%s has not this text of %s %s: put it where the old one is\n%s", apiDoc, c.op, c.path, texts[0])
+				}
+			})
+		})
+	}
+}
