@@ -1,0 +1,308 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
+)
+
+// exampleTools are the programs that the command of each example needs.
+var exampleTools = map[string][]string{
+	"Shell":   {"sh", "curl", "sed"},
+	"Go":      {"go"},
+	"Python":  {"python3"},
+	"Node.js": {"node"},
+	"C#":      {"mcs", "mono"},
+}
+
+// The examples do what their README says, started by the commands in it.
+func TestExamples(t *testing.T) {
+	t.Parallel()
+	root, err := harness.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile(filepath.Join(root, "examples", "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := regexp.MustCompile("(?m)^\\| \\[(.+)\\]\\(.+\\) \\| .* \\| `(.+)` \\|$").FindAllStringSubmatch(string(readme), -1)
+	if len(rows) != len(exampleTools) {
+		t.Fatalf("examples/README.md has commands of %d examples, want %d: %q", len(rows), len(exampleTools), rows)
+	}
+	if err := os.MkdirAll(filepath.Join(root, "bin"), 0o755); err != nil { // make dev makes it
+		t.Fatal(err)
+	}
+
+	w := newWorld(t)
+	w.write("config", w.config(nil))
+	w.write("roles/demo", role(nil))
+	w.token("demo")
+	for _, row := range rows {
+		language, command := row[1], row[2]
+		t.Run(language, func(t *testing.T) {
+			tools := exampleTools[language]
+			if tools == nil {
+				t.Fatalf("it is not known what %s needs", language)
+			}
+			for _, tool := range tools {
+				if _, err := exec.LookPath(tool); err != nil {
+					if os.Getenv("CI") != "" {
+						t.Fatalf("%s is not on PATH", tool)
+					}
+					t.Skipf("%s is not on PATH: the example in %s is not tested", tool, language)
+				}
+			}
+			inner := *w
+			inner.TB = t
+			(&example{world: &inner, root: root, command: command}).check()
+		})
+	}
+}
+
+// example is the example in one language.
+type example struct {
+	*world
+	root    string
+	command string
+	secrets []string // that no output may hold, beside the tokens
+}
+
+func (e *example) check() {
+	const hello = `200 {"message":"hello ` + clientID + `"}` + "\n"
+	api := e.oauth.URL() + oauthserver.DataPath
+	file := filepath.Join(e.TempDir(), "token")
+	fill := func(content string) {
+		e.Helper()
+		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+			e.Fatal(err)
+		}
+	}
+
+	// From Vault: one read is enough for three calls.
+	reads := e.reads()
+	e.succeeds(strings.Repeat(hello, 3), "API_URL="+api, "CALLS=3", "INTERVAL=0")
+	e.wantReads("three calls", reads, 1)
+
+	// What is wrong, in Vault's words.
+	e.fails([]string{"400", `role "nobody" does not exist: create it by writing roles/nobody`}, "API_URL="+api, "ROLE=nobody")
+	e.secrets = append(e.secrets, "canary-vault-token")
+	e.fails([]string{"403", "permission denied"}, "API_URL="+api, "VAULT_TOKEN=canary-vault-token")
+	e.fails([]string{"no handler for route"}, "API_URL="+api, "MOUNT=nowhere")
+	e.fails([]string{"API_URL"}, "API_URL=")
+	nobody := "http://" + harness.FreeAddress(e.TB)
+	e.fails([]string{nobody}, "API_URL="+api, "VAULT_ADDR="+nobody)
+
+	// The API refuses a token: it is read again, although it is cached, and once.
+	refusing := e.front(api, func(n int64, w http.ResponseWriter) bool {
+		if n == 2 {
+			http.Error(w, "refused", http.StatusUnauthorized)
+		}
+		return n == 2
+	}, nil)
+	reads = e.reads()
+	e.succeeds(strings.Repeat(hello, 3), "API_URL="+refusing.URL, "CALLS=3", "INTERVAL=0")
+	e.wantReads("a call that was refused once", reads, 2)
+	refusing.wantRequests("three calls, one of them refused once", 4)
+
+	stubborn := e.front(api, func(_ int64, w http.ResponseWriter) bool {
+		http.Error(w, "refused", http.StatusUnauthorized)
+		return true
+	}, nil)
+	reads = e.reads()
+	e.fails([]string{"401", "refused"}, "API_URL="+stubborn.URL, "CALLS=3", "INTERVAL=0")
+	e.wantReads("a call that is always refused", reads, 2)
+	stubborn.wantRequests("a call that is always refused", 2)
+
+	// A Vault that fails once, and says that a token is to be read again after
+	// a second.
+	failing := e.front(e.vault.Address(), func(n int64, w http.ResponseWriter) bool {
+		if n == 1 {
+			http.Error(w, `{"errors":["plugin is shut down"]}`, http.StatusInternalServerError)
+		}
+		return n == 1
+	}, func(body []byte) []byte { return regexp.MustCompile(`"ttl":\d+`).ReplaceAll(body, []byte(`"ttl":1`)) })
+	e.succeeds(strings.Repeat(hello, 2), "API_URL="+api, "VAULT_ADDR="+failing.URL+"/", "CALLS=2", "INTERVAL=2")
+	failing.wantRequests("a failure and two reads", 3)
+
+	broken := e.front(e.vault.Address(), func(_ int64, w http.ResponseWriter) bool {
+		http.Error(w, `{"errors":["plugin is shut down","try \"later\""]}`, http.StatusBadGateway)
+		return true
+	}, nil)
+	e.fails([]string{"502", `plugin is shut down; try "later"`}, "API_URL="+api, "VAULT_ADDR="+broken.URL)
+	broken.wantRequests("a Vault that always fails", 2)
+
+	// What that is for: Vault starts a plugin that was killed, when it is asked.
+	e.vault.KillPlugin(e.TB, pluginBinary, syscall.SIGKILL)
+	e.succeeds(hello, "API_URL="+api)
+
+	// From a file, which needs no Vault.
+	noVault := []string{"TOKEN_FILE=" + file, "VAULT_ADDR=", "VAULT_TOKEN=", "CALLS=2", "INTERVAL=0"}
+	fill(e.token("demo"))
+	e.succeeds(strings.Repeat(hello, 2), append(noVault, "API_URL="+api)...)
+	fill(e.token("demo") + "\n")
+	e.succeeds(strings.Repeat(hello, 2), append(noVault, "API_URL="+api)...)
+
+	// The agent replaces the file after the program has read it.
+	e.secrets = append(e.secrets, "canary-access-token")
+	fill("canary-access-token")
+	late := e.front(api, func(int64, http.ResponseWriter) bool {
+		fill(e.token("demo"))
+		return false
+	}, nil)
+	e.succeeds(strings.Repeat(hello, 2), append(noVault, "API_URL="+late.URL)...)
+	late.wantRequests("two calls, the first with an old token", 3)
+
+	fill("canary-access-token")
+	counting := e.front(api, nil, nil)
+	e.fails([]string{"401", "invalid_token"}, append(noVault, "API_URL="+counting.URL)...)
+	counting.wantRequests("a file without a good token", 2)
+
+	// What is no token at all is told without showing it.
+	for _, content := range []string{"", "canary-access-token\r\nX-More: 1", "canary-access-token \xff"} {
+		fill(content)
+		e.fails(nil, append(noVault, "API_URL="+api)...)
+	}
+	if err := os.Remove(file); err != nil {
+		e.Fatal(err)
+	}
+	e.fails(nil, append(noVault, "API_URL="+api)...)
+	e.secrets = append(e.secrets, "canary-malformed")
+	e.fails(nil, "API_URL="+api, "VAULT_TOKEN=canary-malformed\nX-More: 1")
+}
+
+// run runs the example's command, as a user does in the project's directory.
+func (e *example) run(env []string) (stdout, stderr string, code int) {
+	e.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "sh", "-c", e.command)
+	cmd.Dir = e.root
+	// Empty is unset. The last one of a name counts.
+	cmd.Env = append(os.Environ(), "MOUNT=", "ROLE=", "CALLS=", "INTERVAL=", "TOKEN_FILE=", "GOFLAGS=-mod=mod", "GOWORK=off",
+		"VAULT_ADDR="+e.vault.Address(), "VAULT_TOKEN="+e.vault.Token())
+	cmd.Env = append(cmd.Env, env...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
+		e.Fatalf("%s: %v", e.command, err)
+	}
+	for _, secret := range append(append(e.oauth.Issued(), e.vault.Token(), canary), e.secrets...) {
+		if strings.Contains(out.String()+errs.String(), secret) {
+			e.Errorf("with %q: a secret is in the output:\n%s%s", env, out.String(), errs.String())
+		}
+	}
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+}
+
+func (e *example) succeeds(want string, env ...string) {
+	e.Helper()
+	stdout, stderr, code := e.run(env)
+	if code != 0 || stdout != want || stderr != "" {
+		e.Errorf("with %q: got exit code %d, output %q and errors %q; want 0, %q and none", env, code, stdout, stderr, want)
+	}
+}
+
+func (e *example) fails(parts []string, env ...string) {
+	e.Helper()
+	stdout, stderr, code := e.run(env)
+	if code != 1 || stdout != "" {
+		e.Errorf("with %q: got exit code %d and output %q, want 1 and none; errors: %s", env, code, stdout, stderr)
+	}
+	for _, part := range append(parts, ": ") {
+		if !strings.Contains(stderr, part) {
+			e.Errorf("with %q: got the errors %q, want them to hold %q", env, stderr, part)
+		}
+	}
+	// A message, not a stack trace. A tool may have a line of its own to add:
+	// curl says what went wrong, and go run the exit code.
+	if lines := strings.Count(stderr, "\n"); lines > 2 {
+		e.Errorf("with %q: got %d lines of errors, want a message:\n%s", env, lines, stderr)
+	}
+}
+
+// reads is how many tokens were read so far.
+func (e *example) reads() (sum int64) {
+	e.Helper()
+	for _, n := range e.read("status").Data["reads"].(map[string]any) {
+		sum += number(e.world, n)
+	}
+	return sum
+}
+
+func (e *example) wantReads(of string, before, want int64) {
+	e.Helper()
+	if got := e.reads() - before; got != want {
+		e.Errorf("%s: got %d reads of Vault, want %d", of, got, want)
+	}
+}
+
+// front stands in front of a server and counts the requests to it.
+type front struct {
+	*httptest.Server
+	t        testing.TB
+	requests atomic.Int64
+}
+
+// front starts one. intercept sees the number of each request, and answers it or
+// lets it pass; change may change the body of what passes.
+func (e *example) front(target string, intercept func(n int64, w http.ResponseWriter) bool, change func(body []byte) []byte) *front {
+	e.Helper()
+	to, err := url.Parse(target)
+	if err != nil {
+		e.Fatal(err)
+	}
+	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(to) }}
+	if to.Path != "" {
+		proxy.Rewrite = func(r *httputil.ProxyRequest) { r.Out.URL, r.Out.Host = to, to.Host }
+	}
+	if change != nil {
+		proxy.ModifyResponse = func(resp *http.Response) error {
+			body, err := io.ReadAll(resp.Body)
+			if err != nil {
+				return err
+			}
+			body = change(body)
+			resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+			resp.Header.Set("Content-Length", strconv.Itoa(len(body)))
+			return nil
+		}
+	}
+	f := &front{t: e.TB}
+	f.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if n := f.requests.Add(1); intercept == nil || !intercept(n, w) {
+			proxy.ServeHTTP(w, r)
+		}
+	}))
+	e.Cleanup(f.Close)
+	return f
+}
+
+func (f *front) wantRequests(of string, want int64) {
+	f.t.Helper()
+	if got := f.requests.Load(); got != want {
+		f.t.Errorf("%s: got %d requests, want %d", of, got, want)
+	}
+}

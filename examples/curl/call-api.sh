@@ -1,0 +1,91 @@
+#!/bin/sh
+# Copyright (c) The vault-plugin-secrets-mojoauth authors
+# SPDX-License-Identifier: MPL-2.0
+#
+# Calls an API that MojoAuth protects, with an access token from Vault.
+# See examples/README.md for the variables.
+set -eu
+LC_ALL=C
+export LC_ALL
+newline='
+'
+
+fail() {
+	printf 'call-api: %s\n' "$*" >&2
+	exit 1
+}
+
+# need_bare NAME VALUE: a header holds one line of visible characters. The
+# message names the variable only, since the value is secret.
+need_bare() {
+	case $2 in
+	'' | *[![:graph:]]*) fail "$1 does not hold a bare token" ;;
+	esac
+}
+
+# get URL HEADER: sets status and body. The header comes from standard input,
+# because other users can see arguments in the process list.
+get() {
+	answer=$(printf '%s\n' "$2" | curl -sS --max-time 30 -H @- -w '\n%{http_code}' "$1") ||
+		fail "no answer from $1"
+	status=${answer##*"$newline"}
+	body=${answer%"$newline"*}
+	body=${body%"$newline"}
+}
+
+# pick EXPRESSION: what sed finds in the body. Vault's JSON is on one line.
+pick() { printf '%s\n' "$body" | sed -n "$1"; }
+
+read_vault() {
+	need_bare VAULT_TOKEN "${VAULT_TOKEN:-}"
+	[ -n "${VAULT_ADDR:-}" ] || fail 'VAULT_ADDR is not set'
+	url=${VAULT_ADDR%/}/v1/${MOUNT:-mojoauth}/creds/${ROLE:-demo}
+	now=$(date +%s)
+	get "$url" "X-Vault-Token: $VAULT_TOKEN"
+	case $status in
+	5??) # A plugin that was killed is started again by the next request.
+		sleep 1
+		get "$url" "X-Vault-Token: $VAULT_TOKEN"
+		;;
+	esac
+	[ "$status" = 200 ] || fail "Vault answered $status: $(
+		pick 's/^{"errors":\["\(.*\)"\].*/\1/; s/","/; /g; s/\\[nt]/ /g; s/\\"/"/g; s/\\\\/\\/g; p'
+	)"
+	# These characters are all that a bearer token may hold (RFC 6750 §2.1), and
+	# none of them is escaped in JSON.
+	token=$(pick 's|.*"access_token":"\([A-Za-z0-9._~+/=-]*\)".*|\1|p')
+	ttl=$(pick 's/.*"ttl":\([0-9][0-9]*\).*/\1/p')
+	[ -n "$token" ] && [ -n "$ttl" ] || fail 'Vault answered without a token'
+	read_again=$((now + ttl))
+}
+
+# take_token [fresh]: sets token.
+take_token() {
+	if [ -n "${TOKEN_FILE:-}" ]; then
+		# Vault Agent replaces the file, so what was read before may be old.
+		token=$(cat "$TOKEN_FILE") || fail 'TOKEN_FILE cannot be read'
+		need_bare TOKEN_FILE "$token"
+	elif [ "${1:-}" = fresh ] || [ "$(date +%s)" -ge "$read_again" ]; then
+		read_vault
+	fi
+}
+
+[ -n "${API_URL:-}" ] || fail 'API_URL is not set'
+token='' read_again=0 # nothing is cached yet
+call=0
+while [ "$call" -lt "${CALLS:-1}" ]; do
+	[ "$call" -eq 0 ] || sleep "${INTERVAL:-1}"
+	take_token
+	get "$API_URL" "Authorization: Bearer $token"
+	if [ "$status" = 401 ]; then
+		# The token may have been replaced since it was read. Once is enough:
+		# a second 401 is about something else.
+		take_token fresh
+		get "$API_URL" "Authorization: Bearer $token"
+	fi
+	case $status in
+	2??) printf '%s %s\n' "$status" "$body" ;;
+	*) fail "the API answered $status: $body" ;;
+	esac
+	call=$((call + 1))
+done

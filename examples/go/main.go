@@ -1,0 +1,163 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+// This program calls an API that MojoAuth protects, with an access token from
+// Vault. See examples/README.md for the variables.
+package main
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// A tokenSource gives the token for the next call. A fresh one comes from no
+// cache of the source.
+type tokenSource interface {
+	token(fresh bool) (string, error)
+}
+
+// fileSource reads the file at every call, since Vault Agent replaces it.
+type fileSource string
+
+func (path fileSource) token(bool) (string, error) {
+	content, err := os.ReadFile(string(path))
+	token := strings.TrimSpace(string(content))
+	if err == nil && token == "" {
+		err = errors.New("TOKEN_FILE is empty")
+	}
+	return token, err
+}
+
+// vaultSource reads from Vault, and keeps the token as long as Vault says.
+type vaultSource struct {
+	url, vaultToken string
+
+	cached    string
+	readAgain time.Time
+}
+
+func (v *vaultSource) token(fresh bool) (string, error) {
+	if !fresh && time.Now().Before(v.readAgain) {
+		return v.cached, nil
+	}
+	now := time.Now()
+	status, body, err := get(v.url, "X-Vault-Token", v.vaultToken)
+	if err == nil && status >= 500 {
+		// A plugin that was killed is started again by the next request.
+		time.Sleep(time.Second)
+		status, body, err = get(v.url, "X-Vault-Token", v.vaultToken)
+	}
+	if err != nil {
+		return "", err
+	}
+	var answer struct {
+		Data struct {
+			AccessToken string `json:"access_token"`
+			TTL         int    `json:"ttl"`
+		} `json:"data"`
+		Errors []string `json:"errors"`
+	}
+	err = json.Unmarshal([]byte(body), &answer)
+	if status != http.StatusOK {
+		text := cmp.Or(strings.Join(answer.Errors, "; "), body)
+		return "", fmt.Errorf("Vault answered %d: %s", status, strings.Join(strings.Fields(text), " "))
+	}
+	if err != nil || answer.Data.AccessToken == "" {
+		return "", errors.New("Vault answered without a token")
+	}
+	v.cached, v.readAgain = answer.Data.AccessToken, now.Add(time.Duration(answer.Data.TTL)*time.Second)
+	return v.cached, nil
+}
+
+var client = &http.Client{
+	Timeout: 30 * time.Second,
+	// A redirect could take the token to another host.
+	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+}
+
+// get sends a request with one more header, and returns what came back.
+func get(url, header, value string) (status int, body string, err error) {
+	req, err := http.NewRequest(http.MethodGet, url, nil)
+	if err != nil {
+		return 0, "", err
+	}
+	req.Header.Set(header, value)
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, "", err
+	}
+	defer resp.Body.Close()
+	content, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, strings.TrimSpace(string(content)), err
+}
+
+// callAPI calls the API with a token of the source.
+func callAPI(url string, source tokenSource, fresh bool) (status int, body string, err error) {
+	token, err := source.token(fresh)
+	if err != nil {
+		return 0, "", err
+	}
+	return get(url, "Authorization", "Bearer "+token)
+}
+
+func run() error {
+	url := os.Getenv("API_URL")
+	calls, err := strconv.Atoi(cmp.Or(os.Getenv("CALLS"), "1"))
+	if err != nil {
+		return fmt.Errorf("CALLS: %w", err)
+	}
+	interval, err := time.ParseDuration(cmp.Or(os.Getenv("INTERVAL"), "1") + "s")
+	if err != nil {
+		return fmt.Errorf("INTERVAL: %w", err)
+	}
+	required := []string{"API_URL", "VAULT_ADDR", "VAULT_TOKEN"}
+	var source tokenSource = &vaultSource{
+		url: strings.TrimSuffix(os.Getenv("VAULT_ADDR"), "/") + "/v1/" +
+			cmp.Or(os.Getenv("MOUNT"), "mojoauth") + "/creds/" + cmp.Or(os.Getenv("ROLE"), "demo"),
+		vaultToken: os.Getenv("VAULT_TOKEN"),
+	}
+	if path := os.Getenv("TOKEN_FILE"); path != "" {
+		required = required[:1]
+		source = fileSource(path)
+	}
+	for _, name := range required {
+		if os.Getenv(name) == "" {
+			return fmt.Errorf("%s is not set", name)
+		}
+	}
+
+	for call := 0; call < calls; call++ {
+		if call > 0 {
+			time.Sleep(interval)
+		}
+		status, body, err := callAPI(url, source, false)
+		if err == nil && status == http.StatusUnauthorized {
+			// The token may have been replaced since it was read. Once is
+			// enough: a second 401 is about something else.
+			status, body, err = callAPI(url, source, true)
+		}
+		if err != nil {
+			return err
+		}
+		if status < 200 || status > 299 {
+			return fmt.Errorf("the API answered %d: %s", status, body)
+		}
+		fmt.Println(status, body)
+	}
+	return nil
+}
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "call-api:", err)
+		os.Exit(1)
+	}
+}

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+# Copyright (c) The vault-plugin-secrets-mojoauth authors
+# SPDX-License-Identifier: MPL-2.0
+"""Calls an API that MojoAuth protects, with an access token from Vault.
+
+See examples/README.md for the variables.
+"""
+
+import http.client
+import json
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect could take the token to another host."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+opener = urllib.request.build_opener(NoRedirect)
+
+
+def setting(name, default=None):
+    value = os.environ.get(name) or default
+    if value is None:
+        raise ValueError(f"{name} is not set")
+    return value
+
+
+def bare(name, value):
+    """Check a token before it is a header's value: an error of http.client
+    about a malformed one would show it."""
+    if not re.fullmatch("[!-~]+", value):
+        raise ValueError(f"{name} does not hold a bare token")
+    return value
+
+
+def get(url, **headers):
+    """Return the status and the body, of 4xx and 5xx too."""
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        response = opener.open(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        response = error
+    except urllib.error.URLError as error:
+        raise ConnectionError(f"no answer from {url}: {error.reason}") from error
+    with response:
+        return response.status, response.read().decode(errors="replace").strip()
+
+
+class FileSource:
+    """Reads the file at every call, since Vault Agent replaces it."""
+
+    def token(self, fresh):
+        with open(setting("TOKEN_FILE"), encoding="ascii", errors="replace") as file:
+            return bare("TOKEN_FILE", file.read().strip())
+
+
+class VaultSource:
+    """Reads from Vault, and keeps the token as long as Vault says."""
+
+    def __init__(self):
+        mount, role = setting("MOUNT", "mojoauth"), setting("ROLE", "demo")
+        self.url = f"{setting('VAULT_ADDR').rstrip('/')}/v1/{mount}/creds/{role}"
+        self.headers = {"X-Vault-Token": bare("VAULT_TOKEN", setting("VAULT_TOKEN"))}
+        self.cached, self.read_again = None, 0
+
+    def token(self, fresh):
+        now = time.monotonic()
+        if fresh or self.cached is None or now >= self.read_again:
+            status, body = get(self.url, **self.headers)
+            if status >= 500:
+                # A plugin that was killed is started again by the next request.
+                time.sleep(1)
+                status, body = get(self.url, **self.headers)
+            if status != 200:
+                raise ValueError(f"Vault answered {status}: {error_text(body)}")
+            data = json.loads(body)["data"]
+            self.cached, self.read_again = bare("access_token", data["access_token"]), now + data["ttl"]
+        return self.cached
+
+
+def error_text(body):
+    try:
+        body = "; ".join(json.loads(body)["errors"]) or body
+    except (ValueError, LookupError, TypeError):
+        pass  # it is not Vault's, but of something before it
+    return " ".join(body.split())
+
+
+def call_api(source, fresh=False):
+    return get(setting("API_URL"), Authorization=f"Bearer {source.token(fresh)}")
+
+
+def main():
+    source = FileSource() if os.environ.get("TOKEN_FILE") else VaultSource()
+    for call in range(int(setting("CALLS", "1"))):
+        if call > 0:
+            time.sleep(float(setting("INTERVAL", "1")))
+        status, body = call_api(source)
+        if status == 401:
+            # The token may have been replaced since it was read. Once is
+            # enough: a second 401 is about something else.
+            status, body = call_api(source, fresh=True)
+        if not 200 <= status <= 299:
+            raise ValueError(f"the API answered {status}: {body}")
+        print(status, body, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
+        sys.exit(f"call_api: {error}")
