@@ -7,7 +7,7 @@ COMMIT      ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown
 LDFLAGS     := -s -w -X $(MODULE).Version=$(VERSION) -X $(MODULE).Commit=$(COMMIT)
 GOLANGCI    := bin/golangci-lint
 
-.PHONY: help build dev test test-unit test-e2e test-live lint fmt bench clean
+.PHONY: help build dev test test-unit test-e2e test-live lint fmt bench soak clean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,8 +15,8 @@ help: ## List the tasks
 build: ## Build the plugin into bin/
 	CGO_ENABLED=0 go build -trimpath -ldflags "$(LDFLAGS)" -o bin/$(NAME) ./cmd/$(NAME)
 
-dev: ## Run Vault with the engine and an OAuth server, and read a token
-	@VERSION=$(VERSION) scripts/dev.sh
+dev: ## Run Vault with the engine and an OAuth server, and read a token; AGENT=1 adds a Vault Agent
+	@VERSION=$(VERSION) AGENT=$(AGENT) scripts/dev.sh
 
 test: test-unit test-e2e ## Run all tests
 
@@ -47,6 +47,9 @@ bench: ## Run the benchmarks
 	go test -run '^$$' -bench . -benchmem .
 	@echo "Through a real Vault; about two minutes."
 	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && go test -run '^$$' -bench . -benchtime 1x .
+
+soak: ## Let Vault Agents run for 12 token lifetimes through all faults: 8 minutes
+	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && AGENT_LIFETIMES=3 go test -count=1 -timeout 30m -run AgentKeeps -v .
 
 clean: ## Remove what was built
 	rm -rf bin dist

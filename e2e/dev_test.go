@@ -29,7 +29,7 @@ func TestDevScript(t *testing.T) {
 	}
 	var out lockedBuffer
 	cmd := exec.Command(filepath.Join(root, "scripts", "dev.sh"))
-	cmd.Env = append(os.Environ(), "VAULT_BIN="+vaultBinary, "MOJOAUTH_TOKEN_URL=")
+	cmd.Env = append(os.Environ(), "VAULT_BIN="+vaultBinary, "MOJOAUTH_TOKEN_URL=", "AGENT=1")
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -49,7 +49,7 @@ func TestDevScript(t *testing.T) {
 		}
 		return nil
 	})
-	for _, want := range []string{"access_token ", `200 {"message":"hello demo-client"}`} {
+	for _, want := range []string{"access_token ", `200 {"message":"hello demo-client"}`, "200 with what the agent wrote"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("it did not print %q:\n%s", want, out.String())
 		}

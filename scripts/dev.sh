@@ -6,6 +6,8 @@
 # MOJOAUTH_CLIENT_SECRET are set, the real MojoAuth is asked instead, for the
 # audience MOJOAUTH_API_AUDIENCE and the scopes MOJOAUTH_SCOPES if they are set.
 #
+# With AGENT=1 a Vault Agent runs too, and keeps a token in a file.
+#
 # Nothing is kept: Vault's storage is in memory.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -15,13 +17,13 @@ say() { printf '==> %s\n' "$*"; }
 die() { printf 'dev.sh: %s\n' "$*" >&2; exit 1; }
 
 work=$(mktemp -d)
-vault_pid='' oauth_pid=''
+vault_pid='' oauth_pid='' agent_pid=''
 cleanup() {
 	trap - EXIT INT TERM
-	for pid in $vault_pid $oauth_pid; do
+	for pid in $agent_pid $vault_pid $oauth_pid; do
 		kill "$pid" 2>/dev/null || true
 	done
-	for pid in $vault_pid $oauth_pid; do
+	for pid in $agent_pid $vault_pid $oauth_pid; do
 		wait "$pid" 2>/dev/null || true
 	done
 	rm -rf "$work"
@@ -106,6 +108,49 @@ if [ -n "$api" ]; then
 	[ "$status" = 200 ] || die "the API did not accept the token"
 fi
 
+if [ "${AGENT:-}" = 1 ]; then
+	say "Starting a Vault Agent that keeps a token in a file"
+	"$vault" policy write demo - >/dev/null <<'HCL'
+path "mojoauth/creds/demo" {
+  capabilities = ["read"]
+}
+HCL
+	"$vault" auth enable approle >/dev/null
+	"$vault" write auth/approle/role/demo token_policies=demo >/dev/null
+	"$vault" read -field=role_id auth/approle/role/demo/role-id >"$work/role-id"
+	"$vault" write -f -field=secret_id auth/approle/role/demo/secret-id >"$work/secret-id"
+	cat >"$work/agent.hcl" <<HCL
+vault {
+  address = "$VAULT_ADDR"
+}
+auto_auth {
+  method "approle" {
+    config = {
+      role_id_file_path                   = "$work/role-id"
+      secret_id_file_path                 = "$work/secret-id"
+      remove_secret_id_file_after_reading = false
+    }
+  }
+}
+template {
+  contents    = "{{ with secret \"mojoauth/creds/demo\" }}{{ .Data.access_token }}{{ end }}"
+  destination = "$work/token"
+  perms       = "0600"
+}
+template {
+  contents    = "{{ with secret \"mojoauth/creds/demo\" }}Authorization: Bearer {{ .Data.access_token }}\n{{ end }}"
+  destination = "$work/header"
+  perms       = "0600"
+}
+HCL
+	env -u VAULT_TOKEN "$vault" agent -config="$work/agent.hcl" >"$work/agent.log" 2>&1 &
+	agent_pid=$!
+	until_ready "the Vault Agent" "$agent_pid" "$work/agent.log" test -s "$work/header"
+	if [ -n "$api" ]; then
+		printf '%s with what the agent wrote into %s/header\n' "$(curl -s -o /dev/null -w '%{http_code}' -H @"$work/header" "$api")" "$work"
+	fi
+fi
+
 vault_log=$work/vault.log
 cat <<TXT
 
@@ -123,12 +168,17 @@ Vault is running. In another terminal:
   less $vault_log
 TXT
 [ -z "$api" ] || cat <<TXT
-  curl -H "Authorization: Bearer \$(vault read -field=access_token mojoauth/creds/demo)" $api
+  export API_URL=$api   # for the examples in examples/
+  curl -H "Authorization: Bearer \$(vault read -field=access_token mojoauth/creds/demo)" \$API_URL
 
 An outage, to watch the engine on a bad day, and its end (docs/monitoring.md has more):
 
   curl -X PUT $oauth/faults -d '{"status": 503}'
   curl -X DELETE $oauth/faults
+TXT
+[ -z "$agent_pid" ] || cat <<TXT
+
+The Vault Agent keeps $work/token and $work/header fresh; its log is $work/agent.log.
 TXT
 echo
 say "Press Ctrl-C to stop and remove everything"

@@ -1,0 +1,190 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
+)
+
+// Applications call the API five times a second with what a real Vault Agent keeps
+// in a file for them, and are not rejected once, while Vault, the plugin, the OAuth
+// server and the agents fail in turn.
+//
+// A token lives 40 s: F = 4 s, m = 4 s. The roles' min_ttl of 24 s makes R = 24 s, so
+// that a token that is due outlives a server that is down for a third of a lifetime
+// and the back-off after that.
+//
+// AGENT_LIFETIMES sets how many lifetimes each fault is given; `make soak` asks for
+// more than the 2 of every run.
+func TestAgentKeepsApplicationsSupplied(t *testing.T) {
+	t.Parallel()
+	const lifetime = 40 * time.Second
+	perFault := 2
+	if n, err := strconv.Atoi(os.Getenv("AGENT_LIFETIMES")); err == nil {
+		perFault = n
+	}
+	w := newWorld(t)
+	w.oauth.SetLifetime(lifetime + time.Second) // it rounds down
+	w.write("config", w.config(nil))
+	w.write("roles/hinted", role(map[string]any{"min_ttl": "24s"}))
+	w.write("roles/leased", role(map[string]any{"min_ttl": "24s", "generate_lease": true}))
+	policy := func(role string) string {
+		return `path "mojoauth/creds/` + role + `" { capabilities = ["read"] }`
+	}
+	files := func(role string) string {
+		return `
+template {
+  contents    = "{{ with secret \"mojoauth/creds/` + role + `\" }}{{ .Data.access_token }}{{ end }}"
+  destination = "%[1]s/token"
+  perms       = "0600"
+}
+template {
+  contents    = "{{ with secret \"mojoauth/creds/` + role + `\" }}Authorization: Bearer {{ .Data.access_token }}\n{{ end }}"
+  destination = "%[1]s/header"
+  perms       = "0600"
+}
+`
+	}
+	hinted := w.vault.StartAgent(t, "hinted", policy("hinted"), files("hinted"))
+	leased := w.vault.StartAgent(t, "leased", policy("leased"), files("leased"))
+	// The agent starts this program with the token in its environment, and again
+	// whenever there is a new one.
+	supervisor := w.vault.StartAgent(t, "supervisor", policy("hinted"), `
+env_template "MOJOAUTH_TOKEN" {
+  contents = "{{ with secret \"mojoauth/creds/hinted\" }}{{ .Data.access_token }}{{ end }}"
+}
+exec {
+  command                   = ["/bin/sh", "-c", "umask 077; printf %%s \"$MOJOAUTH_TOKEN\" >%[1]s/new && mv %[1]s/new %[1]s/token && exec sleep 3600"]
+  restart_on_secret_changes = "always"
+  restart_stop_signal       = "SIGTERM"
+}
+`)
+	agents := map[string]*harness.Agent{"hinted": hinted, "leased": leased, "supervisor": supervisor}
+
+	read := func(a *harness.Agent, file string) (string, error) {
+		content, err := os.ReadFile(filepath.Join(a.Dir, file))
+		if err == nil && len(content) == 0 {
+			err = errors.New("it is empty")
+		}
+		return string(content), err
+	}
+	for name, agent := range agents {
+		harness.Eventually(t, name+" has a token", func() error { _, err := read(agent, "token"); return err })
+		info, err := os.Stat(filepath.Join(agent.Dir, "token"))
+		if err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: the token's file has the mode %v, %v", name, info.Mode(), err)
+		}
+	}
+	for _, agent := range []*harness.Agent{hinted, leased} {
+		harness.Eventually(t, "the header's file", func() error { _, err := read(agent, "header"); return err })
+		header, _ := read(agent, "header")
+		if token, ok := strings.CutPrefix(header, "Authorization: Bearer "); !ok || w.callAPI(strings.TrimSpace(token)) != 200 {
+			t.Errorf("the header's file holds %q", header)
+		}
+	}
+
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	calls, rejected := map[string]*atomic.Int64{}, map[string]*atomic.Int64{}
+	for name, agent := range agents {
+		called, refused := &atomic.Int64{}, &atomic.Int64{}
+		calls[name], rejected[name] = called, refused
+		wg.Go(func() {
+			ticker := time.NewTicker(time.Second / 5)
+			defer ticker.Stop()
+			for {
+				select {
+				case <-stop:
+					return
+				case <-ticker.C:
+				}
+				token, err := read(agent, "token")
+				if err != nil {
+					t.Errorf("%s: %v", name, err)
+					return
+				}
+				called.Add(1)
+				if status := w.callAPI(token); status != 200 {
+					refused.Add(1)
+					t.Errorf("%s: the API answered %d at %s", name, status, time.Now().Format(time.TimeOnly))
+				}
+			}
+		})
+	}
+
+	began := time.Now()
+	for _, fault := range []struct {
+		name string
+		do   func()
+	}{
+		{"Vault is sealed and unsealed", func() {
+			if err := w.vault.Sys().Seal(); err != nil {
+				t.Error(err)
+			}
+			time.Sleep(time.Second)
+			w.vault.Unseal(t)
+		}},
+		{"the plugin is killed", func() { w.vault.KillPlugin(t, pluginBinary, syscall.SIGKILL) }},
+		{"the OAuth server is down for a third of a lifetime", func() {
+			w.oauth.SetFaults(oauthserver.Faults{Status: 503})
+			time.Sleep(lifetime / 3)
+			w.oauth.SetFaults(oauthserver.Faults{})
+		}},
+		{"the agents restart", func() {
+			for _, agent := range agents {
+				agent.Restart()
+			}
+		}},
+	} {
+		begin := time.Now()
+		// Not at the beginning, when all tokens are fresh.
+		time.Sleep(lifetime / 3)
+		t.Logf("%s: %s", time.Now().Format(time.TimeOnly), fault.name)
+		fault.do()
+		time.Sleep(time.Until(begin.Add(time.Duration(perFault) * lifetime)))
+	}
+	close(stop)
+	wg.Wait()
+
+	audit, err := os.ReadFile(w.vault.AuditFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var reads int
+	for line := range bytes.Lines(audit) {
+		if bytes.Contains(line, []byte(`"type":"response"`)) && bytes.Contains(line, []byte(`"path":"mojoauth/creds/`)) {
+			reads++
+		}
+	}
+	lifetimes := time.Since(began).Seconds() / lifetime.Seconds()
+	t.Logf("%.1f lifetimes of %s, three agents: %d reads of Vault, %d requests to the OAuth server", lifetimes, lifetime, reads, len(w.oauth.Requests()))
+	for name := range agents {
+		t.Logf("%s: %d calls of the API, %d rejected", name, calls[name].Load(), rejected[name].Load())
+		if float64(calls[name].Load()) < lifetimes*lifetime.Seconds()*3 {
+			t.Errorf("%s: only %d calls: the test did not look closely", name, calls[name].Load())
+		}
+		if t.Failed() {
+			t.Logf("the log of %s:\n%s", name, agents[name].Log())
+		}
+	}
+	// An agent that ignores the hints reads every five minutes, one that takes a
+	// ttl for 0 every second.
+	if perLifetime := float64(reads) / 5 / lifetimes; perLifetime > 8 {
+		t.Errorf("each template was read %.1f times per lifetime", perLifetime)
+	}
+	w.noCanary()
+}

@@ -1,0 +1,236 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"testing"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
+)
+
+// as is a client of the world's Vault with another token.
+func (w *world) as(request *api.TokenCreateRequest) *api.Client {
+	w.Helper()
+	secret, err := w.vault.Auth().Token().Create(request)
+	if err != nil {
+		w.Fatal(err)
+	}
+	client, err := w.vault.Clone()
+	if err != nil {
+		w.Fatal(err)
+	}
+	client.SetToken(secret.Auth.ClientToken)
+	return client
+}
+
+// The policies that docs/consumers.md and the README show, and what each may do.
+func TestLeastPrivilegePolicies(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.write("config", w.config(nil))
+	w.write("roles/app", role(map[string]any{"scopes": "read:data,write:data"}))
+	w.write("roles/other", role(nil))
+	policies := map[string]string{
+		"application": `path "mojoauth/creds/app" { capabilities = ["read"] }`,
+		"operator": `
+path "mojoauth/config"        { capabilities = ["create", "read", "update", "delete", "list"] }
+path "mojoauth/config/*"      { capabilities = ["create", "read", "update", "delete", "list"] }
+path "mojoauth/roles/*"       { capabilities = ["create", "read", "update", "delete", "list"] }
+path "mojoauth/rotate-role/*" { capabilities = ["update"] }
+path "mojoauth/status"        { capabilities = ["read"] }`,
+		"monitoring": `
+path "mojoauth/metrics" { capabilities = ["read"] }
+path "mojoauth/status"  { capabilities = ["read"] }`,
+	}
+	requests := []struct {
+		name string
+		do   func(c *api.Client) error
+		may  []string
+	}{
+		{"read a token", func(c *api.Client) error { _, err := c.Logical().Read("mojoauth/creds/app"); return err }, []string{"application"}},
+		{"read another role's token", func(c *api.Client) error { _, err := c.Logical().Read("mojoauth/creds/other"); return err }, nil},
+		{"read the config", func(c *api.Client) error { _, err := c.Logical().Read("mojoauth/config"); return err }, []string{"operator"}},
+		{"list configs", func(c *api.Client) error { _, err := c.Logical().List("mojoauth/config"); return err }, []string{"operator"}},
+		{"write a role", func(c *api.Client) error {
+			_, err := c.Logical().Write("mojoauth/roles/other", map[string]any{"min_ttl": "1m"})
+			return err
+		}, []string{"operator"}},
+		{"rotate a role", func(c *api.Client) error {
+			_, err := c.Logical().Write("mojoauth/rotate-role/app", nil)
+			return err
+		}, []string{"operator"}},
+		{"read status", func(c *api.Client) error { _, err := c.Logical().Read("mojoauth/status"); return err }, []string{"operator", "monitoring"}},
+		{"scrape metrics", func(c *api.Client) error {
+			resp, err := c.Logical().ReadRaw("mojoauth/metrics")
+			if resp != nil {
+				resp.Body.Close()
+			}
+			return err
+		}, []string{"monitoring"}},
+	}
+	for who, policy := range policies {
+		if err := w.vault.Sys().PutPolicy(who, policy); err != nil {
+			t.Fatal(err)
+		}
+		client := w.as(&api.TokenCreateRequest{Policies: []string{who}})
+		for _, request := range requests {
+			err := request.do(client)
+			var answer *api.ResponseError
+			switch may := slices.Contains(request.may, who); {
+			case may && err != nil:
+				t.Errorf("%s may not %s: %v", who, request.name, err)
+			case !may && (!errors.As(err, &answer) || answer.StatusCode != 403):
+				t.Errorf("%s may %s: %v", who, request.name, err)
+			}
+		}
+	}
+
+	// A policy can allow only certain scopes: Vault looks at parameter constraints on
+	// a read too.
+	if err := w.vault.Sys().PutPolicy("constrained", `
+path "mojoauth/creds/app" {
+  capabilities        = ["read"]
+  required_parameters = ["scopes"]
+  allowed_parameters  = { "scopes" = ["read:data"], "min_ttl" = [] }
+}`); err != nil {
+		t.Fatal(err)
+	}
+	constrained := w.as(&api.TokenCreateRequest{Policies: []string{"constrained"}})
+	for scopes, allowed := range map[string]bool{
+		"read:data": true, "": false, "write:data": false, "read:data,write:data": false, "read:data write:data": false,
+	} {
+		query := map[string][]string{}
+		if scopes != "" {
+			query["scopes"] = []string{scopes}
+		}
+		_, err := constrained.Logical().ReadWithData("mojoauth/creds/app", query)
+		if (err == nil) != allowed {
+			t.Errorf("scopes %q: allowed %v, want %v: %v", scopes, err == nil, allowed, err)
+		}
+	}
+}
+
+// The ways in which Vault's own features meet a read.
+func TestVaultFeatures(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.write("config", w.config(nil))
+	w.write("roles/app", role(nil))
+	w.write("roles/leased", role(map[string]any{"generate_lease": true}))
+	token := w.token("app")
+	if err := w.vault.Sys().PutPolicy("app", `path "mojoauth/creds/*" { capabilities = ["read"] }`); err != nil {
+		t.Fatal(err)
+	}
+
+	t.Run("response wrapping", func(t *testing.T) {
+		client := w.as(&api.TokenCreateRequest{Policies: []string{"app"}})
+		client.SetWrappingLookupFunc(func(string, string) string { return "60s" })
+		for _, role := range []string{"app", "leased"} {
+			secret, err := client.Logical().Read("mojoauth/creds/" + role)
+			if err != nil || secret.WrapInfo == nil || secret.Data != nil {
+				t.Fatalf("%s: got %v, %v; want it wrapped", role, secret, err)
+			}
+			unwrapped, err := w.vault.Logical().Unwrap(secret.WrapInfo.Token)
+			if err != nil || unwrapped.Data["access_token"] == nil {
+				t.Errorf("%s: unwrapped %v, %v", role, unwrapped, err)
+			}
+			if _, err := w.vault.Logical().Unwrap(secret.WrapInfo.Token); err == nil {
+				t.Errorf("%s: it could be unwrapped twice", role)
+			}
+		}
+	})
+	t.Run("a batch token", func(t *testing.T) {
+		client := w.as(&api.TokenCreateRequest{Policies: []string{"app"}, Type: "batch", TTL: "10m"})
+		secret, err := client.Logical().Read("mojoauth/creds/app")
+		if err != nil || secret.Data["access_token"] != token {
+			t.Errorf("got %v, %v", secret, err)
+		}
+		leased, err := client.Logical().Read("mojoauth/creds/leased")
+		if err != nil || leased.LeaseID == "" || leased.LeaseDuration > 600 {
+			t.Errorf("leased: got %v, %v; want a lease no longer than the batch token", leased, err)
+		}
+	})
+	t.Run("a token with two uses", func(t *testing.T) {
+		client := w.as(&api.TokenCreateRequest{Policies: []string{"app"}, NumUses: 2})
+		for n := 1; n <= 3; n++ {
+			_, err := client.Logical().Read("mojoauth/creds/app")
+			if (err == nil) != (n <= 2) {
+				t.Errorf("read %d: %v", n, err)
+			}
+		}
+	})
+	t.Run("a namespace in the community edition", func(t *testing.T) {
+		client, err := w.vault.CloneWithHeaders()
+		if err != nil {
+			t.Fatal(err)
+		}
+		client.SetToken(w.vault.Token())
+		client.SetNamespace("team-a")
+		secret, err := client.Logical().Read("mojoauth/creds/app")
+		if err != nil || secret == nil || secret.Data["access_token"] != token {
+			t.Errorf("got %v, %v; want the header ignored", secret, err)
+		}
+	})
+}
+
+// Reading through an agent's API listener, with and without its cache: the cache
+// keeps what it can renew, and these answers it cannot, leased or not.
+func TestAgentListener(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.write("config", w.config(nil))
+	w.write("roles/app", role(nil))
+	w.write("roles/leased", role(map[string]any{"generate_lease": true}))
+	for _, cached := range []bool{false, true} {
+		address := harness.FreeAddress(t)
+		name := fmt.Sprintf("listener-%v", cached)
+		cache := ""
+		if cached {
+			cache = "cache {}\n"
+		}
+		agent := w.vault.StartAgent(t, name, `path "mojoauth/creds/*" { capabilities = ["read"] }`,
+			cache+`api_proxy { use_auto_auth_token = true }
+listener "tcp" {
+  address     = "`+address+`"
+  tls_disable = true
+}
+# %s
+`)
+		read := func(role string) (*api.Secret, error) {
+			config := api.DefaultConfig()
+			config.Address = "http://" + address
+			client, err := api.NewClient(config)
+			if err != nil {
+				return nil, err
+			}
+			client.ClearToken() // the agent has its own
+			return client.Logical().Read("mojoauth/creds/" + role)
+		}
+		harness.Eventually(t, "the listener answers", func() error { _, err := read("app"); return err })
+		for _, role := range []string{"app", "leased"} {
+			first, err := read(role)
+			if err != nil {
+				t.Fatalf("%s\n%s", err, agent.Log())
+			}
+			if status := w.callAPI(first.Data["access_token"].(string)); status != http.StatusOK {
+				t.Errorf("the API answered %d", status)
+			}
+			w.write("rotate-role/"+role, nil)
+			second, err := read(role)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fromCache := first.Data["access_token"] == second.Data["access_token"]
+			if fromCache {
+				t.Errorf("cache %v, role %s: the agent kept an answer that cannot be renewed", cached, role)
+			}
+		}
+	}
+}
