@@ -12,8 +12,8 @@ import (
 )
 
 // This file holds the arithmetic of a token's life: pure functions over
-// durations, without a clock, a cache or Vault. The README tells the same in
-// words.
+// durations, without a clock, a cache or Vault. docs/concepts.md draws the
+// same numbers as a picture.
 
 const (
 	// maxFloor is the buffer MojoAuth's guide asks for: no token is handed

@@ -5,7 +5,6 @@ package e2e
 
 import (
 	"errors"
-	"fmt"
 	"net/http"
 	"slices"
 	"testing"
@@ -180,23 +179,27 @@ func TestVaultFeatures(t *testing.T) {
 	})
 }
 
-// Reading through an agent's API listener, with and without its cache: the cache
-// keeps what it can renew, and these answers it cannot, leased or not.
-func TestAgentListener(t *testing.T) {
+// Reading through the API listener of a Vault Agent or a Vault Proxy, with and without
+// its cache: the cache keeps what it can renew, and these answers it cannot, leased or
+// not.
+func TestAPIListeners(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(nil))
 	w.write("roles/app", role(nil))
 	w.write("roles/leased", role(map[string]any{"generate_lease": true}))
-	for _, cached := range []bool{false, true} {
+	for _, c := range []struct {
+		name, cache string
+		start       func(t testing.TB, name, policy, stanzas string) *harness.Agent
+	}{
+		{"agent", "", w.vault.StartAgent},
+		{"agent-cache", "cache {}\n", w.vault.StartAgent},
+		{"proxy", "", w.vault.StartProxy},
+		{"proxy-cache", "cache {}\n", w.vault.StartProxy},
+	} {
 		address := harness.FreeAddress(t)
-		name := fmt.Sprintf("listener-%v", cached)
-		cache := ""
-		if cached {
-			cache = "cache {}\n"
-		}
-		agent := w.vault.StartAgent(t, name, `path "mojoauth/creds/*" { capabilities = ["read"] }`,
-			cache+`api_proxy { use_auto_auth_token = true }
+		agent := c.start(t, c.name, `path "mojoauth/creds/*" { capabilities = ["read"] }`,
+			c.cache+`api_proxy { use_auto_auth_token = true }
 listener "tcp" {
   address     = "`+address+`"
   tls_disable = true
@@ -217,7 +220,7 @@ listener "tcp" {
 		for _, role := range []string{"app", "leased"} {
 			first, err := read(role)
 			if err != nil {
-				t.Fatalf("%s\n%s", err, agent.Log())
+				t.Fatalf("%s: %s\n%s", c.name, err, agent.Log())
 			}
 			if status := w.callAPI(first.Data["access_token"].(string)); status != http.StatusOK {
 				t.Errorf("the API answered %d", status)
@@ -229,7 +232,7 @@ listener "tcp" {
 			}
 			fromCache := first.Data["access_token"] == second.Data["access_token"]
 			if fromCache {
-				t.Errorf("cache %v, role %s: the agent kept an answer that cannot be renewed", cached, role)
+				t.Errorf("%s, role %s: it kept an answer that cannot be renewed", c.name, role)
 			}
 		}
 	}

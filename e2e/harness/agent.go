@@ -13,13 +13,14 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// Agent is a Vault Agent that logs in with AppRole.
+// Agent is a Vault Agent, or a Vault Proxy, that logs in with AppRole.
 type Agent struct {
 	Dir     string // what its configuration names may be put here
 	LogFile string
 
 	t       testing.TB
 	binary  string
+	command string // agent or proxy
 	process *process
 }
 
@@ -27,6 +28,17 @@ type Agent struct {
 // its configuration beyond address and login; a %s in it stands for the agent's
 // directory.
 func (v *Vault) StartAgent(t testing.TB, name, policy, stanzas string) *Agent {
+	t.Helper()
+	return v.startAgent(t, "agent", name, policy, stanzas)
+}
+
+// StartProxy is StartAgent for a Vault Proxy.
+func (v *Vault) StartProxy(t testing.TB, name, policy, stanzas string) *Agent {
+	t.Helper()
+	return v.startAgent(t, "proxy", name, policy, stanzas)
+}
+
+func (v *Vault) startAgent(t testing.TB, command, name, policy, stanzas string) *Agent {
 	t.Helper()
 	if mounts, err := v.Sys().ListAuth(); err != nil {
 		t.Fatal(err)
@@ -53,7 +65,7 @@ func (v *Vault) StartAgent(t testing.TB, name, policy, stanzas string) *Agent {
 	}
 	secretID := write("auth/approle/role/"+name+"/secret-id", nil)
 
-	a := &Agent{Dir: t.TempDir(), t: t, binary: v.Binary}
+	a := &Agent{Dir: t.TempDir(), t: t, binary: v.Binary, command: command}
 	a.LogFile = filepath.Join(a.Dir, "agent.log")
 	for file, content := range map[string]string{
 		"role-id":   roleID.Data["role_id"].(string),
@@ -86,7 +98,7 @@ func (a *Agent) start() {
 		a.t.Fatal(err)
 	}
 	defer log.Close() // the process has its own
-	cmd := exec.Command(a.binary, "agent", "-config", filepath.Join(a.Dir, "agent.hcl"))
+	cmd := exec.Command(a.binary, a.command, "-config", filepath.Join(a.Dir, "agent.hcl"))
 	cmd.Stdout, cmd.Stderr = log, log
 	a.process = start(a.t, cmd)
 }
