@@ -49,7 +49,7 @@ func TestDevScript(t *testing.T) {
 		}
 		return nil
 	})
-	for _, want := range []string{"access_token ", `200 {"message":"hello demo-client"}`, "200 with what the agent wrote"} {
+	for _, want := range []string{"access_token ", `200 {"message":"hello demo-client"}`, "200 with what the agent wrote", "supervised.log"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("it did not print %q:\n%s", want, out.String())
 		}

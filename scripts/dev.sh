@@ -6,7 +6,8 @@
 # MOJOAUTH_CLIENT_SECRET are set, the real MojoAuth is asked instead, for the
 # audience MOJOAUTH_API_AUDIENCE and the scopes MOJOAUTH_SCOPES if they are set.
 #
-# With AGENT=1 a Vault Agent runs too, and keeps a token in a file.
+# With AGENT=1 two Vault Agents run too: one keeps a token in files, the other starts
+# a program with the token in its environment, and again whenever there is a new one.
 #
 # Nothing is kept: Vault's storage is in memory.
 set -eu
@@ -17,13 +18,13 @@ say() { printf '==> %s\n' "$*"; }
 die() { printf 'dev.sh: %s\n' "$*" >&2; exit 1; }
 
 work=$(mktemp -d)
-vault_pid='' oauth_pid='' agent_pid=''
+vault_pid='' oauth_pid='' agent_pid='' supervisor_pid=''
 cleanup() {
 	trap - EXIT INT TERM
-	for pid in $agent_pid $vault_pid $oauth_pid; do
+	for pid in $supervisor_pid $agent_pid $vault_pid $oauth_pid; do
 		kill "$pid" 2>/dev/null || true
 	done
-	for pid in $agent_pid $vault_pid $oauth_pid; do
+	for pid in $supervisor_pid $agent_pid $vault_pid $oauth_pid; do
 		wait "$pid" 2>/dev/null || true
 	done
 	rm -rf "$work"
@@ -109,7 +110,7 @@ if [ -n "$api" ]; then
 fi
 
 if [ "${AGENT:-}" = 1 ]; then
-	say "Starting a Vault Agent that keeps a token in a file"
+	say "Starting a Vault Agent that keeps a token in a file, and one that supervises a program"
 	"$vault" policy write demo - >/dev/null <<'HCL'
 path "mojoauth/creds/demo" {
   capabilities = ["read"]
@@ -119,7 +120,7 @@ HCL
 	"$vault" write auth/approle/role/demo token_policies=demo >/dev/null
 	"$vault" read -field=role_id auth/approle/role/demo/role-id >"$work/role-id"
 	"$vault" write -f -field=secret_id auth/approle/role/demo/secret-id >"$work/secret-id"
-	cat >"$work/agent.hcl" <<HCL
+	cat >"$work/login.hcl" <<HCL
 vault {
   address = "$VAULT_ADDR"
 }
@@ -132,6 +133,8 @@ auto_auth {
     }
   }
 }
+HCL
+	cat >"$work/agent.hcl" <<HCL
 template {
   contents    = "{{ with secret \"mojoauth/creds/demo\" }}{{ .Data.access_token }}{{ end }}"
   destination = "$work/token"
@@ -143,8 +146,26 @@ template {
   perms       = "0600"
 }
 HCL
-	env -u VAULT_TOKEN "$vault" agent -config="$work/agent.hcl" >"$work/agent.log" 2>&1 &
+	# A program of yours would call the API with the token; this one notes that it came.
+	cat >"$work/program" <<'SH'
+echo "$(date +%T) started with a token of ${#MOJOAUTH_TOKEN} characters" >>"$1"
+exec sleep 86400
+SH
+	cat >"$work/supervisor.hcl" <<HCL
+env_template "MOJOAUTH_TOKEN" {
+  contents = "{{ with secret \"mojoauth/creds/demo\" }}{{ .Data.access_token }}{{ end }}"
+}
+exec {
+  command                   = ["/bin/sh", "$work/program", "$work/supervised.log"]
+  restart_on_secret_changes = "always"
+  restart_stop_signal       = "SIGTERM"
+}
+HCL
+	env -u VAULT_TOKEN "$vault" agent -config="$work/login.hcl" -config="$work/agent.hcl" >"$work/agent.log" 2>&1 &
 	agent_pid=$!
+	env -u VAULT_TOKEN "$vault" agent -config="$work/login.hcl" -config="$work/supervisor.hcl" >"$work/supervisor.log" 2>&1 &
+	supervisor_pid=$!
+	until_ready "the supervising Vault Agent" "$supervisor_pid" "$work/supervisor.log" test -s "$work/supervised.log"
 	until_ready "the Vault Agent" "$agent_pid" "$work/agent.log" test -s "$work/header"
 	if [ -n "$api" ]; then
 		printf '%s with what the agent wrote into %s/header\n' "$(curl -s -o /dev/null -w '%{http_code}' -H @"$work/header" "$api")" "$work"
@@ -178,7 +199,8 @@ An outage, to watch the engine on a bad day, and its end (docs/monitoring.md has
 TXT
 [ -z "$agent_pid" ] || cat <<TXT
 
-The Vault Agent keeps $work/token and $work/header fresh; its log is $work/agent.log.
+One Vault Agent keeps $work/token and $work/header fresh; its log is $work/agent.log.
+The other restarts a program at each new token, which notes so in $work/supervised.log.
 TXT
 echo
 say "Press Ctrl-C to stop and remove everything"
