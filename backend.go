@@ -44,6 +44,7 @@ type backend struct {
 	tokens  *tokenCache
 
 	telemetry *telemetry
+	agent     atomic.Pointer[string] // the user agent, once Vault has told
 }
 
 // Factory makes the backend of one mount: logical.Factory.
@@ -96,12 +97,23 @@ func newBackend(newClient clientFactory) *backend {
 
 // newClient makes the client that talks to a config's token endpoint.
 func (b *backend) newClient(config *configEntry) (minter, error) {
-	// Without an environment (an old Vault, a test) the plugin names itself.
-	agent := pluginName + "/" + strings.TrimPrefix(runningVersion(), "v")
-	if env, err := b.System().PluginEnv(context.Background()); err == nil && env != nil {
-		agent = useragent.PluginString(env, pluginName)
+	return newTokenClient(config, b.userAgent())
+}
+
+// userAgent names Vault and the plugin. Vault is asked once: thousands of readers
+// may find a role cold at the same moment.
+func (b *backend) userAgent() string {
+	if known := b.agent.Load(); known != nil {
+		return *known
 	}
-	return newTokenClient(config, agent)
+	env, err := b.System().PluginEnv(context.Background())
+	if err != nil || env == nil {
+		// Without an environment (an old Vault, a test) the plugin names itself.
+		return pluginName + "/" + strings.TrimPrefix(runningVersion(), "v")
+	}
+	agent := useragent.PluginString(env, pluginName)
+	b.agent.Store(&agent)
+	return agent
 }
 
 // invalidate forgets what another node changed in storage.

@@ -347,6 +347,11 @@ func (b *backend) rotateTo(ctx context.Context, s logical.Storage, g *grant, tok
 	if err != nil {
 		return nil, err
 	}
+	// The slot that was put into has the new generation; those of narrowed scopes
+	// have not.
+	b.tokens.drop(func(g *grant) bool {
+		return g.role.name == now.role.name && g.role.entry.TokenGeneration != entry.TokenGeneration
+	})
 	return &logical.Response{Data: map[string]any{
 		"last_vault_rotation": cached.common.lastVaultRotation,
 		"expires_at":          cached.common.expiresAt,
