@@ -41,11 +41,17 @@ func newTestMount(t *testing.T) *testMount {
 
 func newTestMountWith(t *testing.T, mojo *standIn, newClient clientFactory) *testMount {
 	t.Helper()
-	m := &testMount{t: t, backend: newBackend(newClient), storage: &countingStorage{Storage: &logical.InmemStorage{}}, mojo: mojo}
+	return newTestNode(t, mojo, newClient, &countingStorage{Storage: &logical.InmemStorage{}}, logical.TestSystemView())
+}
+
+// newTestNode makes a mount on a node of a cluster, whose storage the nodes share.
+func newTestNode(t *testing.T, mojo *standIn, newClient clientFactory, storage *countingStorage, system logical.SystemView) *testMount {
+	t.Helper()
+	m := &testMount{t: t, backend: newBackend(newClient), storage: storage, mojo: mojo}
 	conf := &logical.BackendConfig{
 		StorageView: m.storage,
 		Logger:      hclog.NewNullLogger(),
-		System:      logical.TestSystemView(),
+		System:      system,
 	}
 	if err := m.Setup(context.Background(), conf); err != nil {
 		t.Fatal(err)

@@ -522,10 +522,7 @@ func TestRoleWritesAndTheCache(t *testing.T) {
 // something, and then tells this one which keys have changed.
 func (m *testMount) elsewhere(do func(other *testMount), keys ...string) {
 	m.t.Helper()
-	other := newTestMountWith(m.t, m.mojo, m.mojo.client)
-	other.storage = m.storage
-	other.tokens.storage = m.storage
-	do(other)
+	do(newTestNode(m.t, m.mojo, m.mojo.client, m.storage, logical.TestSystemView()))
 	for _, key := range keys {
 		m.InvalidateKey(context.Background(), key)
 	}

@@ -1,0 +1,297 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/helper/consts"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// Vault Enterprise has nodes that serve reads and may not write: performance standbys
+// of a cluster, and performance secondaries, which are clusters of their own. Here the
+// engine is told that it runs on one.
+
+// replica makes a node in that replication state, with the storage of m, which it may
+// not write to.
+func (m *testMount) replica(state consts.ReplicationState, local bool) (node *testMount, writes *atomic.Int64) {
+	m.t.Helper()
+	storage := &readOnlyStorage{Storage: m.storage.Storage}
+	system := logical.TestSystemView()
+	system.ReplicationStateVal = state
+	system.LocalMountVal = local
+	return newTestNode(m.t, m.mojo, m.mojo.client, &countingStorage{Storage: storage}, system), &storage.writes
+}
+
+// readOnlyStorage refuses writes as Vault does on such nodes, and counts them.
+type readOnlyStorage struct {
+	logical.Storage
+	writes atomic.Int64
+}
+
+func (s *readOnlyStorage) Put(context.Context, *logical.StorageEntry) error {
+	s.writes.Add(1)
+	return logical.ErrReadOnly
+}
+
+func (s *readOnlyStorage) Delete(context.Context, string) error {
+	s.writes.Add(1)
+	return logical.ErrReadOnly
+}
+
+var replicaStates = map[string]consts.ReplicationState{
+	"performance standby":                consts.ReplicationPerformanceStandby,
+	"performance secondary":              consts.ReplicationPerformanceSecondary,
+	"performance standby of a secondary": consts.ReplicationPerformanceSecondary | consts.ReplicationPerformanceStandby,
+}
+
+func TestReplicaServesReadsAndWritesNothing(t *testing.T) {
+	for name, state := range replicaStates {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", map[string]any{"scopes": "a,b"})
+				m.write("roles/leased", map[string]any{"generate_lease": true})
+				node, writes := m.replica(state, false)
+
+				first := node.creds("app", nil)
+				if again := node.creds("app", nil); first.err != nil || again.token != first.token {
+					t.Errorf("got %v, then %v; want one token from the node's own cache", first, again)
+				}
+				if got := node.creds("app", map[string]any{"scopes": "a"}); got.err != nil || got.token == first.token {
+					t.Errorf("narrowed: got %v", got)
+				}
+				if got := node.creds("leased", nil); got.err != nil {
+					t.Error(got.err)
+				}
+				for _, path := range []string{"config", "config/default", "roles/app", "status"} {
+					if node.read(path) == nil {
+						t.Errorf("%s: nothing", path)
+					}
+				}
+				for _, path := range []string{"config/", "roles/"} {
+					if keys := node.do(logical.ListOperation, path, nil).Data["keys"]; keys == nil {
+						t.Errorf("%s: nothing", path)
+					}
+				}
+				if _, err := node.request(logical.ReadOperation, "metrics", nil); err != nil {
+					t.Error(err)
+				}
+				minted := m.mojo.mints.Load()
+				time.Sleep(time.Hour) // past the refresh ahead of both
+				if m.mojo.mints.Load() == minted {
+					t.Error("nothing was minted ahead")
+				}
+				if got := node.creds("app", nil); got.err != nil || got.token == first.token {
+					t.Errorf("got %v after its end", got)
+				}
+				if n := writes.Load(); n != 0 {
+					t.Errorf("%d writes were tried", n)
+				}
+			})
+		})
+	}
+}
+
+// What writes is refused with the bare error that makes Vault send the request on to
+// the node that may, and nothing is asked or changed before that.
+func TestReplicaForwardsWrites(t *testing.T) {
+	for name, state := range replicaStates {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				node, writes := m.replica(state, false)
+				verified := testConfig(map[string]any{"verify_connection": true, "client_id": "other"})
+				for _, c := range []struct {
+					op   logical.Operation
+					path string
+					data map[string]any
+				}{
+					{logical.UpdateOperation, "config", verified},
+					{logical.UpdateOperation, "config/new", verified},
+					{logical.DeleteOperation, "config", nil},
+					{logical.UpdateOperation, "roles/app", map[string]any{"audience": "other"}},
+					{logical.UpdateOperation, "roles/new", nil},
+					{logical.DeleteOperation, "roles/app", nil},
+					{logical.UpdateOperation, "rotate-role/app", nil},
+				} {
+					resp, err := node.request(c.op, c.path, c.data)
+					if err != logical.ErrReadOnly || resp != nil { //nolint:errorlint // wrapped, it would not be forwarded
+						t.Errorf("%s %s: got %v, %v; want a bare ErrReadOnly", c.op, c.path, resp, err)
+					}
+				}
+				m.wantMints(0)
+				if n := writes.Load(); n != 0 {
+					t.Errorf("%d writes were tried", n)
+				}
+				if got := m.read("config")["client_id"]; got != "client" {
+					t.Errorf("client_id is %v", got)
+				}
+			})
+		})
+	}
+}
+
+// A mount with -local belongs to the cluster it is in, also if that is a secondary.
+func TestLocalMountOfASecondaryIsWritten(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		system := logical.TestSystemView()
+		system.ReplicationStateVal = consts.ReplicationPerformanceSecondary
+		system.LocalMountVal = true
+		node := newTestNode(m.t, m.mojo, m.mojo.client, m.storage, system)
+		node.configure("app", nil)
+		node.wantToken("app", 1)
+		node.write("rotate-role/app", nil)
+		node.wantToken("app", 2)
+	})
+}
+
+// A storage that turns read-only in the middle, as when a node loses the leadership,
+// is told with Vault's own error, and what is in memory stays what is stored.
+func TestWritesThatMeetAReadOnlyStorage(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"audience": "old"})
+		m.wantToken("app", 1)
+		readOnly := error(logical.ErrReadOnly)
+		var fails atomic.Bool
+		m.storage.Storage = &failingWrites{m.storage.Storage, readOnly, &fails}
+		fails.Store(true)
+		for path, data := range map[string]map[string]any{
+			"config":          {"client_id": "other", "verify_connection": false},
+			"roles/app":       {"audience": "new"},
+			"rotate-role/app": nil,
+		} {
+			if _, err := m.request(logical.UpdateOperation, path, data); err != readOnly { //nolint:errorlint // see above
+				t.Errorf("writing %s: got %v, want a bare ErrReadOnly", path, err)
+			}
+		}
+		for _, path := range []string{"config", "roles/app"} {
+			if _, err := m.request(logical.DeleteOperation, path, nil); err != readOnly { //nolint:errorlint // see above
+				t.Errorf("deleting %s: got %v, want a bare ErrReadOnly", path, err)
+			}
+		}
+		if client, audience := m.read("config")["client_id"], m.read("roles/app")["audience"]; client != "client" || audience != "old" {
+			t.Errorf("got client_id %v and audience %v, want the old ones", client, audience)
+		}
+		if got := m.creds("app", nil); got.err != nil {
+			t.Errorf("reading a token: %v", got.err)
+		}
+	})
+}
+
+// failingWrites fails writes on demand.
+type failingWrites struct {
+	logical.Storage
+	err   error
+	fails *atomic.Bool
+}
+
+func (s *failingWrites) Put(ctx context.Context, entry *logical.StorageEntry) error {
+	if s.fails.Load() {
+		return s.err
+	}
+	return s.Storage.Put(ctx, entry)
+}
+
+func (s *failingWrites) Delete(ctx context.Context, key string) error {
+	if s.fails.Load() {
+		return s.err
+	}
+	return s.Storage.Delete(ctx, key)
+}
+
+// A reader who comes to a node after it was told of a write gets a token for what was
+// written, or for something newer, however the two meet.
+func TestInvalidateRaces(t *testing.T) {
+	m := newTestMount(t)
+	m.configure("app", map[string]any{"scopes": "0"})
+	m.write("config", map[string]any{"client_id": "0", "verify_connection": false})
+	node, _ := m.replica(consts.ReplicationPerformanceStandby, false)
+	// What was read from storage arrives late, so that much happens in between.
+	slow := func(string) { time.Sleep(rand.N(200 * time.Microsecond)) }
+	node.storage.afterGet.Store(&slow)
+
+	const rounds = 300
+	var role, config atomic.Int64 // the newest that the node was told of
+	done := make(chan struct{})
+	var writers, readers sync.WaitGroup
+	writers.Go(func() {
+		for n := 1; n <= rounds; n++ {
+			m.write("roles/app", map[string]any{"scopes": strconv.Itoa(n)})
+			node.InvalidateKey(context.Background(), "roles/app")
+			role.Store(int64(n))
+		}
+	})
+	writers.Go(func() {
+		for n := 1; n <= rounds; n++ {
+			m.write("config", map[string]any{"client_id": strconv.Itoa(n), "verify_connection": false})
+			node.InvalidateKey(context.Background(), "config/default")
+			config.Store(int64(n))
+		}
+	})
+	for range 8 {
+		readers.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				wantRole, wantConfig := role.Load(), config.Load()
+				resp, err := node.request(logical.ReadOperation, "creds/app", nil)
+				if err == nil {
+					err = resp.Error()
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if err := checkNewest(resp.Data, wantRole, wantConfig); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	writers.Wait()
+	close(done)
+	readers.Wait()
+	resp, err := node.request(logical.ReadOperation, "creds/app", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := checkNewest(resp.Data, rounds, rounds); err != nil {
+		t.Error(err)
+	}
+}
+
+// checkNewest checks that a token is for a role and config no older than these.
+func checkNewest(data map[string]any, role, config int64) error {
+	gotRole, err := strconv.ParseInt(data["scope"].(string), 10, 64)
+	if err != nil {
+		return err
+	}
+	token := data["access_token"].(string) // token-<number>-<client_id>-…
+	parts := strings.Split(token, "-")
+	if len(parts) < 3 {
+		return errors.New(token)
+	}
+	gotConfig, err := strconv.ParseInt(parts[2], 10, 64)
+	if err != nil {
+		return err
+	}
+	if gotRole < role || gotConfig < config {
+		return fmt.Errorf("got a token for role %d and config %d after the node was told of %d and %d", gotRole, gotConfig, role, config)
+	}
+	return nil
+}
