@@ -4,19 +4,11 @@
 package e2e
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
-	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -179,7 +171,7 @@ func (w *world) scrape() string {
 func TestCertificates(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	ca := newAuthority(t)
+	ca := harness.NewAuthority(t)
 	serve := func(certificate tls.Certificate) *oauthserver.Server {
 		t.Helper()
 		server, err := oauthserver.New(time.Hour, demoClient(clientID, canary))
@@ -193,7 +185,7 @@ func TestCertificates(t *testing.T) {
 		return server
 	}
 	soon := time.Now().Add(time.Hour)
-	private := serve(ca.issue(t, "127.0.0.1", soon))
+	private := serve(ca.Issue(t, "127.0.0.1", soon))
 	for _, c := range []struct {
 		name   string
 		server *oauthserver.Server
@@ -202,12 +194,12 @@ func TestCertificates(t *testing.T) {
 	}{
 		{"private", private, true, ""},
 		{"unknown", private, false, "not trusted here; set ca_cert"},
-		{"expired", serve(ca.issue(t, "127.0.0.1", time.Now().Add(-time.Minute))), true, "expired"},
-		{"other-host", serve(ca.issue(t, "192.0.2.1", soon)), true, "another host"},
+		{"expired", serve(ca.Issue(t, "127.0.0.1", time.Now().Add(-time.Minute))), true, "expired"},
+		{"other-host", serve(ca.Issue(t, "192.0.2.1", soon)), true, "another host"},
 	} {
 		fields := map[string]any{"token_url": c.server.TokenURL(), "verify_connection": false, "max_retries": 2}
 		if c.trust {
-			fields["ca_cert"] = ca.pem
+			fields["ca_cert"] = ca.PEM
 		}
 		w.write("config/"+c.name, w.config(fields))
 		w.write("roles/"+c.name, role(map[string]any{"config": c.name}))
@@ -226,52 +218,6 @@ func TestCertificates(t *testing.T) {
 	if got := len(private.Requests()); got != 1 {
 		t.Errorf("the private server received %d requests, want the trusted one", got)
 	}
-}
-
-// authority signs certificates.
-type authority struct {
-	key         *ecdsa.PrivateKey
-	certificate *x509.Certificate
-	pem         string
-}
-
-func newAuthority(t *testing.T) *authority {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "e2e"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	certificate, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &authority{key, certificate, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))}
-}
-
-func (a *authority) issue(t *testing.T, ip string, until time.Time) tls.Certificate {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		SerialNumber: big.NewInt(2), IPAddresses: []net.IP{net.ParseIP(ip)},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: until,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}, a.certificate, &key.PublicKey, a.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
 // The drill: 100 readers share a token that lives 40 s (F = 4 s, R = 10 s), and
