@@ -156,17 +156,26 @@ func (w *world) token(role string) string {
 // callAPI calls the protected API, and answers the status.
 func (w *world) callAPI(token string) int {
 	w.Helper()
-	req, err := http.NewRequest(http.MethodGet, w.oauth.URL()+oauthserver.DataPath, nil)
+	status, err := callAPI(w.oauth, token)
 	if err != nil {
 		w.Fatal(err)
+	}
+	return status
+}
+
+// callAPI calls the protected API beside an OAuth server, and answers the status.
+func callAPI(server *oauthserver.Server, token string) (int, error) {
+	req, err := http.NewRequest(http.MethodGet, server.URL()+oauthserver.DataPath, nil)
+	if err != nil {
+		return 0, err
 	}
 	req.Header.Set("Authorization", "Bearer "+token)
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		w.Fatal(err)
+		return 0, err
 	}
 	resp.Body.Close()
-	return resp.StatusCode
+	return resp.StatusCode, nil
 }
 
 // wantError checks that err is Vault's answer with that status, whose text holds

@@ -60,12 +60,44 @@ func BuildPlugin(dir, version string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	return buildPlugin(root, dir, version)
+}
+
+// ErrNoHistory is that the project's history is not here, as in a shallow clone.
+var ErrNoHistory = errors.New("git does not have that commit")
+
+// BuildPluginOf is BuildPlugin of the project as it was at a commit.
+func BuildPluginOf(t testing.TB, commit, dir, version string) (string, error) {
+	t.Helper()
+	root, err := Root()
+	if err != nil {
+		return "", err
+	}
+	archive := exec.Command("git", "-C", root, "archive", commit)
+	tar := exec.Command("tar", "-x", "-C", t.TempDir())
+	if tar.Stdin, err = archive.StdoutPipe(); err != nil {
+		return "", err
+	}
+	if err := tar.Start(); err != nil {
+		return "", err
+	}
+	if err := archive.Run(); err != nil {
+		_ = tar.Wait()
+		return "", fmt.Errorf("%w: %s: %w", ErrNoHistory, commit, err)
+	}
+	if err := tar.Wait(); err != nil {
+		return "", err
+	}
+	return buildPlugin(tar.Args[len(tar.Args)-1], dir, version)
+}
+
+func buildPlugin(source, dir, version string) (string, error) {
 	const module = "github.com/mojoauth/vault-plugin-secrets-mojoauth"
 	name := "vault-plugin-secrets-mojoauth-" + version
 	cmd := exec.Command("go", "build", "-trimpath",
 		"-ldflags", "-s -w -X "+module+".Version="+version+" -X "+module+".Commit=e2e",
 		"-o", filepath.Join(dir, name), "./cmd/vault-plugin-secrets-mojoauth")
-	cmd.Dir = root
+	cmd.Dir = source
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building the plugin: %w\n%s", err, out)

@@ -20,12 +20,13 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/vault/api"
 )
 
-// Vault is a running Vault server that keeps its storage in files, so that it
-// outlives a seal.
+// Vault is a Vault server: one alone, which keeps its storage in files so that it
+// outlives a seal, or a node of a Cluster.
 type Vault struct {
 	*api.Client // with the root token
 
@@ -34,6 +35,8 @@ type Vault struct {
 	LogFile   string
 	AuditFile string
 
+	address   string // with its scheme
+	caFile    string // "" without TLS
 	unsealKey string
 	process   *process
 	responses recorder
@@ -94,76 +97,162 @@ func StartQuietVault(t testing.TB, binary, pluginDir string) *Vault {
 func startVault(t testing.TB, binary, pluginDir, logLevel string) *Vault {
 	t.Helper()
 	dir := t.TempDir()
+	v := newVault(t, binary, dir, FreeAddress(t), nil)
+	v.configure(t, fmt.Sprintf(`storage "file" { path = %q }`, filepath.Join(dir, "storage")), pluginDir, logLevel)
+	v.Start(t)
+	v.initialize(t)
+	v.Unseal(t)
+	return v
+}
+
+// newVault is a server at that address, with TLS if there is an authority for its
+// certificate.
+func newVault(t testing.TB, binary, dir, address string, ca *Authority) *Vault {
+	t.Helper()
 	v := &Vault{
 		Binary:    binary,
 		Dir:       dir,
 		LogFile:   filepath.Join(dir, "vault.log"),
 		AuditFile: filepath.Join(dir, "audit.log"),
+		address:   "http://" + address,
 	}
-	address := FreeAddress(t)
-	config := fmt.Sprintf(`
-storage "file" { path = %q }
-listener "tcp" {
-  address         = %q
-  cluster_address = %q
-  tls_disable     = true
+	if ca != nil {
+		ca.write(t, dir)
+		v.address, v.caFile = "https://"+address, filepath.Join(dir, "ca.pem")
+	}
+	v.Client = v.newClient(t, func(transport http.RoundTripper) http.RoundTripper {
+		v.responses.next = transport
+		return &v.responses
+	})
+	return v
 }
-api_addr         = "http://%[2]s"
-plugin_directory = %[4]q
-disable_mlock    = true
-log_level        = %[5]q
-`, filepath.Join(dir, "storage"), address, FreeAddress(t), pluginDir, logLevel)
-	configFile := filepath.Join(dir, "vault.hcl")
-	if err := os.WriteFile(configFile, []byte(config), 0o600); err != nil {
-		t.Fatal(err)
+
+// newClient makes a client without a token that tries once.
+func (v *Vault) newClient(t testing.TB, wrap func(http.RoundTripper) http.RoundTripper) *api.Client {
+	t.Helper()
+	config := api.DefaultConfig()
+	config.Address = v.address
+	config.MaxRetries = 0
+	if v.caFile != "" {
+		if err := config.ConfigureTLS(&api.TLSConfig{CACert: v.caFile}); err != nil {
+			t.Fatal(err)
+		}
 	}
-	log, err := os.Create(v.LogFile)
+	config.HttpClient.Transport = wrap(config.HttpClient.Transport)
+	client, err := api.NewClient(config)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { log.Close() })
-	cmd := exec.Command(binary, "server", "-config", configFile)
+	return client
+}
+
+// Reader makes another client with the root token, whose responses are not kept. It
+// waits at most that long for an answer.
+func (v *Vault) Reader(t testing.TB, timeout time.Duration) *api.Client {
+	t.Helper()
+	client := v.newClient(t, func(transport http.RoundTripper) http.RoundTripper { return transport })
+	client.SetToken(v.Token())
+	client.SetClientTimeout(timeout)
+	return client
+}
+
+// configure writes the server's configuration file.
+func (v *Vault) configure(t testing.TB, storage, pluginDir, logLevel string) {
+	t.Helper()
+	listener := "tls_disable = true"
+	if v.caFile != "" {
+		listener = fmt.Sprintf("tls_cert_file = %q\n  tls_key_file = %q", filepath.Join(v.Dir, "cert.pem"), filepath.Join(v.Dir, "key.pem"))
+	}
+	cluster := FreeAddress(t)
+	config := fmt.Sprintf(`
+%[1]s
+listener "tcp" {
+  address         = %[2]q
+  cluster_address = %[3]q
+  %[4]s
+}
+api_addr         = %[5]q
+cluster_addr     = "https://%[3]s"
+plugin_directory = %[6]q
+disable_mlock    = true
+log_level        = %[7]q
+`, storage, v.address[strings.LastIndex(v.address, "/")+1:], cluster, listener, v.address, pluginDir, logLevel)
+	if err := os.WriteFile(v.configFile(), []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (v *Vault) configFile() string { return filepath.Join(v.Dir, "vault.hcl") }
+
+// Start starts the server's process, and waits until it answers.
+func (v *Vault) Start(t testing.TB) {
+	t.Helper()
+	log, err := os.OpenFile(v.LogFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close() // the process has its own
+	cmd := exec.Command(v.Binary, "server", "-config", v.configFile())
 	cmd.Stdout, cmd.Stderr = log, log
 	v.process = start(t, cmd)
-
-	apiConfig := api.DefaultConfig()
-	apiConfig.Address = "http://" + address
-	apiConfig.MaxRetries = 0
-	v.responses.next = apiConfig.HttpClient.Transport
-	apiConfig.HttpClient.Transport = &v.responses
-	v.Client, err = api.NewClient(apiConfig)
-	if err != nil {
-		t.Fatal(err)
-	}
 	Eventually(t, "Vault answers", func() error {
-		select {
-		case <-v.process.exited:
+		if !v.Running() {
 			return errors.New("it has exited: " + v.Log(t))
-		default:
 		}
-		_, err := v.Sys().InitStatus()
+		_, err := v.Sys().SealStatus()
 		return err
 	})
+}
+
+// Running tells whether the server's process runs.
+func (v *Vault) Running() bool {
+	select {
+	case <-v.process.exited:
+		return false
+	default:
+		return true
+	}
+}
+
+// Kill ends the server as a power failure does. Its plugins notice, and end too.
+func (v *Vault) Kill(t testing.TB) {
+	t.Helper()
+	if err := v.process.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		t.Fatal(err)
+	}
+	<-v.process.exited
+}
+
+// initialize makes the keys of a new Vault, and logs in.
+func (v *Vault) initialize(t testing.TB) {
+	t.Helper()
 	keys, err := v.Sys().Init(&api.InitRequest{SecretShares: 1, SecretThreshold: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
 	v.unsealKey = keys.KeysB64[0]
 	v.SetToken(keys.RootToken)
-	v.Unseal(t)
-	return v
 }
 
-// Unseal unseals the Vault and waits until it serves.
+// Unseal unseals the server, and waits until it serves: itself, or as a standby that
+// knows the active node.
 func (v *Vault) Unseal(t testing.TB) {
 	t.Helper()
-	if _, err := v.Sys().Unseal(v.unsealKey); err != nil {
-		t.Fatal(err)
-	}
-	Eventually(t, "Vault is active", func() error {
+	Eventually(t, "Vault is unsealed", func() error {
+		status, err := v.Sys().Unseal(v.unsealKey)
+		if err == nil && status.Sealed {
+			err = errors.New("it is still sealed")
+		}
+		return err
+	})
+	Eventually(t, "Vault serves", func() error {
 		health, err := v.Sys().Health()
-		if err == nil && (health.Sealed || health.Standby) {
-			err = fmt.Errorf("sealed %v, standby %v", health.Sealed, health.Standby)
+		if err != nil || !health.Sealed && !health.Standby {
+			return err
+		}
+		leader, err := v.Sys().Leader()
+		if err == nil && leader.LeaderAddress == "" {
+			err = fmt.Errorf("sealed %v, standby %v, and no active node", health.Sealed, health.Standby)
 		}
 		return err
 	})
@@ -199,7 +288,7 @@ func (v *Vault) Enable(t testing.TB, path, plugin, version string) {
 
 // CLI runs the vault command against this server with the root token.
 func (v *Vault) CLI(ctx context.Context, args ...string) (string, error) {
-	return run(ctx, []string{"VAULT_ADDR=" + v.Address(), "VAULT_TOKEN=" + v.Token()}, v.Binary, args...)
+	return run(ctx, []string{"VAULT_ADDR=" + v.address, "VAULT_TOKEN=" + v.Token(), "VAULT_CACERT=" + v.caFile}, v.Binary, args...)
 }
 
 // Log is all that the server and its plugins have logged.

@@ -65,6 +65,7 @@ type Client struct {
 	Secret    string // at most 72 bytes: it is kept as a bcrypt hash
 	Audiences []string
 	Scopes    []string
+	Lifetime  time.Duration // of its tokens; 0 is the server's
 }
 
 // Request is a token request as it came over the wire.
@@ -139,13 +140,18 @@ func New(lifetime time.Duration, clients ...Client) (*Server, error) {
 	return s, nil
 }
 
-// client gives fosite's client the lifetime that the server has at the moment.
+// client gives fosite's client its own lifetime, or the one that the server has at
+// the moment.
 type client struct {
 	*fosite.DefaultClient
-	server *Server
+	server   *Server
+	lifetime time.Duration
 }
 
 func (c *client) GetEffectiveLifespan(fosite.GrantType, fosite.TokenType, time.Duration) time.Duration {
+	if c.lifetime > 0 {
+		return c.lifetime
+	}
 	return time.Duration(c.server.lifetime.Load())
 }
 
@@ -174,7 +180,7 @@ func (s *Server) SetClient(c Client) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.clients[c.ID] = &client{server: s, DefaultClient: &fosite.DefaultClient{
+	s.clients[c.ID] = &client{server: s, lifetime: c.Lifetime, DefaultClient: &fosite.DefaultClient{
 		ID:         c.ID,
 		Secret:     hash,
 		GrantTypes: []string{"client_credentials"},
