@@ -11,6 +11,7 @@ import (
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/common/expfmt"
 )
 
@@ -121,7 +122,13 @@ func (b *backend) metricsRead(ctx context.Context, req *logical.Request, _ *fram
 		return nil, err
 	}
 	registry := prometheus.NewPedanticRegistry()
-	for _, c := range []prometheus.Collector{collector{b.telemetry, b.tokens, names}, b.telemetry.duration} {
+	for _, c := range []prometheus.Collector{
+		collector{b.telemetry, b.tokens, names},
+		b.telemetry.duration,
+		// Vault's own metrics know nothing of a plugin's process.
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	} {
 		if err := registry.Register(c); err != nil {
 			return nil, err
 		}
@@ -157,4 +164,6 @@ secret is shown.
 const metricsHelp = `
 The same numbers as in "status", as Prometheus scrapes them: text, not JSON, at
 /v1/<mount>/metrics with a Vault token. Read with curl; "vault read" expects JSON.
+Beside them are memory, goroutines and open files of the plugin's process, which all
+mounts of this version on the node share.
 `

@@ -126,12 +126,14 @@ func TestMetrics(t *testing.T) {
 			`mojoauth_due_token_servable_seconds 840`,
 			`mojoauth_config_in_backoff{config="default"} 1`,
 			`mojoauth_config_last_mint_timestamp_seconds{config="default"} 9.466848e+08`,
+			`go_goroutines `,
+			`go_memstats_heap_inuse_bytes `,
 		} {
 			if !strings.Contains(got, "\n"+line) {
 				t.Errorf("no line %s… in\n%s", line, got)
 			}
 		}
-		if strings.Contains(got, "app") || strings.Contains(got, "bad") {
+		if strings.Contains(got, `"app`) || strings.Contains(got, `"bad`) {
 			t.Errorf("a role's name is a label:\n%s", got)
 		}
 		problems, err := promlint.New(strings.NewReader(got)).Lint()
