@@ -28,7 +28,7 @@ func TestRegisterScript(t *testing.T) {
 			t.Fatal(err)
 		}
 		cmd := exec.Command(filepath.Join(root, "scripts", "register.sh"), filepath.Join(pluginDir, binary))
-		cmd.Env = append(os.Environ(), "VAULT_BIN="+vaultBinary, "VAULT_ADDR="+w.vault.Address(), "VAULT_TOKEN="+w.vault.Token())
+		cmd.Env = append(os.Environ(), w.vault.Environment()...)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("register.sh: %v\n%s", err, out)
 		}

@@ -238,12 +238,14 @@ func (v *Vault) initialize(t testing.TB) {
 // knows the active node.
 func (v *Vault) Unseal(t testing.TB) {
 	t.Helper()
+	// Once only: a node that is joining a cluster takes the key and unseals later, and a
+	// second key would have it become a standby twice.
+	Eventually(t, "Vault takes the key", func() error { _, err := v.Sys().Unseal(v.unsealKey); return err })
 	Eventually(t, "Vault is unsealed", func() error {
-		status, err := v.Sys().Unseal(v.unsealKey)
-		if err == nil && status.Sealed {
-			err = errors.New("it is still sealed")
+		if v.Sealed(t) {
+			return errors.New("it is still sealed")
 		}
-		return err
+		return nil
 	})
 	Eventually(t, "Vault serves", func() error {
 		health, err := v.Sys().Health()
@@ -288,7 +290,13 @@ func (v *Vault) Enable(t testing.TB, path, plugin, version string) {
 
 // CLI runs the vault command against this server with the root token.
 func (v *Vault) CLI(ctx context.Context, args ...string) (string, error) {
-	return run(ctx, []string{"VAULT_ADDR=" + v.address, "VAULT_TOKEN=" + v.Token(), "VAULT_CACERT=" + v.caFile}, v.Binary, args...)
+	return run(ctx, v.Environment(), v.Binary, args...)
+}
+
+// Environment has the variables that make the vault command talk to this server with
+// the root token, and the project's scripts use its binary.
+func (v *Vault) Environment() []string {
+	return []string{"VAULT_BIN=" + v.Binary, "VAULT_ADDR=" + v.address, "VAULT_CACERT=" + v.caFile, "VAULT_TOKEN=" + v.Token()}
 }
 
 // Log is all that the server and its plugins have logged.

@@ -1,0 +1,317 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
+)
+
+const (
+	// grace is how soon reads have to be answered again once the nodes agree on an
+	// active one.
+	grace = 2 * time.Second
+
+	// An older state of the project, from which it is upgraded and to which it goes
+	// back. There was no release yet.
+	olderCommit  = "bd33e2a"
+	olderVersion = "v0.0.9"
+)
+
+// fault is something that happens to a cluster under load.
+type fault struct {
+	name string
+	// strike makes it happen, and returns the node that is out of service then, if any,
+	// and how that is mended.
+	strike func(w *clusterWorld) (down *harness.Vault, heal func())
+	// mints is how often a role that is read may be asked for at the OAuth server: once
+	// where the cache is lost.
+	mints int
+	// failover is set if another node becomes active.
+	failover bool
+	// retried is set if a reader who tries once more after a second sees no failure.
+	retried bool
+	// unnoticed is set if no read fails at all.
+	unnoticed bool
+	// gentle is set if the active node's plugin goes on running.
+	gentle bool
+}
+
+var faults = []fault{
+	{name: "kill -9 of the active node", failover: true, mints: 1, strike: func(w *clusterWorld) (*harness.Vault, func()) {
+		active := w.cluster.Active(w)
+		active.Kill(w)
+		return active, func() { w.cluster.Restart(w, active) }
+	}},
+	{name: "kill -9 of a standby", gentle: true, strike: func(w *clusterWorld) (*harness.Vault, func()) {
+		standby := w.standby()
+		standby.Kill(w)
+		return standby, func() { w.cluster.Restart(w, standby) }
+	}},
+	{name: "step-down", failover: true, mints: 1, strike: func(w *clusterWorld) (*harness.Vault, func()) {
+		if err := w.cluster.Active(w).Sys().StepDown(); err != nil {
+			w.Error(err)
+		}
+		return nil, nil
+	}},
+	{name: "seal and unseal", failover: true, mints: 1, strike: func(w *clusterWorld) (*harness.Vault, func()) {
+		active := w.cluster.Active(w)
+		if err := active.Sys().Seal(); err != nil {
+			w.Error(err)
+		}
+		return active, func() { active.Unseal(w) }
+	}},
+	{name: "kill -9 of the plugin with reads in flight", mints: 1, retried: true, strike: func(w *clusterWorld) (*harness.Vault, func()) {
+		w.signalPlugin(syscall.SIGSTOP)
+		time.Sleep(time.Second / 2) // until all readers wait for it
+		w.signalPlugin(syscall.SIGKILL)
+		return nil, nil
+	}},
+	{name: "SIGSTOP of the plugin for 5 s", gentle: true, strike: func(w *clusterWorld) (*harness.Vault, func()) {
+		w.signalPlugin(syscall.SIGSTOP)
+		time.Sleep(5 * time.Second)
+		w.signalPlugin(syscall.SIGCONT)
+		return nil, nil
+	}},
+	{name: "plugin reload", mints: 1, retried: true, strike: func(w *clusterWorld) (*harness.Vault, func()) {
+		if _, err := w.cluster.Active(w).Logical().Write("sys/plugins/reload/backend", map[string]any{"mounts": "mojoauth/"}); err != nil {
+			w.Error(err)
+		}
+		return nil, nil
+	}},
+	{name: "OAuth server down for 10 s", gentle: true, unnoticed: true, strike: func(w *clusterWorld) (*harness.Vault, func()) {
+		w.oauth.SetFaults(oauthserver.Faults{Drop: "before"})
+		time.Sleep(10 * time.Second)
+		w.oauth.SetFaults(oauthserver.Faults{})
+		return nil, nil
+	}},
+}
+
+// diskFull fills the active node's disk while configs and roles are written. The node
+// loses the lead, may win it back while a little still fits, and may end: so that the
+// fault is over when there is space again.
+var diskFull = fault{name: "disk of the active node full for 3 s", mints: 3, strike: func(w *clusterWorld) (*harness.Vault, func()) {
+	active := w.cluster.Active(w)
+	free := active.FillDisk(w)
+	var refused error
+	for n := 0; n < 200 && refused == nil; n++ {
+		refused = w.filler.writeLarge()
+	}
+	if refused == nil {
+		w.Error("nothing was refused: the disk was not full")
+	}
+	time.Sleep(3 * time.Second)
+	free()
+	if !active.Running() {
+		w.cluster.Restart(w, active)
+	}
+	return nil, nil
+}}
+
+func (w *clusterWorld) standby() *harness.Vault {
+	w.Helper()
+	active := w.cluster.Active(w)
+	return w.cluster.Nodes[slices.IndexFunc(w.cluster.Nodes, func(node *harness.Vault) bool { return node != active })]
+}
+
+func (w *clusterWorld) signalPlugin(signal syscall.Signal) {
+	w.Helper()
+	for _, pid := range w.plugin() {
+		if err := syscall.Kill(pid, signal); err != nil {
+			w.Error(err)
+		}
+	}
+}
+
+// plugin is the process, or processes, of the engine on the active node.
+func (w *clusterWorld) plugin() []int {
+	w.Helper()
+	pids := w.cluster.Active(w).PluginProcesses(w, w.binary)
+	if len(pids) == 0 {
+		w.Fatalf("no process of %s runs", w.binary)
+	}
+	return pids
+}
+
+// changeTo upgrades the mount to another version of the plugin, or goes back to it.
+func changeTo(binary, version string) fault {
+	return fault{name: "change to version " + version, mints: 1, retried: true, strike: func(w *clusterWorld) (*harness.Vault, func()) {
+		root, err := harness.Root()
+		if err != nil {
+			w.Fatal(err)
+		}
+		active := w.cluster.Active(w)
+		cmd := exec.Command(filepath.Join(root, "scripts", "register.sh"), filepath.Join(pluginDir, binary))
+		cmd.Env = append(os.Environ(), active.Environment()...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			w.Fatalf("register.sh: %v\n%s", err, out)
+		}
+		w.binary = binary
+		mount, err := active.Logical().Read("sys/mounts/mojoauth")
+		if err != nil {
+			w.Fatal(err)
+		}
+		if got := mount.Data["running_plugin_version"]; got != version {
+			w.Errorf("version %v runs, want %s", got, version)
+		}
+		return nil, nil
+	}}
+}
+
+// recovery is how long a fault was felt, from its beginning.
+type recovery struct {
+	agreed time.Duration // until all nodes knew an active one
+	reads  time.Duration // until the last read that failed had been answered
+	failed int           // reads
+}
+
+func (r recovery) String() string {
+	if r.failed == 0 {
+		return "no read failed"
+	}
+	return fmt.Sprintf("%d reads failed, the last %.2f s after it began; the nodes agreed on an active one after %.2f s", r.failed, r.reads.Seconds(), r.agreed.Seconds())
+}
+
+// suffer lets a fault happen, and checks that nothing is lost by it.
+func (w *clusterWorld) suffer(f fault) {
+	w.Helper()
+	before, was := w.mints(), w.cluster.Active(w)
+	w.forget()
+	began := time.Now()
+	down, heal := f.strike(w)
+	others := w.cluster.Without(down)
+	harness.Eventually(w, f.name+": the nodes agree", func() error {
+		active, err := others.Agreed()
+		if err == nil && f.failover && active == was {
+			err = errors.New("the active node is still the same")
+		}
+		return err
+	})
+	agreed := time.Now()
+	if back := w.awaitReads(f.name, others, agreed); back.After(agreed.Add(grace)) {
+		w.Errorf("%s: a reader had to wait for %s after the nodes agreed", f.name, back.Sub(agreed))
+	}
+	time.Sleep(time.Until(agreed.Add(grace + time.Second/2))) // for failures that come late
+	felt := w.examine(f, others, began, agreed)
+
+	if heal != nil {
+		heal()
+		harness.Eventually(w, f.name+": the nodes agree when it is mended", func() error { _, err := w.cluster.Agreed(); return err })
+		w.awaitReads(f.name+", mended", w.cluster, time.Now())
+	}
+	for name, n := range w.mints() {
+		if n -= before[name]; n > f.mints {
+			w.Errorf("%s: %d requests for role %s, want at most %d", f.name, n, name, f.mints)
+		}
+	}
+	w.verify(f.name)
+	felt.agreed = agreed.Sub(began)
+	w.Logf("%s  %s: %s", began.Format(time.TimeOnly), f.name, felt)
+}
+
+// examine looks at what became of the reads through those nodes.
+func (w *clusterWorld) examine(f fault, through *harness.Cluster, began, agreed time.Time) (felt recovery) {
+	w.Helper()
+	for _, reader := range w.readers {
+		if !slices.Contains(through.Nodes, reader.node) {
+			continue
+		}
+		var first time.Time // that failed, of those in a row
+		for _, a := range reader.since() {
+			if a.err == nil {
+				first = time.Time{}
+				continue
+			}
+			if first.IsZero() {
+				first = a.ended
+			}
+			felt.failed++
+			felt.reads = max(felt.reads, a.ended.Sub(began))
+			if late := a.began.After(agreed.Add(grace)); late || f.unnoticed || f.retried && a.began.Sub(first) > time.Second {
+				w.Errorf("%s: reading %s through %s %s after it began failed: %v", f.name, reader.role, reader.node.Address(), a.began.Sub(began), a.err)
+			}
+		}
+	}
+	return felt
+}
+
+// chooseSeed is CLUSTER_SEED, to repeat a run, or a new one.
+func chooseSeed(t testing.TB) uint64 {
+	seed, err := strconv.ParseUint(os.Getenv("CLUSTER_SEED"), 10, 64)
+	if err != nil {
+		seed = rand.Uint64()
+	}
+	t.Logf("CLUSTER_SEED=%d repeats the order of faults", seed)
+	return seed
+}
+
+// Nothing that was acknowledged is lost, no reader is left with an expired token, and
+// reads are answered again soon, whatever happens to a cluster of three.
+func TestCluster(t *testing.T) {
+	const randomFor = 40 * time.Second
+	older, err := harness.BuildPluginOf(t, olderCommit, pluginDir, strings.TrimPrefix(olderVersion, "v"))
+	if errors.Is(err, harness.ErrNoHistory) && os.Getenv("CI") == "" {
+		t.Skipf("an upgrade needs the project's history: %v", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newClusterWorld(t, older, olderVersion, chooseSeed(t))
+	w.suffer(changeTo(pluginBinary, pluginVersion))
+	w.suffer(changeTo(older, olderVersion))
+	w.suffer(changeTo(pluginBinary, pluginVersion))
+
+	all := w.allFaults()
+	for _, f := range all {
+		w.suffer(f)
+	}
+	random := rand.New(rand.NewPCG(w.seed, 99))
+	for until := time.Now().Add(randomFor); time.Now().Before(until) && !t.Failed(); {
+		w.suffer(all[random.IntN(len(all))])
+	}
+	w.restoreElsewhere()
+	w.noCanary()
+}
+
+// allFaults adds to the faults what not every machine lets happen.
+func (w *clusterWorld) allFaults() []fault {
+	w.Helper()
+	switch {
+	case w.cluster.HasDisks(w):
+		return append(slices.Clone(faults), diskFull)
+	case os.Getenv("CI") != "":
+		w.Error("this process may not mount a disk, so that none can be full")
+	default:
+		w.Log("NOT TESTED: a full disk, since this process may not mount one")
+	}
+	return faults
+}
+
+// restoreElsewhere takes a snapshot, and puts it into a new cluster.
+func (w *clusterWorld) restoreElsewhere() {
+	w.Helper()
+	w.rest()
+	snapshot := w.cluster.Snapshot(w)
+	other := harness.StartCluster(w, vaultBinary, pluginDir, 3)
+	other.Restore(w, snapshot, w.cluster)
+	restored := &clusterWorld{TB: w, name: "restored", cluster: other, oauth: w.oauth, seed: w.seed, binary: w.binary, static: w.static, writers: w.writers}
+	restored.connect()
+	restored.verify("restoring a snapshot")
+	restored.startLoad()
+	restored.suffer(faults[0])
+	restored.rest()
+}
