@@ -422,6 +422,7 @@ func TestDocsTexts(t *testing.T) {
 		path   string
 		data   fields
 	}{
+		{"config with two secrets", nil, write, "config", fields{"client_secret": []string{"x", "y"}}},
 		{"config without URL", nil, write, "config", nil},
 		{"config with a long timeout", nil, write, "config", testConfig(fields{"request_timeout": "2m"})},
 		{"config moved", fails(nil), write, "config", fields{"token_url": "https://other.test/"}},

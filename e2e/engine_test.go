@@ -169,6 +169,21 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 	_, err = logical.Write("mojoauth/config", w.config(map[string]any{"request_timeout": "never"}))
 	w.wantError(err, 400, "request_timeout")
 
+	// A secret that is sent twice is a list, and what is of the wrong type may be one.
+	for field, values := range map[string][]any{
+		"client_secret":   {[]string{canary, "x"}, map[string]any{"value": canary}},
+		"client_id":       {[]string{canary}},
+		"request_timeout": {canary},
+		"max_retries":     {canary},
+	} {
+		for _, value := range values {
+			_, err = logical.Write("mojoauth/config", w.config(map[string]any{field: value}))
+			w.wantError(err, 400, field+" cannot be read")
+		}
+	}
+	_, err = logical.Write("mojoauth/roles/app", map[string]any{"extra_params": []string{canary}})
+	w.wantError(err, 400, "extra_params cannot be read")
+
 	w.write("config", w.config(map[string]any{"max_retries": 1, "request_timeout": "5s"}))
 	working := w.token("app")
 

@@ -1,0 +1,101 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"fmt"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// Vault logs what is wrong with a request, and audits it in the clear: a value that
+// is of the wrong type may be a secret, in its own field or in another by mistake.
+func TestFieldErrorsNeverRepeatValues(t *testing.T) {
+	for _, c := range []struct {
+		path, field string
+		value       any
+		remedy      string
+	}{
+		{"config", "client_secret", []any{canary, "x"}, "send it once, as one string"},
+		{"config", "client_secret", []string{canary}, "send it once, as one string"},
+		{"config", "client_secret", map[string]any{canary: "x"}, "send it once, as one string"},
+		{"config/other", "client_secret", map[string]any{"x": canary}, "send it once, as one string"},
+		{"config", "client_id", []any{canary, "x"}, "send it once, as one string"},
+		{"config", "token_url", []any{"https://u:" + canary + "@h/"}, "send it once, as one string"},
+		{"config", "request_timeout", canary, "send seconds, or a duration like 10m"},
+		{"config", "request_timeout", []any{canary}, "send seconds, or a duration like 10m"},
+		{"config", "max_retries", canary, "send a whole number"},
+		{"config", "max_retries", map[string]any{"x": canary}, "send a whole number"},
+		{"config", "verify_connection", canary, "send true or false"},
+		{"roles/app", "extra_params", canary, "send an object of strings, or name=value"},
+		{"roles/app", "extra_params", []any{canary}, "send an object of strings, or name=value"},
+		{"roles/app", "extra_params", map[string]any{"resource": []any{canary}}, "send an object of strings, or name=value"},
+		{"roles/app", "scopes", map[string]any{"x": canary}, "send a list of strings, or one string with commas"},
+		{"roles/app", "generate_lease", canary, "send true or false"},
+		{"roles/app", "min_ttl", canary, "send seconds, or a duration like 10m"},
+	} {
+		for _, op := range []logical.Operation{logical.UpdateOperation, logical.CreateOperation} {
+			m := newTestMount(t)
+			data := map[string]any{c.field: c.value}
+			if strings.HasPrefix(c.path, "config") {
+				data = testConfig(data)
+			}
+			text := m.refused(op, c.path, data) // an update asks for existence first
+			if strings.Contains(text, canary) {
+				t.Errorf("%s %s of %s: the text holds the value: %q", op, c.field, c.path, text)
+			}
+			if !strings.Contains(text, c.field+" ") || !strings.Contains(text, c.remedy) {
+				t.Errorf("%s %s of %s: got %q, want the field and how to mend it", op, c.field, c.path, text)
+			}
+		}
+	}
+	m := newTestMount(t)
+	m.configure("app", nil)
+	for _, field := range []string{"min_ttl", "scopes"} {
+		text := m.refused(logical.ReadOperation, "creds/app", map[string]any{field: map[string]any{"x": canary}})
+		if strings.Contains(text, canary) || !strings.Contains(text, field+" ") {
+			t.Errorf("%s of a read: got %q", field, text)
+		}
+	}
+}
+
+// Terraform and other clients send null for what is not set.
+func TestNullCountsAsNotSent(t *testing.T) {
+	m := newTestMount(t)
+	config := testConfig(map[string]any{
+		"token_endpoint_auth_method": "client_secret_basic", "ca_cert": "", "request_timeout": 7, "max_retries": 5,
+	})
+	role := map[string]any{
+		"config": "default", "audience": "a", "scopes": "x,y", "extra_params": "k=v", "min_ttl": 60, "max_ttl": 600, "generate_lease": true,
+	}
+	for path, fields := range map[string]map[string]any{"config": config, "roles/app": role} {
+		m.write(path, fields)
+		before := m.read(path)
+		for field := range fields {
+			data := map[string]any{field: nil, "verify_connection": false}
+			m.write(path, data)
+			if after := m.read(path); !reflect.DeepEqual(after, before) {
+				t.Errorf("%s of %s sent as null: got %v, was %v", field, path, after, before)
+			}
+			if _, there := data[field]; !there {
+				t.Errorf("%s: the request itself was changed", field)
+			}
+		}
+	}
+	if stored, err := m.configs.load(t.Context(), m.storage, "default"); err != nil || stored.entry.ClientSecret != canary {
+		t.Error("the client secret was not kept")
+	}
+	if got := m.mojo.mints.Load(); got != 0 {
+		t.Errorf("%d tokens were asked for: verify_connection was lost", got)
+	}
+	// A new config gets the defaults.
+	m.write("config/new", testConfig(map[string]any{"max_retries": nil, "request_timeout": nil}))
+	if got := m.read("config/new"); fmt.Sprint(got["max_retries"], got["request_timeout"]) != "2 10" {
+		t.Errorf("got %v, want the defaults", got)
+	}
+	m.creds("app", map[string]any{"scopes": nil, "min_ttl": nil})
+}
