@@ -28,9 +28,12 @@ type clientFactory func(*configEntry) (minter, error)
 // what still happens to the old is forgotten with it.
 type application struct {
 	config    *held[configEntry]
-	client    minter
+	newClient clientFactory
 	telemetry *telemetry
 	logger    func() hclog.Logger
+
+	making sync.Mutex // held while the client is made
+	client minter     // nil before the first mint
 
 	mu      sync.Mutex // never held across I/O
 	backoff backoff    // of failures that concern the whole config
@@ -103,17 +106,47 @@ func (a *application) unavailable(failed *mintError, next time.Time) *unavailabl
 	return &unavailable{mintError: failed, config: a.config.name, next: next}
 }
 
+// minter is the application's client. It is made once, however many mints begin
+// together: that asks Vault for its version, and may read the system's certificate
+// authorities.
+func (a *application) minter() (minter, error) {
+	a.making.Lock()
+	defer a.making.Unlock()
+	if a.client == nil {
+		client, err := a.newClient(&a.config.entry)
+		if err != nil {
+			return nil, err
+		}
+		a.client = client
+	}
+	return a.client, nil
+}
+
+// close drops what the client keeps open. Mints that are under way go on.
+func (a *application) close() {
+	a.making.Lock()
+	defer a.making.Unlock()
+	if a.client != nil {
+		a.client.close()
+	}
+}
+
 // mint asks for one token and keeps account of how it went. The error is an
-// *unavailable without a next try when only the request failed, or the end of
-// ctx.
+// *unavailable without a next try when only the request failed, the end of ctx, or
+// why no client could be made.
 func (a *application) mint(ctx context.Context, leave admission, g *grant) (*token, error) {
 	req := g.request()
 	req.retries = a.config.entry.MaxRetries
 	if leave.probe {
 		req.retries = 0 // a server in trouble gets one request, not three
 	}
+	client, err := a.minter()
+	if err != nil {
+		a.settle(leave, nil)
+		return nil, err
+	}
 	started := time.Now()
-	tok, err := a.client.mint(ctx, req)
+	tok, err := client.mint(ctx, req)
 	took := time.Since(started)
 
 	var failed *mintError

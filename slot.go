@@ -95,8 +95,10 @@ func (s *slot) read(ctx context.Context, g *grant, minTTL time.Duration) (served
 			return served{}, errOutdated
 		case errors.As(f.err, &failure):
 			return s.fallBack(old, minTTL, failure)
-		default:
+		case s.cache.ctx.Err() != nil:
 			return served{}, errClosed
+		default:
+			return served{}, f.err
 		}
 	}
 }
@@ -159,7 +161,7 @@ func (s *slot) run(f *flight, leave admission) {
 	tok, err := f.app.mint(s.cache.ctx, leave, f.grant)
 	current := s.cache.current(f.app)
 	if !current {
-		f.app.client.close()
+		f.app.close()
 	}
 
 	if news := s.land(f, tok, err, current); news != nil {

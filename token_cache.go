@@ -194,7 +194,7 @@ func (c *tokenCache) mintNow(ctx context.Context, g *grant) (*token, error) {
 		defer close(done)
 		tok, err = app.mint(c.ctx, admission{}, g)
 		if !c.current(app) {
-			app.client.close()
+			app.close()
 		}
 	}) {
 		return nil, errClosed
@@ -326,7 +326,7 @@ func (c *tokenCache) configChanged(name string) {
 	delete(c.applications, name)
 	c.mu.Unlock()
 	if app != nil {
-		app.client.close()
+		app.close()
 	}
 }
 
@@ -340,40 +340,23 @@ func (c *tokenCache) application(config *held[configEntry]) (*application, error
 		return app, nil
 	}
 
-	// Making a client asks Vault for its version, and may read the system's
-	// certificate authorities: not under the lock.
-	client, err := c.newClient(&config.entry)
-	if err != nil {
-		return nil, err
-	}
-	app, unused, err := c.install(config, client)
-	if unused != nil {
-		unused.close()
-	}
-	return app, err
-}
-
-// install puts a client to work for its config, unless that has one or there is
-// a newer config. It also returns the client, if any, that is not needed then.
-func (c *tokenCache) install(config *held[configEntry], client minter) (app *application, unused minter, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	old := c.applications[config.name]
 	switch {
 	case c.closed:
-		return nil, client, errClosed
-	case old == nil:
-	case old.config == config:
-		return old, client, nil
-	case old.config.seq > config.seq:
-		return nil, client, errOutdated
-	default:
-		unused = old.client
+		return nil, errClosed
+	case old != nil && old.config == config:
+		return old, nil
+	case old != nil && old.config.seq > config.seq:
+		return nil, errOutdated
+	case old != nil:
+		c.work.Go(old.close) // not under the lock
 	}
-	app = &application{config: config, client: client, telemetry: c.telemetry, logger: c.logger}
+	app = &application{config: config, newClient: c.newClient, telemetry: c.telemetry, logger: c.logger}
 	c.applications[config.name] = app
 	c.telemetry.configSeen(config.name)
-	return app, unused, nil
+	return app, nil
 }
 
 // current tells whether the application's config has not been written since.
@@ -414,7 +397,7 @@ func (c *tokenCache) close() {
 	c.narrowed.Purge()
 	c.work.Wait()
 	for _, app := range applications {
-		app.client.close()
+		app.close()
 	}
 }
 

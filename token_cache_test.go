@@ -1288,3 +1288,43 @@ func TestDroppedTokensAreFreed(t *testing.T) {
 		})
 	}
 }
+
+// Not in a bubble, where time stands still while somebody waits for a lock.
+func TestManyColdReadersCauseOneClient(t *testing.T) {
+	m := newTestMount(t)
+	var made atomic.Int64
+	m.tokens.newClient = func(config *configEntry) (minter, error) {
+		made.Add(1)
+		time.Sleep(10 * time.Millisecond) // as asking Vault for its version takes
+		return m.mojo.client(config)
+	}
+	m.write("config", testConfig(nil))
+	var wg sync.WaitGroup
+	for i := range 20 {
+		m.write(fmt.Sprintf("roles/r%d", i), nil)
+		wg.Go(func() { m.creds(fmt.Sprintf("r%d", i), nil) })
+	}
+	wg.Wait()
+	m.wantMints(20)
+	if got := made.Load(); got != 1 {
+		t.Errorf("%d clients were made for one config, want 1", got)
+	}
+}
+
+// What keeps a client from being made is told as it is, and tried again.
+func TestClientThatCannotBeMade(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		broken := errors.New("no certificate authorities")
+		m.tokens.newClient = func(*configEntry) (minter, error) { return nil, broken }
+		if got := m.creds("app", nil); !errors.Is(got.err, broken) {
+			t.Errorf("got %v, want the reason", got.err)
+		}
+		if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); !errors.Is(err, broken) {
+			t.Errorf("rotating: got %v, want the reason", err)
+		}
+		m.tokens.newClient = m.mojo.client
+		m.write("config", map[string]any{"verify_connection": false})
+		m.wantToken("app", 1)
+	})
+}
