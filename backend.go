@@ -123,6 +123,7 @@ func (b *backend) invalidate(_ context.Context, key string) {
 		b.tokens.configChanged(name)
 	} else if name, ok := strings.CutPrefix(key, rolePrefix); ok {
 		b.roles.forget(name)
+		b.tokens.roleChanged(name)
 	}
 }
 

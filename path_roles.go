@@ -254,6 +254,7 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 	b.tokens.drop(func(g *grant) bool {
 		return g.role.name == name && g.role.entry.TokenGeneration != role.TokenGeneration
 	})
+	b.tokens.roleChanged(name)
 	if len(resp.Warnings) == 0 {
 		return nil, nil
 	}

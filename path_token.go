@@ -208,7 +208,6 @@ func (b *backend) grant(ctx context.Context, s logical.Storage, name string) (g 
 		return nil, "", err
 	}
 	if role == nil {
-		b.tokens.roleGone(name)
 		return nil, fmt.Sprintf("role %q does not exist: create it by writing roles/%s, or list the roles there are at roles/", name, name), nil
 	}
 	config, err := b.configs.get(ctx, s, role.entry.Config)

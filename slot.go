@@ -124,10 +124,12 @@ func (s *slot) board(g *grant, minTTL time.Duration) (*flight, *cachedToken, err
 		return nil, tok, nil
 	}
 	f, err := s.mint(g, app)
-	if err != nil && tok != nil {
-		// The token is in use, so that the next has to be minted when that is allowed
-		// again; nobody may have seen to that while it was not read.
-		tok.read.Store(true)
+	if err != nil {
+		if tok != nil {
+			// It is in use, so that the next has to be minted when that is allowed
+			// again; nobody may have seen to that while it was not read.
+			tok.read.Store(true)
+		}
 		s.plan()
 	}
 	return f, tok, err
@@ -159,19 +161,17 @@ func (s *slot) mint(g *grant, app *application) (*flight, error) {
 // changed since it began.
 func (s *slot) run(f *flight, leave admission) {
 	tok, err := f.app.mint(s.cache.ctx, leave, f.grant)
-	current := s.cache.current(f.app)
-	if !current {
+	if !s.cache.current(f.app) {
 		f.app.close()
 	}
-
-	if news := s.land(f, tok, err, current); news != nil {
+	if news := s.land(f, tok, err); news != nil {
 		f.app.log(f.grant, news)
 	}
 }
 
 // land ends a flight with what came of it. A failure is returned if it is to be
 // logged.
-func (s *slot) land(f *flight, tok *token, err error, current bool) (news *mintError) {
+func (s *slot) land(f *flight, tok *token, err error) (news *mintError) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	defer close(f.done)
@@ -191,7 +191,7 @@ func (s *slot) land(f *flight, tok *token, err error, current bool) (news *mintE
 		}
 	}
 	var failure *unavailable
-	if errors.As(f.err, &failure) && (failure.concernsRequest() || err == nil) && current {
+	if errors.As(f.err, &failure) && (failure.concernsRequest() || err == nil) && s.cache.current(f.app) {
 		if s.backoff.last == nil || s.backoff.last.class != failure.class {
 			news = failure.mintError
 		}
@@ -318,14 +318,25 @@ func (t *cachedToken) stale(minTTL time.Duration, failure *unavailable) (served,
 	return answer, true
 }
 
+// remembered is how long after its end a back-off is remembered that no token
+// outlives, so that the next failure doubles it.
+const remembered = 5 * time.Minute
+
 // plan sets the timer for what is due next: a new token when the old reaches
-// its refresh point, or, past that, when a back-off ends. The caller holds s.mu.
+// its refresh point, or, past that, when a back-off ends; without a token, the end
+// of the slot. The caller holds s.mu.
 func (s *slot) plan() {
 	st := s.state.Load()
-	if s.closed || st == nil || st.token == nil {
+	if s.closed || st == nil {
 		return
 	}
 	now := time.Now()
+	if st.token == nil {
+		if s.flight == nil {
+			s.wakeIn(s.nextTry(st.grant, now).Sub(now) + remembered)
+		}
+		return
+	}
 	wait := st.token.left(now) - st.token.schedule.refresh
 	if wait <= 0 {
 		wait = s.nextTry(st.grant, now).Sub(now)
@@ -367,10 +378,11 @@ func (s *slot) wakeIn(wait time.Duration) {
 }
 
 // wake does what is due without a reader: it mints the next token if this one
-// was read, and drops a token that is spent.
+// was read, and drops the slot when its token is spent or there is none.
 func (s *slot) wake() {
 	st := s.state.Load()
-	if st == nil || st.token == nil {
+	if st.token == nil {
+		s.retire(st)
 		return
 	}
 	tok := st.token
@@ -460,12 +472,24 @@ func (s *slot) retire(st *slotState) {
 		s.mu.Unlock()
 		return
 	}
-	if now := time.Now(); s.backoff.blocks(now) {
-		s.wakeIn(s.backoff.until.Sub(now))
+	if wait := time.Until(s.backoff.until.Add(remembered)); wait > 0 && s.backoff.failures > 0 {
+		s.wakeIn(wait)
 		s.mu.Unlock()
 		return
 	}
-	s.closed = true
+	s.stop()
+	s.mu.Unlock()
+	s.cache.remove(s)
+}
+
+// drop frees the slot, unless it has gone on from st.
+func (s *slot) drop(st *slotState) {
+	s.mu.Lock()
+	if s.state.Load() != st {
+		s.mu.Unlock()
+		return
+	}
+	s.stop()
 	s.mu.Unlock()
 	s.cache.remove(s)
 }
@@ -475,6 +499,11 @@ func (s *slot) retire(st *slotState) {
 func (s *slot) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.stop()
+}
+
+// stop is close for a caller who holds s.mu.
+func (s *slot) stop() {
 	s.closed = true
 	if s.timer != nil {
 		s.timer.Stop()

@@ -129,10 +129,9 @@ func (c *tokenCache) census() census {
 	now := time.Now()
 	n := census{backoff: make(map[string]time.Time)}
 	c.mu.RLock()
-	slots := slices.Collect(maps.Values(c.slots))
 	applications := maps.Clone(c.applications)
 	c.mu.RUnlock()
-	for _, s := range append(slots, c.narrowed.Values()...) {
+	for _, s := range c.all() {
 		st := s.state.Load()
 		if st == nil || st.token == nil {
 			continue

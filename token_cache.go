@@ -27,7 +27,7 @@ import (
 // Nothing has to tell a slot that a role or config changed: each reader brings
 // the role and config as they stand now (a grant), and the slot goes along with
 // the newest it has seen. Whether the token it has is still good follows from
-// the token generations in both.
+// the token generations in both. review.go does the same where nobody reads.
 
 const (
 	// patience is how long a reader waits for a mint while the old token would
@@ -66,6 +66,7 @@ type tokenCache struct {
 	ahead  chan struct{}  // holds a place for each mint without a reader
 
 	narrowed *lru.Cache[slotKey, *slot]
+	reviews  reviews
 
 	mu           sync.RWMutex // never held across I/O
 	closed       bool
@@ -143,6 +144,7 @@ func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], new
 		ahead:        make(chan struct{}, maxAhead),
 		slots:        make(map[string]*slot),
 		applications: make(map[string]*application),
+		reviews:      reviews{waiting: make(map[*slot]struct{})},
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	narrowed, err := lru.NewWithEvict(maxNarrowed, func(_ slotKey, s *slot) { s.close() })
@@ -225,6 +227,10 @@ func (c *tokenCache) askedToWait(g *grant, app *application) *unavailable {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	// A back-off under another grant is over: what was written may have mended it.
+	if st := s.state.Load(); st == nil || !st.grant.same(g) {
+		return nil
+	}
 	if s.backoff.asked && s.backoff.blocks(time.Now()) {
 		return app.unavailable(s.backoff.last, s.backoff.until)
 	}
@@ -296,30 +302,28 @@ func (c *tokenCache) remove(s *slot) {
 // drop frees the slots whose grants match, because their tokens are not to be served
 // any more. Readers who wait for their mints still get them.
 func (c *tokenCache) drop(match func(*grant) bool) {
-	c.mu.RLock()
-	slots := slices.Collect(maps.Values(c.slots))
-	c.mu.RUnlock()
-	for _, s := range append(slots, c.narrowed.Values()...) {
+	for _, s := range c.all() {
 		if st := s.state.Load(); st != nil && match(st.grant) {
-			s.close()
-			c.remove(s)
+			s.drop(st)
 		}
 	}
 }
 
-// roleGone frees the slot of a role that another node has deleted.
-func (c *tokenCache) roleGone(name string) {
+// all are the slots there are.
+func (c *tokenCache) all() []*slot {
 	c.mu.RLock()
-	s := c.slots[name]
-	c.mu.RUnlock()
-	if s != nil {
-		s.close()
-		c.remove(s)
-	}
+	defer c.mu.RUnlock()
+	return slices.AppendSeq(c.narrowed.Values(), maps.Values(c.slots))
 }
 
-// configChanged forgets what is known of a config's client and its failures. A
-// mint that is under way goes on; its failure is forgotten too.
+// roleChanged has the slots of a role go by what was written, here or elsewhere.
+func (c *tokenCache) roleChanged(name string) {
+	c.review(func(g *grant) bool { return g.role.name == name })
+}
+
+// configChanged forgets what is known of a config's client and its failures, and has
+// the slots of its roles go by what was written, here or elsewhere. A mint that is
+// under way goes on; its failure is forgotten too.
 func (c *tokenCache) configChanged(name string) {
 	c.mu.Lock()
 	app := c.applications[name]
@@ -328,6 +332,7 @@ func (c *tokenCache) configChanged(name string) {
 	if app != nil {
 		app.close()
 	}
+	c.review(func(g *grant) bool { return g.config.name == name })
 }
 
 // application finds the application of a config as it stands, or makes it. It

@@ -1328,3 +1328,165 @@ func TestClientThatCannotBeMade(t *testing.T) {
 		m.wantToken("app", 1)
 	})
 }
+
+// What is written, here or on another node, also ends what the engine waits for by
+// itself.
+func TestWritesEndTheBackoffOfRefreshAhead(t *testing.T) {
+	long := func(class errorClass, code string) *mintError {
+		return &mintError{class: class, status: 429, oauthError: code, retryAfter: 10 * time.Minute}
+	}
+	for _, failure := range []*mintError{long(classThrottled, ""), long(classRequestRefused, "invalid_scope")} {
+		for name, write := range map[string]func(m *testMount){
+			"config": func(m *testMount) { m.write("config", map[string]any{"verify_connection": false}) },
+			"config elsewhere": func(m *testMount) {
+				m.elsewhere(func(o *testMount) { o.write("config", map[string]any{"verify_connection": false}) }, "config/default")
+			},
+			"role": func(m *testMount) { m.write("roles/app", map[string]any{"min_ttl": "1m"}) },
+			"role elsewhere": func(m *testMount) {
+				m.elsewhere(func(o *testMount) { o.write("roles/app", map[string]any{"min_ttl": "1m"}) }, "roles/app")
+			},
+		} {
+			if strings.HasPrefix(name, "role") && failure.class == classThrottled {
+				continue // that concerns the config
+			}
+			t.Run(name+" after "+string(failure.class), func(t *testing.T) {
+				bubble(t, func(m *testMount) {
+					m.configure("app", map[string]any{"scopes": "a,b"})
+					m.wantToken("app", 1)
+					m.creds("app", map[string]any{"scopes": "a"})
+					m.mojo.set(func(s *standIn) { s.fail = failure })
+					time.Sleep(45*time.Minute + 5*time.Second)
+					synctest.Wait()
+					failed := m.mojo.mints.Load()
+					m.mojo.set(func(s *standIn) { s.fail = nil })
+					write(m)
+					time.Sleep(2 * time.Second) // the engine's own tries are spread
+					synctest.Wait()
+					m.wantMints(failed + 2)
+				})
+			})
+		}
+	}
+}
+
+// The wait belongs to what was asked for then.
+func TestWritesEndTheRetryAfterOfRotateRole(t *testing.T) {
+	for path, data := range map[string]map[string]any{
+		"config":    {"verify_connection": false},
+		"roles/app": {"audience": "x"},
+	} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.mojo.set(func(s *standIn) {
+				s.fail = &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_target", retryAfter: time.Minute}
+			})
+			m.creds("app", nil)
+			m.refused(logical.UpdateOperation, "rotate-role/app", nil)
+			m.wantMints(1)
+			m.mojo.set(func(s *standIn) { s.fail = nil })
+			m.write(path, data)
+			m.do(logical.UpdateOperation, "rotate-role/app", nil)
+			m.wantMints(2)
+		})
+	}
+}
+
+// Tokens that another node has dropped are not counted, and their memory is freed.
+func TestTokensDroppedElsewhereAreFreed(t *testing.T) {
+	for name, c := range map[string]struct {
+		key    string
+		change func(o *testMount)
+	}{
+		"role's audience": {"roles/app", func(o *testMount) { o.write("roles/app", map[string]any{"audience": "x"}) }},
+		"fewer scopes":    {"roles/app", func(o *testMount) { o.write("roles/app", map[string]any{"scopes": "b"}) }},
+		"rotated":         {"roles/app", func(o *testMount) { o.do(logical.UpdateOperation, "rotate-role/app", nil) }},
+		"role deleted":    {"roles/app", func(o *testMount) { o.do(logical.DeleteOperation, "roles/app", nil) }},
+		"client_id": {"config/default", func(o *testMount) {
+			o.write("config", map[string]any{"client_id": "x", "verify_connection": false})
+		}},
+		"config deleted": {"config/default", func(o *testMount) { o.do(logical.DeleteOperation, "config", nil) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.write("config/second", testConfig(nil))
+				m.configure("app", map[string]any{"scopes": "a,b"})
+				m.write("roles/other", map[string]any{"config": "second"})
+				m.creds("app", nil)
+				m.creds("app", map[string]any{"scopes": "a"})
+				m.creds("other", nil)
+				m.elsewhere(c.change, c.key)
+				synctest.Wait()
+				if got := m.read("status")["cached_tokens"]; got != int64(1) {
+					t.Errorf("%v tokens are counted, want 1", got)
+				}
+				if slots, narrowed := len(m.tokens.slots), m.tokens.narrowed.Len(); slots != 1 || narrowed != 0 {
+					t.Errorf("%d and %d slots are held, want 1 and none", slots, narrowed)
+				}
+			})
+		})
+	}
+}
+
+// A change that cannot be looked up because storage fails is looked up later.
+func TestTokensDroppedElsewhereAreFreedAfterStorageFailed(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		broken := errors.New("disk on fire")
+		m.elsewhere(func(o *testMount) { o.do(logical.DeleteOperation, "roles/app", nil) })
+		m.storage.fail.Store(&broken)
+		m.InvalidateKey(context.Background(), "roles/app")
+		time.Sleep(time.Minute)
+		m.storage.fail.Store(nil)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if n := len(m.tokens.slots); n != 0 {
+			t.Errorf("%d slots are left, want none", n)
+		}
+	})
+}
+
+func TestFailedMintsAreForgottenWhenNobodyReads(t *testing.T) {
+	for _, failure := range []*mintError{
+		errDown,
+		{class: classRequestRefused, status: 400, oauthError: "invalid_scope"},
+	} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", map[string]any{"scopes": "a,b"})
+			m.mojo.set(func(s *standIn) { s.fail = failure })
+			m.creds("app", nil)
+			m.creds("app", map[string]any{"scopes": "a"})
+			time.Sleep(time.Hour)
+			synctest.Wait()
+			if slots, narrowed := len(m.tokens.slots), m.tokens.narrowed.Len(); slots != 0 || narrowed != 0 {
+				t.Errorf("after %s: %d and %d slots are held, want none", failure.class, slots, narrowed)
+			}
+		})
+	}
+}
+
+// Freeing slots must not make back-offs short again: a reader a second gets one mint
+// after 5, 10, 20, and then every 30 seconds, each up to a fifth less.
+func TestBackoffOfARequestGoesOnDoubling(t *testing.T) {
+	for _, before := range []string{"no token", "a spent token"} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			if before == "a spent token" {
+				m.wantToken("app", 1)
+			}
+			m.mojo.set(func(s *standIn) {
+				s.fail = &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}
+			})
+			time.Sleep(59 * time.Minute)
+			synctest.Wait()
+			before := m.mojo.mints.Load()
+			for range 300 {
+				m.creds("app", nil)
+				time.Sleep(time.Second)
+			}
+			if got := m.mojo.mints.Load() - before; got < 9 || got > 15 {
+				t.Errorf("%d tokens were asked for in 5 minutes, want 9 to 15", got)
+			}
+		})
+	}
+}
