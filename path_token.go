@@ -337,12 +337,16 @@ func (b *backend) rotateTo(ctx context.Context, s logical.Storage, g *grant, tok
 	if !now.role.entry.asksSameAs(&g.role.entry) || now.config.entry.TokenGeneration != g.config.entry.TokenGeneration {
 		return logical.ErrorResponse("role %q or its config was changed while the new token was minted, which dropped the older tokens too: rotate again if that is not enough", g.role.name), nil
 	}
+	next, failure := b.tokens.successor(now, tok)
+	if failure != nil {
+		return mintFailure(g.role.name, failure)
+	}
 	entry := now.role.entry
 	entry.TokenGeneration = rand.Text()
 	if now.role, err = b.roles.put(ctx, s, g.role.name, entry); err != nil {
 		return nil, err
 	}
-	cached, err := b.tokens.put(now, tok)
+	cached, err := b.tokens.put(now, next)
 	if err != nil {
 		return nil, err
 	}

@@ -237,9 +237,28 @@ func (c *tokenCache) askedToWait(g *grant, app *application) *unavailable {
 	return nil
 }
 
+// successor is the token that g's role has after a rotation that minted tok: tok, or
+// one that was minted after it and is there already. When its life is over it is none,
+// but an error.
+func (c *tokenCache) successor(g *grant, tok *token) (*cachedToken, *unavailable) {
+	next := newCachedToken(tok, new(atomic.Bool), g)
+	c.mu.RLock()
+	s := c.slots[g.role.name]
+	c.mu.RUnlock()
+	if s != nil {
+		if st := s.state.Load(); st != nil && st.token != nil && st.grant.sharesTokens(g) && st.token.mintedAt.After(tok.mintedAt) {
+			next = newCachedToken(st.token.token, st.token.read, g)
+		}
+	}
+	if next.schedule.phase(next.left(time.Now())) == phaseSpent {
+		return nil, &unavailable{mintError: overOnArrival(next.schedule.lifetime), config: g.config.name}
+	}
+	return next, nil
+}
+
 // put makes tok the token that reads of g get.
-func (c *tokenCache) put(g *grant, tok *token) (*cachedToken, error) {
-	cached := newCachedToken(tok, new(atomic.Bool), g)
+func (c *tokenCache) put(g *grant, tok *cachedToken) (*cachedToken, error) {
+	cached := newCachedToken(tok.token, tok.read, g)
 	for {
 		s, err := c.slot(g)
 		if err != nil {

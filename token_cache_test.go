@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -1489,4 +1490,55 @@ func TestBackoffOfARequestGoesOnDoubling(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The rotation that was started last decides, whichever ends first.
+func TestEarlierRotationDoesNotUndoALaterOne(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.mojo.set(func(s *standIn) { s.latency = 10 * time.Second })
+		earlier := make(chan *logical.Response, 1)
+		go func() { earlier <- m.do(logical.UpdateOperation, "rotate-role/app", nil) }()
+		time.Sleep(time.Second)
+		m.mojo.set(func(s *standIn) { s.latency = time.Second })
+		later := m.do(logical.UpdateOperation, "rotate-role/app", nil)
+		m.wantToken("app", 2)
+		if got := <-earlier; !reflect.DeepEqual(got.Data, later.Data) {
+			t.Errorf("the earlier rotation answers %v, want what the later one did: %v", got.Data, later.Data)
+		}
+		m.wantToken("app", 2)
+		m.wantMints(2)
+	})
+}
+
+func TestRotateRoleKeepsTheTokenWhenTheNewOneIsOver(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		stored := m.storedRole("app")
+		m.mojo.set(func(s *standIn) { s.latency = 4 * time.Second })
+		done := make(chan error, 1)
+		go func() {
+			_, err := m.request(logical.UpdateOperation, "rotate-role/app", nil)
+			done <- err
+		}()
+		time.Sleep(time.Second)
+		m.write("roles/app", map[string]any{"max_ttl": "2s"})
+		wantStatus(t, <-done, http.StatusBadGateway, `role "app"`, "was over when it arrived", "Check max_ttl")
+		if got := m.storedRole("app"); got.TokenGeneration != stored.TokenGeneration {
+			t.Error("the older tokens were dropped")
+		}
+		m.write("roles/app", map[string]any{"max_ttl": "1h"})
+		m.wantToken("app", 1)
+	})
+}
+
+// storedRole is the role as storage has it.
+func (m *testMount) storedRole(name string) roleEntry {
+	m.t.Helper()
+	role, err := m.roles.load(context.Background(), m.storage, name)
+	if err != nil || role == nil {
+		m.t.Fatalf("loading role %s: %v, %v", name, role, err)
+	}
+	return role.entry
 }
