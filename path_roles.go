@@ -249,6 +249,7 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 	}
 
 	if _, err := b.roles.put(ctx, req.Storage, name, *role); err != nil {
+		b.tokens.roleChanged(name)
 		return nil, err
 	}
 	b.tokens.drop(func(g *grant) bool {

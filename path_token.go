@@ -344,6 +344,7 @@ func (b *backend) rotateTo(ctx context.Context, s logical.Storage, g *grant, tok
 	entry := now.role.entry
 	entry.TokenGeneration = rand.Text()
 	if now.role, err = b.roles.put(ctx, s, g.role.name, entry); err != nil {
+		b.tokens.roleChanged(g.role.name)
 		return nil, err
 	}
 	cached, err := b.tokens.put(now, next)

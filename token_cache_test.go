@@ -1542,3 +1542,51 @@ func (m *testMount) storedRole(name string) roleEntry {
 	}
 	return role.entry
 }
+
+// unsureStorage fails each Put, and has applied it or not.
+type unsureStorage struct {
+	logical.Storage
+	applies bool
+}
+
+var errUnsure = errors.New("storage does not answer")
+
+func (s *unsureStorage) Put(ctx context.Context, e *logical.StorageEntry) error {
+	if s.applies {
+		if err := s.Storage.Put(ctx, e); err != nil {
+			return err
+		}
+	}
+	return errUnsure
+}
+
+// A write that failed may have been applied all the same: what storage has counts.
+func TestWritesThatFailAndThoseThatOnlySeemTo(t *testing.T) {
+	for path, data := range map[string]map[string]any{
+		"config":          {"client_id": "other", "verify_connection": false},
+		"roles/app":       {"audience": "x"},
+		"rotate-role/app": nil,
+	} {
+		for _, applies := range []bool{false, true} {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				m.wantToken("app", 1)
+				sound := m.storage.Storage
+				m.storage.Storage = &unsureStorage{sound, applies}
+				if resp, err := m.request(logical.UpdateOperation, path, data); !errors.Is(err, errUnsure) {
+					t.Errorf("%s: got %v, %v; want the storage's own error", path, resp, err)
+				}
+				m.storage.Storage = sound
+				synctest.Wait()
+				want := int64(1)
+				if applies {
+					want = m.mojo.mints.Load() + 1
+				}
+				m.wantToken("app", want)
+				if got := m.read("config")["client_id"] == "other"; got != (applies && path == "config") {
+					t.Errorf("%s, applied %v: client_id is the new one: %v", path, applies, got)
+				}
+			})
+		}
+	}
+}
