@@ -260,6 +260,7 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, d *fra
 	err := b.configs.delete(ctx, req.Storage, name)
 	b.tokens.configChanged(name)
 	b.tokens.drop(func(g *grant) bool { return g.config.name == name })
+	b.telemetry.configGone(name)
 	return nil, err
 }
 

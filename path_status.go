@@ -76,21 +76,19 @@ func (b *backend) statusRead(ctx context.Context, req *logical.Request, _ *frame
 	for i, how := range outcomes {
 		reads[string(how)] = b.telemetry.reads[i].Load()
 	}
-	var mints int64
+	totals := b.telemetry.total()
+	mints := totals[resultOK]
 	failures, configs := map[string]any{}, map[string]any{}
+	for result, count := range totals {
+		if result != resultOK {
+			failures[result] = count
+		}
+	}
 	for _, name := range names {
 		configs[name] = map[string]any{}
 	}
 	for name, c := range b.telemetry.snapshot(names) {
 		state := map[string]any{}
-		for result, count := range c.results {
-			if result == resultOK {
-				mints += count
-			} else {
-				before, _ := failures[result].(int64)
-				failures[result] = before + count
-			}
-		}
 		if !c.lastMint.IsZero() {
 			state["last_mint_at"] = formatTime(c.lastMint)
 		}

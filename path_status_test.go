@@ -232,3 +232,50 @@ func (b *lockedBuffer) String() string {
 	defer b.mu.Unlock()
 	return b.buf.String()
 }
+
+// Totals are the mount's: a counter that goes down looks like a restart.
+func TestStatusTotalsOutliveTheirConfigs(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		aBadDay(m)
+		before := m.read("status")
+		m.do(logical.DeleteOperation, "config", nil)
+		time.Sleep(time.Hour)
+		for range 2 {
+			after := m.read("status")
+			for _, key := range []string{"mints", "mint_failures"} {
+				if !reflect.DeepEqual(after[key], before[key]) {
+					t.Errorf("%s: got %v, was %v before the config was deleted", key, after[key], before[key])
+				}
+			}
+			if configs := after["configs"].(map[string]any); len(configs) != 1 {
+				t.Errorf("got the configs %v, want the one there is", configs)
+			}
+		}
+		// What is written again begins anew.
+		m.write("config", testConfig(nil))
+		if got := m.read("status")["configs"].(map[string]any)["default"]; !reflect.DeepEqual(got, map[string]any{}) {
+			t.Errorf("a config that was written again has %v", got)
+		}
+	})
+}
+
+// Names are listed first and counted after: a config that is written in between is
+// not among them, and must not lose its account.
+func TestAccountOfANewConfigStays(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		if got := m.telemetry.snapshot(nil); len(got) != 0 {
+			t.Errorf("got %v, want nothing of what was not listed", got)
+		}
+		if got := m.telemetry.snapshot([]string{"default"})["default"].results[resultOK]; got != 1 {
+			t.Errorf("%d mints are counted, want 1", got)
+		}
+		// Deleted on another node: nobody tells.
+		time.Sleep(time.Hour)
+		m.telemetry.snapshot(nil)
+		if n := len(m.telemetry.configs); n != 0 {
+			t.Errorf("%d accounts are kept of configs that are gone", n)
+		}
+	})
+}

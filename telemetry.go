@@ -39,7 +39,8 @@ type telemetry struct {
 	reads     [len(outcomes)]atomic.Int64
 	duration  prometheus.Histogram
 
-	mu      sync.Mutex // never held across I/O
+	mu      sync.Mutex       // never held across I/O
+	results map[string]int64 // of all configs, those that are gone included
 	configs map[string]*configTelemetry
 }
 
@@ -49,11 +50,13 @@ type configTelemetry struct {
 	lastMint   time.Time
 	lastError  *mintError
 	lastFailed time.Time
+	touched    time.Time // when the config was last written or minted with
 }
 
 func newTelemetry() *telemetry {
 	return &telemetry{
 		startedAt: time.Now(),
+		results:   make(map[string]int64),
 		configs:   make(map[string]*configTelemetry),
 		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "mojoauth_mint_duration_seconds",
@@ -72,13 +75,15 @@ func (t *telemetry) minted(config string, took time.Duration, failed *mintError)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	c := t.config(config)
+	result := resultOK
 	if failed == nil {
-		c.results[resultOK]++
 		c.lastMint = time.Now()
-		return
+	} else {
+		result = string(failed.class)
+		c.lastError, c.lastFailed = failed, time.Now()
 	}
-	c.results[string(failed.class)]++
-	c.lastError, c.lastFailed = failed, time.Now()
+	c.results[result]++
+	t.results[result]++
 }
 
 // configSeen begins the account of a config.
@@ -95,20 +100,40 @@ func (t *telemetry) config(name string) *configTelemetry {
 		c = &configTelemetry{results: make(map[string]int64)}
 		t.configs[name] = c
 	}
+	c.touched = time.Now()
 	return c
 }
 
-// snapshot is a copy of the accounts of the configs with these names. Others are
-// forgotten: they were deleted, here or on another node.
+// configGone ends the account of a config.
+func (t *telemetry) configGone(name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.configs, name)
+}
+
+// total is how many mints of all configs had each result.
+func (t *telemetry) total() map[string]int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return maps.Clone(t.results)
+}
+
+// snapshot is a copy of the accounts of the configs with these names. Others were
+// deleted on another node, and are forgotten; but not at once, since a config may have
+// been written after the names were listed.
 func (t *telemetry) snapshot(names []string) map[string]configTelemetry {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	maps.DeleteFunc(t.configs, func(name string, _ *configTelemetry) bool { return !slices.Contains(names, name) })
-	configs := make(map[string]configTelemetry, len(t.configs))
+	configs := make(map[string]configTelemetry, len(names))
 	for name, c := range t.configs {
-		copied := *c
-		copied.results = maps.Clone(c.results)
-		configs[name] = copied
+		switch {
+		case slices.Contains(names, name):
+			copied := *c
+			copied.results = maps.Clone(c.results)
+			configs[name] = copied
+		case time.Since(c.touched) > time.Minute:
+			delete(t.configs, name)
+		}
 	}
 	return configs
 }
