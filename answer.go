@@ -383,6 +383,8 @@ func classifyTransport(err error) *mintError {
 		return &mintError{class: classTLS, reason: "its certificate is not valid: " + invalid.Error()}
 	case errors.As(err, &verification):
 		return &mintError{class: classTLS, reason: "its certificate could not be verified"}
+	case errors.Is(err, http.ErrSchemeMismatch):
+		return &mintError{class: classTLS, reason: "the endpoint speaks plain HTTP on that port, not TLS"}
 	case errors.As(err, &recordHeader):
 		return &mintError{class: classTLS, reason: "the endpoint does not speak TLS"}
 	case errors.As(err, &op) && (op.Op == "remote error" || op.Op == "local error"):

@@ -67,11 +67,11 @@ type token struct {
 // tokenClient asks the token endpoint of one config for tokens. It is safe for
 // concurrent use.
 type tokenClient struct {
-	config  *configEntry
-	http    *http.Client
-	wire    *http.Transport // nil in tests that bring their own
-	redact  redactor
-	timeout time.Duration
+	config    *configEntry
+	http      *http.Client
+	transport *http.Transport // nil in tests that bring their own
+	redact    redactor
+	timeout   time.Duration
 }
 
 // newTokenClient prepares a client for the config, which must be valid.
@@ -79,6 +79,8 @@ type tokenClient struct {
 func newTokenClient(config *configEntry, userAgent string) (*tokenClient, error) {
 	transport := cleanhttp.DefaultPooledTransport()
 	transport.MaxResponseHeaderBytes = maxAnswerBytes
+	transport.Proxy = proxyFor(http.ProxyFromEnvironment)
+	transport.OnProxyConnectResponse = refusedByProxy
 	transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
 	if config.CACert != "" {
 		roots, err := x509.SystemCertPool()
@@ -89,7 +91,7 @@ func newTokenClient(config *configEntry, userAgent string) (*tokenClient, error)
 		transport.TLSClientConfig.RootCAs = roots
 	}
 	c := newTokenClientOver(config, &wire{next: transport, userAgent: userAgent})
-	c.wire = transport
+	c.transport = transport
 	return c, nil
 }
 
@@ -115,8 +117,8 @@ func newTokenClientOver(config *configEntry, next http.RoundTripper) *tokenClien
 
 // close drops idle connections.
 func (c *tokenClient) close() {
-	if c.wire != nil {
-		c.wire.CloseIdleConnections()
+	if c.transport != nil {
+		c.transport.CloseIdleConnections()
 	}
 }
 
@@ -140,7 +142,9 @@ func (c *tokenClient) mint(ctx context.Context, req tokenRequest) (*token, error
 		return nil, failed
 	}
 	if timed.Err() != nil {
-		if ex.failed != nil && ex.failed.status != 0 { // an answer came, and was no good
+		// What failed before counts, unless the last try was still waiting for an
+		// answer and there was none before.
+		if ex.failed != nil && (ex.failed.status != 0 || !ex.trying) {
 			return nil, ex.failed
 		}
 		return nil, &mintError{class: classTimeout, allowed: c.timeout}
@@ -197,6 +201,27 @@ func (c *tokenClient) granted(tok *oauth2.Token, req tokenRequest, ex *exchange)
 	}, nil
 }
 
+// proxyFor asks for a proxy where it gets to see nothing but the host's name: for
+// https. Plain http goes to a loopback host and to nobody else; Go's own exception for
+// these does not know LOCALHOST.
+func proxyFor(proxy func(*http.Request) (*url.URL, error)) func(*http.Request) (*url.URL, error) {
+	return func(req *http.Request) (*url.URL, error) {
+		if req.URL.Scheme != "https" {
+			return nil, nil
+		}
+		return proxy(req)
+	}
+}
+
+// refusedByProxy says that a proxy opened no tunnel: http.Transport's own error is
+// only the words of the status.
+func refusedByProxy(_ context.Context, _ *url.URL, _ *http.Request, answer *http.Response) error {
+	if answer.StatusCode == http.StatusOK {
+		return nil
+	}
+	return &mintError{class: classNetwork, reason: fmt.Sprintf("the proxy of this host answered HTTP %d", answer.StatusCode)}
+}
+
 // refuseRedirect makes a redirect an answer in itself: a 307 or 308 would send
 // the client secret to wherever it points.
 func refuseRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
@@ -207,9 +232,10 @@ type exchange struct {
 	redact  redactor
 	retries int        // tries after the first that are allowed
 	tries   int        // tries made
+	trying  bool       // a try is under way, or was when the time was over
 	sentAt  time.Time  // when the last try was sent
 	status  int        // of the answer that had the token
-	failed  *mintError // the last answer that was no good
+	failed  *mintError // why the last try that ended in time failed
 }
 
 type exchangeKey struct{}
@@ -231,6 +257,7 @@ type wire struct {
 func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
 	ex := exchangeFrom(req.Context())
 	ex.tries++
+	ex.trying = true
 	ex.sentAt = time.Now()
 
 	req = req.Clone(req.Context())
@@ -277,6 +304,7 @@ func checkRetry(ctx context.Context, resp *http.Response, err error) (bool, erro
 		return false, ctx.Err()
 	}
 	ex := exchangeFrom(ctx)
+	ex.trying = false
 	var failed *mintError
 	if err != nil {
 		failed = classifyTransport(err)

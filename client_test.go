@@ -419,6 +419,28 @@ func TestMintEndsInTime(t *testing.T) {
 		t.Errorf("a server that answers 503 and then hangs: got %v, want the 503", failed)
 	}
 
+	// No connection, and no time left for the next try: that is what failed too.
+	e = newEndpoint(t, says(200, goodAnswer))
+	e.Close()
+	_, failed = mintOnce(t, e.config(func(c *configEntry) { c.RequestTimeout = 300 * time.Millisecond }), tokenRequest{retries: 10})
+	if failed == nil || failed.class != classNetwork || !strings.Contains(failed.Error(), "connection refused") {
+		t.Errorf("no server until the time is over: got %v, want the network error", failed)
+	}
+
+	// The connection broke, and the next try got no answer.
+	broken := true
+	e = newEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
+		if broken {
+			broken = false
+			panic(http.ErrAbortHandler)
+		}
+		hang(w, r)
+	})
+	_, failed = mintOnce(t, e.config(func(c *configEntry) { c.RequestTimeout = time.Second }), tokenRequest{retries: 2})
+	if failed == nil || failed.class != classTimeout {
+		t.Errorf("a connection that breaks and then hangs: got %v, want a timeout", failed)
+	}
+
 	// A caller who gives up is not a fault of MojoAuth's.
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
@@ -511,6 +533,15 @@ func TestMintVerifiesCertificates(t *testing.T) {
 		t.Errorf("got %d requests, want only the trusted one", e.requests.Load())
 	}
 
+	// A server that speaks plain HTTP there.
+	plainHTTP := newEndpoint(t, says(200, goodAnswer))
+	_, failed = mintOnce(t, plainHTTP.config(func(c *configEntry) {
+		c.TokenURL = strings.Replace(c.TokenURL, "http://", "https://", 1)
+	}), tokenRequest{retries: 2})
+	if failed == nil || failed.class != classTLS || !strings.Contains(failed.Error(), "plain HTTP") {
+		t.Errorf("plain HTTP: got %v, want a TLS error that says so", failed)
+	}
+
 	// Plain TCP where TLS was expected.
 	plain, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -563,5 +594,56 @@ func TestDescriptionsAreCleaned(t *testing.T) {
 	cut := r.clean(strings.Repeat("x", 250) + secret)
 	if strings.Contains(cut, `se"`) {
 		t.Errorf("a secret at the cut: got %q", cut)
+	}
+}
+
+// mintThrough mints through a proxy that answers so.
+func mintThrough(t *testing.T, config *configEntry, proxy http.HandlerFunc) (*mintError, int64) {
+	t.Helper()
+	e := newEndpoint(t, proxy)
+	client, err := newTokenClient(config, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.close()
+	address, err := url.Parse(e.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxied := http.ProxyURL(address)
+	client.transport.Proxy = proxyFor(proxied)
+	_, err = client.mint(t.Context(), tokenRequest{})
+	var failed *mintError
+	if err != nil && !errors.As(err, &failed) {
+		t.Fatalf("got the error %v (%T), want a *mintError", err, err)
+	}
+	return failed, e.requests.Load()
+}
+
+func TestProxyThatRefuses(t *testing.T) {
+	e := newEndpoint(t, says(200, goodAnswer))
+	config := e.config(func(c *configEntry) { c.TokenURL = "https://mojoauth.test/oauth2/token" })
+	failed, asked := mintThrough(t, config, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodConnect || r.Host != "mojoauth.test:443" {
+			t.Errorf("the proxy got %s %s, want a CONNECT", r.Method, r.Host)
+		}
+		w.WriteHeader(http.StatusProxyAuthRequired)
+	})
+	if failed == nil || failed.class != classNetwork || !strings.Contains(failed.Error(), "the proxy of this host answered HTTP 407") {
+		t.Errorf("got %v, want a network error that says what the proxy answered", failed)
+	}
+	if asked != 1 {
+		t.Errorf("the proxy was asked %d times", asked)
+	}
+}
+
+// What is sent unencrypted goes to the loopback host itself.
+func TestNoProxyForPlainHTTP(t *testing.T) {
+	for _, host := range []string{"127.0.0.1", "localhost", "LOCALHOST"} {
+		e := newEndpoint(t, says(200, goodAnswer))
+		config := e.config(func(c *configEntry) { c.TokenURL = strings.Replace(c.TokenURL, "127.0.0.1", host, 1) })
+		if failed, asked := mintThrough(t, config, says(200, goodAnswer)); failed != nil || asked != 0 {
+			t.Errorf("%s: the proxy got %d requests, %v", host, asked, failed)
+		}
 	}
 }
