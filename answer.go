@@ -10,10 +10,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"html"
 	"math"
 	"net"
 	"net/http"
 	"net/url"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -414,24 +416,44 @@ func rootCause(err error) error {
 // longestDescription bounds, in characters, what is quoted of MojoAuth.
 const longestDescription = 256
 
-// redactor takes a client secret, in the forms it is sent in, out of texts.
+// redactor takes a client secret, as it is and in the forms that it is sent in or may
+// come back in, out of texts.
 type redactor struct{ replace *strings.Replacer }
 
 func newRedactor(clientID, clientSecret string) redactor {
 	if clientSecret == "" {
 		return redactor{}
 	}
-	const mark = "[redacted]"
-	encoded := url.QueryEscape(clientSecret)
+	query, path := url.QueryEscape(clientSecret), url.PathEscape(clientSecret)
+	escaped := html.EscapeString(clientSecret)
 	quoted, _ := json.Marshal(clientSecret)
-	basic := base64.StdEncoding.EncodeToString([]byte(url.QueryEscape(clientID) + ":" + encoded))
-	return redactor{strings.NewReplacer(
-		basic, mark,
-		strings.Trim(string(quoted), `"`), mark,
-		encoded, mark,
-		url.PathEscape(clientSecret), mark,
-		clientSecret, mark,
-	)}
+	inJSON := string(quoted[1 : len(quoted)-1])
+	plain := strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(clientSecret)
+	ascii := strconv.QuoteToASCII(clientSecret)
+	ascii = ascii[1 : len(ascii)-1]
+	forms := []string{
+		base64.StdEncoding.EncodeToString([]byte(url.QueryEscape(clientID) + ":" + query)),
+		query, path, lowerEscapes(query), lowerEscapes(path),
+		escaped,
+		strings.NewReplacer("&#34;", "&quot;", "&#39;", "&apos;").Replace(escaped),
+		strings.NewReplacer("&#34;", "&#x22;", "&#39;", "&#x27;").Replace(escaped),
+		strings.NewReplacer("&#34;", "&quot;", "&#39;", "&#x27;").Replace(escaped),
+	}
+	for _, form := range []string{inJSON, plain, ascii} {
+		forms = append(forms, form, strings.ReplaceAll(form, "/", `\/`))
+	}
+	var pairs []string
+	for _, form := range append(forms, clientSecret) {
+		pairs = append(pairs, form, "[redacted]")
+	}
+	return redactor{strings.NewReplacer(pairs...)}
+}
+
+var percentEscape = regexp.MustCompile("%[0-9A-F]{2}")
+
+// lowerEscapes writes %2F as %2f.
+func lowerEscapes(text string) string {
+	return percentEscape.ReplaceAllStringFunc(text, strings.ToLower)
 }
 
 // clean makes a text of MojoAuth's fit for an error: redacted, on one line,

@@ -11,6 +11,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"html"
 	"io"
 	"net"
 	"net/http"
@@ -579,6 +580,13 @@ func TestDescriptionsAreCleaned(t *testing.T) {
 		basic,
 		"se\x00\"cr/et+1 ü",
 		"\u202ese\"cr/et+1 ü",
+		"se%22cr%2fet%2b1+%c3%bc",
+		"se%22cr%2fet+1%20%c3%bc",
+		html.EscapeString(secret),
+		`se&quot;cr/et+1 ü`,
+		`se&#x22;cr/et+1 ü`,
+		`se\"cr\/et+1 ü`,
+		`se\"cr/et+1 \u00fc`,
 	} {
 		got := r.clean("you sent " + echo + " to us")
 		if got != "you sent [redacted] to us" {
@@ -591,6 +599,13 @@ func TestDescriptionsAreCleaned(t *testing.T) {
 	if got := []rune(r.clean(strings.Repeat("ä", 300))); len(got) != 256 {
 		t.Errorf("a long description: got %d characters, want 256", len(got))
 	}
+	r = newRedactor(id, "<a&b'c>")
+	for _, echo := range []string{"<a&b'c>", "&lt;a&amp;b&#39;c&gt;", "&lt;a&amp;b&#x27;c&gt;", "&lt;a&amp;b&apos;c&gt;", `\u003ca\u0026b'c\u003e`} {
+		if got := r.clean("you sent " + echo + " to us"); got != "you sent [redacted] to us" {
+			t.Errorf("%q: got %q", echo, got)
+		}
+	}
+	r = newRedactor(id, secret)
 	cut := r.clean(strings.Repeat("x", 250) + secret)
 	if strings.Contains(cut, `se"`) {
 		t.Errorf("a secret at the cut: got %q", cut)
