@@ -5,6 +5,7 @@ package mojoauth
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"sync/atomic"
 
@@ -87,7 +88,7 @@ func (e *entries[T]) loadAs(ctx context.Context, s logical.Storage, name string,
 		return nil, err
 	}
 	if err := stored.DecodeJSON(&h.entry); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("what is stored as %s cannot be read: %w", stored.Key, err)
 	}
 	return h, nil
 }

@@ -836,6 +836,20 @@ func TestStorageErrorsStayWhatTheyAre(t *testing.T) {
 	}
 }
 
+func TestStoredEntryThatCannotBeReadIsNamed(t *testing.T) {
+	for _, key := range []string{"config/default", "roles/app"} {
+		m := newTestMount(t)
+		m.configure("app", nil)
+		if err := m.storage.Storage.Put(t.Context(), &logical.StorageEntry{Key: key, Value: []byte(`{"min_ttl":"`)}); err != nil {
+			t.Fatal(err)
+		}
+		m.InvalidateKey(t.Context(), key)
+		if got := m.creds("app", nil); got.err == nil || !strings.Contains(got.err.Error(), key) {
+			t.Errorf("got %v, want the key %s in it", got.err, key)
+		}
+	}
+}
+
 func TestNarrowedScopes(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"scopes": "c,a,b"})
