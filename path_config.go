@@ -128,7 +128,7 @@ scheme, host or port, send client_secret again.`,
 		"client_secret": {
 			Type: framework.TypeString,
 			Description: `Client secret of the application. Required. It is stored in Vault and never
-returned. When it is not sent, an update keeps it.`,
+returned. When it is not sent, an update keeps it. One line end after it is cut off.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Client secret", Sensitive: true},
 		},
 		"token_endpoint_auth_method": {
@@ -344,7 +344,7 @@ func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, 
 	}
 	_, secretSent := d.GetOk("client_secret")
 	if secretSent {
-		config.ClientSecret = d.Get("client_secret").(string)
+		config.ClientSecret = cutLineEnd(d.Get("client_secret").(string))
 	}
 	if v, ok := d.GetOk("token_endpoint_auth_method"); ok {
 		config.TokenEndpointAuthMethod = v.(string)
@@ -369,6 +369,14 @@ func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, 
 		config.TokenGeneration = rand.Text()
 	}
 	return &config, nil
+}
+
+// cutLineEnd takes away the line end of what was typed or is the last line of a file.
+func cutLineEnd(text string) string {
+	if line, ok := strings.CutSuffix(text, "\n"); ok {
+		return strings.TrimSuffix(line, "\r")
+	}
+	return text
 }
 
 // validate checks the whole config.

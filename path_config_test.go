@@ -98,7 +98,10 @@ func TestConfigRefusesBadFields(t *testing.T) {
 		{"no client_id", "client_id", "", "client_id is required"},
 		{"client_id with line end", "client_id", "id\n", "client_id holds a control character"},
 		{"no secret", "client_secret", "", "client_secret is required"},
-		{"secret with line end", "client_secret", "secret\n", "client_secret holds a control character"},
+		{"secret with two line ends", "client_secret", "secret\n\n", "client_secret holds a control character"},
+		{"secret with a line end before", "client_secret", "\nsecret", "client_secret holds a control character"},
+		{"secret with a carriage return", "client_secret", "secret\r", "client_secret holds a control character"},
+		{"a line end for a secret", "client_secret", "\n", "client_secret is required"},
 		{"auth method", "token_endpoint_auth_method", "none", `token_endpoint_auth_method "none"`},
 		{"ca_cert no PEM", "ca_cert", "hello", "ca_cert is not PEM"},
 		{"ca_cert a key", "ca_cert", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", `ca_cert holds a PEM block of type "PRIVATE KEY"`},
@@ -123,6 +126,21 @@ func TestConfigRefusesBadFields(t *testing.T) {
 				t.Errorf("it was saved: %v", got)
 			}
 		})
+	}
+}
+
+// Enter after a secret that is typed, or the end of a file, is no part of it.
+func TestOneLineEndAfterTheSecretIsCut(t *testing.T) {
+	for _, sent := range []string{canary, canary + "\n", canary + "\r\n"} {
+		m := newTestMount(t)
+		m.write("config", testConfig(map[string]any{"client_secret": sent}))
+		stored, err := m.configs.load(t.Context(), m.storage, "default")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if stored.entry.ClientSecret != canary {
+			t.Errorf("%q was sent: got %q", sent, stored.entry.ClientSecret)
+		}
 	}
 }
 
