@@ -91,6 +91,12 @@ func TestPrometheusScrapesVault(t *testing.T) {
 		}
 		return file
 	}
+	// As they are, but for the wait of one of them.
+	rules, err := os.ReadFile(monitoringFile(t, "alerts.yml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	alerts := write("alerts.yml", strings.ReplaceAll(string(rules), "for: 1m\n", "for: 2s\n"))
 	config := write("prometheus.yml", fmt.Sprintf(`
 global: {scrape_interval: 1s, evaluation_interval: 1s}
 rule_files: [%q]
@@ -98,8 +104,8 @@ scrape_configs:
   - job_name: mojoauth
     metrics_path: /v1/mojoauth/metrics
     authorization: {type: Bearer, credentials_file: %q}
-    static_configs: [{targets: [%q]}]
-`, monitoringFile(t, "alerts.yml"), write("token", scraper.Auth.ClientToken), strings.TrimPrefix(w.vault.Address(), "http://")))
+    static_configs: [{targets: [%q], labels: {mount: mojoauth}}]
+`, alerts, write("token", scraper.Auth.ClientToken), strings.TrimPrefix(w.vault.Address(), "http://")))
 	address := harness.StartPrometheus(t, config, dir)
 	query := func(expr string) ([]map[string]string, error) {
 		resp, err := http.Get(address + "/api/v1/query?query=" + url.QueryEscape(expr))
