@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
@@ -21,15 +22,20 @@ func TestRegisterScript(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	register := func(version string) {
+	script := func(version string, mount ...string) (output string, err error) {
 		t.Helper()
 		binary, err := harness.BuildPlugin(pluginDir, version)
 		if err != nil {
 			t.Fatal(err)
 		}
-		cmd := exec.Command(filepath.Join(root, "scripts", "register.sh"), filepath.Join(pluginDir, binary))
+		cmd := exec.Command(filepath.Join(root, "scripts", "register.sh"), append([]string{filepath.Join(pluginDir, binary)}, mount...)...)
 		cmd.Env = append(os.Environ(), w.vault.Environment()...)
-		if out, err := cmd.CombinedOutput(); err != nil {
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	register := func(version string) {
+		t.Helper()
+		if out, err := script(version); err != nil {
 			t.Fatalf("register.sh: %v\n%s", err, out)
 		}
 		harness.Eventually(t, "the new version runs", func() error {
@@ -48,4 +54,8 @@ func TestRegisterScript(t *testing.T) {
 	w.token("app")
 	register("2.0.0") // and back
 	w.token("app")
+
+	if out, err := script("2.1.0", "sys"); err == nil || !strings.Contains(out, "at sys/ is an engine of the type system") {
+		t.Errorf("another engine's mount: %v\n%s", err, out)
+	}
 }

@@ -27,9 +27,18 @@ else
 fi
 sum=${sum%% *}
 
+# The table's first columns are the path and the type.
+type=$("$vault" secrets list | awk -v path="$mount/" '$1 == path { print $2 }')
+case $type in
+'' | "$name") ;;
+*)
+	echo "register.sh: at $mount/ is an engine of the type $type: name another MOUNT" >&2
+	exit 1
+	;;
+esac
+
 "$vault" plugin register -sha256="$sum" -version="$version" -command="$(basename "$binary")" secret "$name"
-# The table's first column is the path.
-if "$vault" secrets list | awk '{ print $1 }' | grep -qx "$mount/"; then
+if [ -n "$type" ]; then
 	"$vault" secrets tune -plugin-version="$version" "$mount/"
 	# Not `vault plugin reload -mounts`: of 1.21.0 it asks for a path that is not there.
 	"$vault" write sys/plugins/reload/backend mounts="$mount/"
