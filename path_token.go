@@ -400,9 +400,9 @@ not end the token, which MojoAuth cannot do: it stays valid until "expires_at".
 
 const rotateHelp = `
 A new token is minted at once, whatever is cached and whatever failed before; only
-while MojoAuth has asked to be left alone by Retry-After is it not asked. Then the role's older tokens
-are dropped on every node, and reads get the new one. When no new token can be
-had, nothing is dropped and the error is told.
+while MojoAuth has asked to be left alone by Retry-After is it not asked. Then the
+role's older tokens are dropped on every node, and reads get the new one. When no
+new token can be had, nothing is dropped and the error is told.
 
 The older tokens stay valid until they end: MojoAuth cannot revoke them.
 `
