@@ -107,7 +107,7 @@ func (a *application) unavailable(failed *mintError, next time.Time) *unavailabl
 }
 
 // minter is the application's client. It is made once, however many mints begin
-// together: that asks Vault for its version, and may read the system's certificate
+// together: that may ask Vault for its version, and read the system's certificate
 // authorities.
 func (a *application) minter() (minter, error) {
 	a.making.Lock()

@@ -43,8 +43,8 @@ type backend struct {
 	roles   *entries[roleEntry]
 	tokens  *tokenCache
 
-	telemetry *telemetry
-	agent     atomic.Pointer[string] // the user agent, once Vault has told
+	telemetry     *telemetry
+	userAgentName atomic.Pointer[string] // nil before Vault has told its version
 }
 
 // Factory makes the backend of one mount: logical.Factory.
@@ -100,10 +100,9 @@ func (b *backend) newClient(config *configEntry) (minter, error) {
 	return newTokenClient(config, b.userAgent())
 }
 
-// userAgent names Vault and the plugin. Vault is asked once: thousands of readers
-// may find a role cold at the same moment.
+// userAgent names Vault and the plugin. Vault is asked once, and not for each config.
 func (b *backend) userAgent() string {
-	if known := b.agent.Load(); known != nil {
+	if known := b.userAgentName.Load(); known != nil {
 		return *known
 	}
 	env, err := b.System().PluginEnv(context.Background())
@@ -111,9 +110,9 @@ func (b *backend) userAgent() string {
 		// Without an environment (an old Vault, a test) the plugin names itself.
 		return pluginName + "/" + strings.TrimPrefix(runningVersion(), "v")
 	}
-	agent := useragent.PluginString(env, pluginName)
-	b.agent.Store(&agent)
-	return agent
+	name := useragent.PluginString(env, pluginName)
+	b.userAgentName.Store(&name)
+	return name
 }
 
 // invalidate forgets what another node changed in storage.

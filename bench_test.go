@@ -50,13 +50,13 @@ func benchMount(b *testing.B, n int) *backend {
 }
 
 func readCreds(b *testing.B, h logical.Backend, path string) {
-	// benchStorage is nil: a cached read that touched it would panic.
 	resp, err := h.HandleRequest(context.Background(), &logical.Request{Operation: logical.ReadOperation, Path: path, Storage: benchStorage})
 	if err != nil || resp.IsError() {
 		b.Fatal(resp, err)
 	}
 }
 
+// benchStorage is nil: a cached read that touched it would panic.
 var benchStorage logical.Storage
 
 // noOp is a backend whose creds path does nothing but answer what it is given,
@@ -92,7 +92,7 @@ func BenchmarkHandleRequest(b *testing.B) {
 	for i := range paths {
 		paths[i] = fmt.Sprintf("creds/role%d", i)
 	}
-	// The last is the fair comparison: any path that answers a token makes this map.
+	// no-op/8keys is the fair comparison: any path that answers a token makes this map.
 	targets := []struct {
 		name    string
 		backend logical.Backend

@@ -134,12 +134,12 @@ type served struct {
 	failure  *unavailable  // for outcomeStale: why, or nil when a mint is slow
 }
 
-func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], newClient clientFactory, account *telemetry, logger func() hclog.Logger) *tokenCache {
+func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], newClient clientFactory, telemetry *telemetry, logger func() hclog.Logger) *tokenCache {
 	c := &tokenCache{
 		configs:      configs,
 		roles:        roles,
 		newClient:    newClient,
-		telemetry:    account,
+		telemetry:    telemetry,
 		logger:       logger,
 		ahead:        make(chan struct{}, maxAhead),
 		slots:        make(map[string]*slot),
