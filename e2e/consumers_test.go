@@ -6,7 +6,10 @@ package e2e
 import (
 	"errors"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/hashicorp/vault/api"
@@ -29,6 +32,27 @@ func (w *world) as(request *api.TokenCreateRequest) *api.Client {
 	return client
 }
 
+// documentedPolicies are the policies in docs/consumers.md, in their order, for a role
+// and a scope of the tests.
+func documentedPolicies(t *testing.T) []string {
+	t.Helper()
+	root, err := harness.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc, err := os.ReadFile(filepath.Join(root, "docs", "consumers.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var policies []string
+	for _, block := range strings.Split(string(doc), "```hcl\n")[1:] {
+		if block, _, _ = strings.Cut(block, "```"); strings.HasPrefix(block, `path "mojoauth/`) {
+			policies = append(policies, strings.NewReplacer("creds/reports", "creds/app", "read:reports", "read:data").Replace(block))
+		}
+	}
+	return policies
+}
+
 // The policies that docs/consumers.md and the README show, and what each may do.
 func TestLeastPrivilegePolicies(t *testing.T) {
 	t.Parallel()
@@ -36,18 +60,11 @@ func TestLeastPrivilegePolicies(t *testing.T) {
 	w.write("config", w.config(nil))
 	w.write("roles/app", role(map[string]any{"scopes": "read:data,write:data"}))
 	w.write("roles/other", role(nil))
-	policies := map[string]string{
-		"application": `path "mojoauth/creds/app" { capabilities = ["read"] }`,
-		"operator": `
-path "mojoauth/config"        { capabilities = ["create", "read", "update", "delete", "list"] }
-path "mojoauth/config/*"      { capabilities = ["create", "read", "update", "delete", "list"] }
-path "mojoauth/roles/*"       { capabilities = ["create", "read", "update", "delete", "list"] }
-path "mojoauth/rotate-role/*" { capabilities = ["update"] }
-path "mojoauth/status"        { capabilities = ["read"] }`,
-		"monitoring": `
-path "mojoauth/metrics" { capabilities = ["read"] }
-path "mojoauth/status"  { capabilities = ["read"] }`,
+	documented := documentedPolicies(t)
+	if len(documented) != 4 {
+		t.Fatalf("docs/consumers.md has %d policies, want those of application, constrained application, operator and monitoring", len(documented))
 	}
+	policies := map[string]string{"application": documented[0], "operator": documented[2], "monitoring": documented[3]}
 	requests := []struct {
 		name string
 		do   func(c *api.Client) error
@@ -93,12 +110,7 @@ path "mojoauth/status"  { capabilities = ["read"] }`,
 
 	// A policy can allow only certain scopes: Vault looks at parameter constraints on
 	// a read too.
-	if err := w.vault.Sys().PutPolicy("constrained", `
-path "mojoauth/creds/app" {
-  capabilities        = ["read"]
-  required_parameters = ["scopes"]
-  allowed_parameters  = { "scopes" = ["read:data"], "min_ttl" = [] }
-}`); err != nil {
+	if err := w.vault.Sys().PutPolicy("constrained", documented[1]); err != nil {
 		t.Fatal(err)
 	}
 	constrained := w.as(&api.TokenCreateRequest{Policies: []string{"constrained"}})
