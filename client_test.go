@@ -635,7 +635,7 @@ func mintThrough(t *testing.T, config *configEntry, proxy http.HandlerFunc) (*mi
 	return failed, e.requests.Load()
 }
 
-func TestProxyThatRefuses(t *testing.T) {
+func TestProxyThatRefusesIsANetworkError(t *testing.T) {
 	e := newEndpoint(t, says(200, goodAnswer))
 	config := e.config(func(c *configEntry) { c.TokenURL = "https://mojoauth.test/oauth2/token" })
 	failed, asked := mintThrough(t, config, func(w http.ResponseWriter, r *http.Request) {

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-func TestSchedule(t *testing.T) {
+func TestScheduleFollowsFromLifetimeAndMinTTL(t *testing.T) {
 	const day = 24 * time.Hour
 	cases := []struct {
 		lifetime, minTTL       time.Duration
@@ -58,7 +58,7 @@ func TestSchedulePhaseAtItsBoundaries(t *testing.T) {
 	}
 }
 
-func TestHints(t *testing.T) {
+func TestTTLLeadsToTheRefreshAndALeaseEndsBeforeTheToken(t *testing.T) {
 	cases := []struct {
 		lifetime, left time.Duration
 		random         float64
@@ -87,7 +87,7 @@ func TestHints(t *testing.T) {
 	}
 }
 
-func TestStaleWait(t *testing.T) {
+func TestStaleWaitIsAtMostHalfOfWhatIsLeft(t *testing.T) {
 	cases := []struct {
 		left   time.Duration
 		random float64
@@ -107,7 +107,7 @@ func TestStaleWait(t *testing.T) {
 }
 
 // The rules that hold whatever the lifetime, the settings and the moment.
-func TestScheduleProperties(t *testing.T) {
+func TestScheduleRulesHoldForAnyLifetime(t *testing.T) {
 	holds := func(lifetimeMS, minMS, maxMS, leftMS uint32, random uint16) bool {
 		ms := func(n uint32, most time.Duration) time.Duration {
 			return time.Duration(n) * time.Millisecond % (most + 1)
@@ -161,7 +161,7 @@ func jwt(claims string) string {
 	return enc([]byte(`{"alg":"RS256"}`)) + "." + enc([]byte(claims)) + "." + enc([]byte("signature"))
 }
 
-func TestToldLifetime(t *testing.T) {
+func TestToldLifetimeIsTheSoonerOfBoth(t *testing.T) {
 	minted := time.Unix(1_800_000_000, 0)
 	exp := func(d time.Duration) string { return jwt(fmt.Sprintf(`{"exp":%d}`, minted.Add(d).Unix())) }
 	cases := []struct {
@@ -194,7 +194,7 @@ func TestToldLifetime(t *testing.T) {
 	}
 }
 
-func TestEffectiveLifetime(t *testing.T) {
+func TestMaxTTLCapsALifetimeAndStandsInForOne(t *testing.T) {
 	for _, c := range []struct{ told, maxTTL, want time.Duration }{
 		{time.Hour, 0, time.Hour},
 		{time.Hour, time.Minute, time.Minute},

@@ -6,7 +6,6 @@ package mojoauth
 import (
 	"errors"
 	"maps"
-	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -285,11 +284,5 @@ func TestConfigWritesAreForwarded(t *testing.T) {
 	}
 	if props := m.Route("creds/x").Operations[logical.ReadOperation].Properties(); props.ForwardPerformanceStandby || props.ForwardPerformanceSecondary {
 		t.Error("reads of creds are forwarded; they should be served where they arrive")
-	}
-}
-
-func TestMintErrorStatusNames(t *testing.T) {
-	if got := (&mintError{class: classThrottled, status: http.StatusTooManyRequests}).Error(); !strings.Contains(got, "HTTP 429") {
-		t.Errorf("got %q, want the status in it", got)
 	}
 }

@@ -36,7 +36,7 @@ func aBadDay(m *testMount) {
 	m.wantToken("app", 1) // stale
 }
 
-func TestStatus(t *testing.T) {
+func TestStatusTellsWhatTheNodeDid(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		began := time.Now()
 		aBadDay(m)
@@ -97,7 +97,7 @@ func (m *testMount) metrics() string {
 	return resp.Data[logical.HTTPRawBody].(string) // no []byte: Vault makes a 500 of an empty one
 }
 
-func TestMetrics(t *testing.T) {
+func TestMetricsTellTheSameAsStatus(t *testing.T) {
 	m := newTestMount(t)
 	problems, err := promlint.New(strings.NewReader(m.metrics())).Lint()
 	if err != nil || len(problems) != 0 {

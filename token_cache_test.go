@@ -130,7 +130,7 @@ func TestCredsAnswerHasEveryKey(t *testing.T) {
 	})
 }
 
-func TestCredsOfWhatIsNotThere(t *testing.T) {
+func TestCredsErrorNamesWhatIsMissing(t *testing.T) {
 	m := newTestMount(t)
 	if text := m.refused(logical.ReadOperation, "creds/app", nil); !strings.Contains(text, `role "app" does not exist`) {
 		t.Errorf("got %q", text)
@@ -204,7 +204,7 @@ func TestCachedReadWaitsForNobody(t *testing.T) {
 	})
 }
 
-func TestRefreshWhileTheOldTokenWouldDo(t *testing.T) {
+func TestReaderWaitsTwoSecondsWhileTheOldTokenWouldDo(t *testing.T) {
 	// L is an hour: R 15 min, F 1 min.
 	toRefreshWindow := func(m *testMount) {
 		m.t.Helper()
@@ -294,7 +294,7 @@ func TestSpentTokenIsNeverServed(t *testing.T) {
 	})
 }
 
-func TestRefreshAhead(t *testing.T) {
+func TestTokenInUseIsRenewedBeforeItIsAskedFor(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -425,7 +425,7 @@ func TestCloseEndsEverything(t *testing.T) {
 	})
 }
 
-func TestLifetimeNobodyTells(t *testing.T) {
+func TestLifetimeNobodyTellsIsAssumedWithAWarning(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.mojo.set(func(s *standIn) { s.lifetime = 0 })
 		m.configure("app", nil)
@@ -459,7 +459,7 @@ func TestNarrowerGrantIsAWarning(t *testing.T) {
 	})
 }
 
-func TestRoleWritesAndTheCache(t *testing.T) {
+func TestRoleWriteDropsTokensOnlyWhenItAsksForOthers(t *testing.T) {
 	fields := map[string]any{"audience": "https://a/", "scopes": "a,b", "extra_params": map[string]any{"x": "y"}}
 	for _, c := range []struct {
 		name  string
@@ -529,7 +529,7 @@ func (m *testMount) elsewhere(do func(other *testMount), keys ...string) {
 	}
 }
 
-func TestConfigWritesAndTheCache(t *testing.T) {
+func TestConfigWriteDropsTokensOnlyOfAnotherClient(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		write map[string]any
@@ -590,7 +590,7 @@ func TestSecretRollsOverWithoutAGap(t *testing.T) {
 	})
 }
 
-func TestMintInFlightWhileThingsChange(t *testing.T) {
+func TestMintInFlightIsKeptOnlyWhenItIsStillAskedFor(t *testing.T) {
 	// Each case begins with a mint of five seconds and changes something after
 	// one. first is what the reader gets who came before the change, later what
 	// one gets who came after it.
@@ -635,9 +635,6 @@ func TestMintInFlightWhileThingsChange(t *testing.T) {
 				time.Sleep(time.Second)
 				m.mojo.set(func(s *standIn) {
 					s.latency, s.fail = 5*time.Second, nil
-					if c.fail != nil {
-						s.fail = nil
-					}
 				})
 				c.change(m)
 				go func() { later <- m.creds("app", nil) }()
@@ -656,7 +653,7 @@ func TestMintInFlightWhileThingsChange(t *testing.T) {
 }
 
 // What was read from storage before a change must not be held after it.
-func TestInvalidationDuringALoad(t *testing.T) {
+func TestWhatWasLoadedBeforeAChangeIsNotHeld(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"audience": "old"})
 		m.InvalidateKey(context.Background(), "roles/app")
@@ -675,7 +672,7 @@ func TestInvalidationDuringALoad(t *testing.T) {
 	})
 }
 
-func TestBackoffOfAConfig(t *testing.T) {
+func TestFailureOfClientOrServerBacksOffTheConfig(t *testing.T) {
 	for _, failure := range []*mintError{
 		{class: classClientRefused, status: 401, oauthError: "invalid_client"},
 		{class: classServerError, status: 503},
@@ -728,7 +725,7 @@ func TestBackoffOfAConfig(t *testing.T) {
 	}
 }
 
-func TestBackoffOfARequest(t *testing.T) {
+func TestRefusedRequestBacksOffAlone(t *testing.T) {
 	for _, code := range []string{"invalid_scope", "invalid_target", "invalid_request", "access_denied", ""} {
 		t.Run(code, func(t *testing.T) {
 			bubble(t, func(m *testMount) {
@@ -850,7 +847,7 @@ func TestStoredEntryThatCannotBeReadIsNamed(t *testing.T) {
 	}
 }
 
-func TestNarrowedScopes(t *testing.T) {
+func TestNarrowedScopesHaveATokenForEachSet(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"scopes": "c,a,b"})
 		m.wantToken("app", 1)
@@ -920,7 +917,7 @@ func TestNarrowedScopesAreBounded(t *testing.T) {
 	})
 }
 
-func TestMinTTLOfAReader(t *testing.T) {
+func TestMinTTLOfAReaderOnlyRaises(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -1061,7 +1058,7 @@ func TestRotateRole(t *testing.T) {
 	})
 }
 
-func TestLease(t *testing.T) {
+func TestLeaseEndsBeforeItsTokenAndRevokesNothing(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"generate_lease": true})
 		m.wantToken("app", 1)
@@ -1249,7 +1246,7 @@ func TestTokenThatIsFirstReadInABackoffIsRenewed(t *testing.T) {
 	})
 }
 
-func TestTokenWhoseLifeIsOverOnArrival(t *testing.T) {
+func TestTokenWhoseLifeIsOverOnArrivalIsAnError(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"max_ttl": "1s"})
 		m.mojo.set(func(s *standIn) { s.latency = 1500 * time.Millisecond })
@@ -1327,7 +1324,7 @@ func TestManyColdReadersCauseOneClient(t *testing.T) {
 }
 
 // What keeps a client from being made is told as it is, and tried again.
-func TestClientThatCannotBeMade(t *testing.T) {
+func TestClientThatCannotBeMadeIsToldAndTriedAgain(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		broken := errors.New("no certificate authorities")
@@ -1557,25 +1554,28 @@ func (m *testMount) storedRole(name string) roleEntry {
 	return role.entry
 }
 
-// unsureStorage fails each Put, and has applied it or not.
+// unsureStorage, once it fails, fails each Put, and has applied it or not.
 type unsureStorage struct {
 	logical.Storage
-	applies bool
+	fails, applies atomic.Bool
 }
 
 var errUnsure = errors.New("storage does not answer")
 
 func (s *unsureStorage) Put(ctx context.Context, e *logical.StorageEntry) error {
-	if s.applies {
+	if !s.fails.Load() || s.applies.Load() {
 		if err := s.Storage.Put(ctx, e); err != nil {
 			return err
 		}
 	}
-	return errUnsure
+	if s.fails.Load() {
+		return errUnsure
+	}
+	return nil
 }
 
 // A write that failed may have been applied all the same: what storage has counts.
-func TestWritesThatFailAndThoseThatOnlySeemTo(t *testing.T) {
+func TestFailedWritesCountAsStorageHasThem(t *testing.T) {
 	for path, data := range map[string]map[string]any{
 		"config":          {"client_id": "other", "verify_connection": false},
 		"roles/app":       {"audience": "x"},
@@ -1583,14 +1583,16 @@ func TestWritesThatFailAndThoseThatOnlySeemTo(t *testing.T) {
 	} {
 		for _, applies := range []bool{false, true} {
 			bubble(t, func(m *testMount) {
+				storage := &unsureStorage{Storage: m.storage.Storage}
+				m.storage.Storage = storage
 				m.configure("app", nil)
 				m.wantToken("app", 1)
-				sound := m.storage.Storage
-				m.storage.Storage = &unsureStorage{sound, applies}
+				storage.applies.Store(applies)
+				storage.fails.Store(true)
 				if resp, err := m.request(logical.UpdateOperation, path, data); !errors.Is(err, errUnsure) {
 					t.Errorf("%s: got %v, %v; want the storage's own error", path, resp, err)
 				}
-				m.storage.Storage = sound
+				storage.fails.Store(false)
 				synctest.Wait()
 				want := int64(1)
 				if applies {
