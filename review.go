@@ -52,12 +52,10 @@ func (r *reviews) next() *slot {
 	return nil
 }
 
-// review has the slots looked at, soon, whose grants match.
-func (c *tokenCache) review(match func(*grant) bool) {
-	for _, s := range c.all() {
-		if st := s.state.Load(); st != nil && match(st.grant) {
-			c.reviews.add(s)
-		}
+// review has the slots looked at, soon.
+func (c *tokenCache) review(slots []*slot) {
+	for _, s := range slots {
+		c.reviews.add(s)
 	}
 	if c.reviews.start() {
 		c.spawn(c.runReviews) // unless the cache is closed: then nothing has to be up to date
@@ -84,6 +82,9 @@ func (c *tokenCache) runReviews() {
 // its token would not be served under them. The error is storage's.
 func (s *slot) review() error {
 	st := s.state.Load()
+	if st == nil {
+		return nil // its first reader is about to bring a grant
+	}
 	g, err := s.cache.lookUp(st.grant)
 	if err != nil {
 		return err

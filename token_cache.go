@@ -337,7 +337,13 @@ func (c *tokenCache) all() []*slot {
 
 // roleChanged has the slots of a role go by what was written, here or elsewhere.
 func (c *tokenCache) roleChanged(name string) {
-	c.review(func(g *grant) bool { return g.role.name == name })
+	slots := slices.DeleteFunc(c.narrowed.Values(), func(s *slot) bool { return s.key.role != name })
+	c.mu.RLock()
+	if s := c.slots[name]; s != nil {
+		slots = append(slots, s)
+	}
+	c.mu.RUnlock()
+	c.review(slots)
 }
 
 // configChanged forgets what is known of a config's client and its failures, and has
@@ -351,7 +357,10 @@ func (c *tokenCache) configChanged(name string) {
 	if app != nil {
 		app.close()
 	}
-	c.review(func(g *grant) bool { return g.config.name == name })
+	c.review(slices.DeleteFunc(c.all(), func(s *slot) bool {
+		st := s.state.Load()
+		return st == nil || st.grant.config.name != name
+	}))
 }
 
 // application finds the application of a config as it stands, or makes it. It
