@@ -3,6 +3,7 @@
 MODULE      := github.com/mojoauth/vault-plugin-secrets-mojoauth
 NAME        := vault-plugin-secrets-mojoauth
 VERSION     ?= 0.1.0-dev
+OUT         := bin/$(NAME)
 COMMIT      ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 LDFLAGS     := -s -w -X $(MODULE).Version=$(VERSION) -X $(MODULE).Commit=$(COMMIT)
 GOLANGCI    := bin/golangci-lint
@@ -13,7 +14,7 @@ help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build the plugin into bin/
-	CGO_ENABLED=0 go build -trimpath -ldflags "$(LDFLAGS)" -o bin/$(NAME) ./cmd/$(NAME)
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "$(LDFLAGS)" -o $(OUT) ./cmd/$(NAME)
 
 dev: ## Run Vault with the engine and an OAuth server, and read a token; AGENT=1 adds a Vault Agent
 	@VERSION=$(VERSION) AGENT=$(AGENT) scripts/dev.sh
