@@ -7,11 +7,13 @@ OUT         := bin/$(NAME)
 COMMIT      ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 LDFLAGS     := -s -w -X $(MODULE).Version=$(VERSION) -X $(MODULE).Commit=$(COMMIT)
 GOLANGCI    := bin/golangci-lint
+GORELEASER  := bin/goreleaser
 
-.PHONY: help build dev test test-unit test-e2e test-live lint fmt bench soak clean
+.PHONY: help build dev test test-unit test-e2e test-live lint fmt bench soak \
+	release-snapshot release clean
 
 help: ## List the tasks
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build the plugin into bin/
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "$(LDFLAGS)" -o $(OUT) ./cmd/$(NAME)
@@ -39,6 +41,7 @@ $(GOLANGCI): tools/lint/go.mod tools/lint/go.sum
 lint: $(GOLANGCI) ## Check the code with golangci-lint
 	$(GOLANGCI) run ./...
 	cd e2e && ../$(GOLANGCI) run --config ../.golangci.yaml ./...
+	cd tools/release && ../../$(GOLANGCI) run --config ../../.golangci.yaml ./sbom
 
 fmt: $(GOLANGCI) ## Format the code
 	$(GOLANGCI) fmt ./...
@@ -51,6 +54,20 @@ bench: ## Run the benchmarks
 
 soak: ## Let Vault Agents run for 12 token lifetimes through all faults: 8 minutes
 	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && AGENT_LIFETIMES=3 go test -count=1 -timeout 30m -run AgentKeeps -v .
+
+$(GORELEASER): tools/release/go.mod tools/release/go.sum
+	@echo "Building goreleaser; the first time this takes about 5 minutes on 2 cores."
+	cd tools/release && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o ../../$@ github.com/goreleaser/goreleaser/v2
+
+bin/sbom: tools/release/go.mod tools/release/go.sum $(wildcard tools/release/sbom/*.go)
+	cd tools/release && go build -o ../../$@ ./sbom
+
+release-snapshot: $(GORELEASER) bin/sbom ## Make a release in dist/ and publish nothing; GPG_FINGERPRINT signs it
+	$(GORELEASER) check
+	@VERSION=$(VERSION) GPG_FINGERPRINT=$(GPG_FINGERPRINT) scripts/release.sh snapshot
+
+release: $(GORELEASER) bin/sbom ## Publish the tag that is checked out, as a draft; needs GITHUB_TOKEN, GPG_FINGERPRINT
+	@scripts/release.sh publish
 
 clean: ## Remove what was built
 	rm -rf bin dist
