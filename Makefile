@@ -10,7 +10,7 @@ GOLANGCI    := bin/golangci-lint
 GORELEASER  := bin/goreleaser
 
 .PHONY: help build dev test test-unit test-e2e test-live lint fmt bench soak \
-	release-snapshot release clean
+	release-check release-snapshot release clean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,11 @@ $(GORELEASER): tools/release/go.mod tools/release/go.sum
 
 bin/sbom: tools/release/go.mod tools/release/go.sum $(wildcard tools/release/sbom/*.go)
 	cd tools/release && go build -o ../../$@ ./sbom
+
+release-check: ## Check the release's description, and that two builds make the same bytes
+	@echo "The release's description; the first time this takes about a minute on 2 cores."
+	cd tools/release && go test ./...
+	@FRESH_CACHE=$(FRESH_CACHE) scripts/reproducible.sh
 
 release-snapshot: $(GORELEASER) bin/sbom ## Make a release in dist/ and publish nothing; GPG_FINGERPRINT signs it
 	$(GORELEASER) check
