@@ -10,7 +10,7 @@ GOLANGCI    := bin/golangci-lint
 GORELEASER  := bin/goreleaser
 
 .PHONY: help build dev test test-unit test-e2e test-live lint fmt bench soak \
-	release-check release-snapshot release clean
+	image release-check release-snapshot release clean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: ## Run the benchmarks
 
 soak: ## Let Vault Agents run for 12 token lifetimes through all faults: 8 minutes
 	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && AGENT_LIFETIMES=3 go test -count=1 -timeout 30m -run AgentKeeps -v .
+
+image: ## Build the container image for Vault's containerised plugins, with buildah, podman or docker
+	@VERSION=$(VERSION) scripts/image.sh
 
 $(GORELEASER): tools/release/go.mod tools/release/go.sum
 	@echo "Building goreleaser; the first time this takes about 5 minutes on 2 cores."

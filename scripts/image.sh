@@ -1,0 +1,106 @@
+#!/bin/sh
+# Builds the plugin's container image, and writes it to dist/ for `docker load`.
+#
+#   VERSION=0.1.0-dev scripts/image.sh          of this source
+#   scripts/image.sh ARCHIVE.zip                of the binary in a release's archive
+#
+# It needs buildah, podman or docker, the first that is there, or the one that ENGINE
+# names; buildah needs neither a daemon nor a network. IMAGE_ARCH is amd64 or arm64, by
+# default this machine's, and IMAGE the image's name.
+#
+# CA_BUNDLE is the file with the certificate authorities that the image trusts, by
+# default this machine's. It is data that changes while the plugin does not, so it is
+# no part of a release; the image's label says which one it was.
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+name=vault-plugin-secrets-mojoauth
+
+say() { printf '==> %s\n' "$*"; }
+die() { printf 'image.sh: %s\n' "$*" >&2; exit 1; }
+
+archive=
+case $# in
+0) ;;
+1) archive=$(CDPATH='' cd -- "$(dirname -- "$1")" && pwd)/$(basename -- "$1") ;;
+*) sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac
+cd "$root"
+
+engine=${ENGINE:-}
+for candidate in buildah podman docker; do
+	[ -n "$engine" ] || ! command -v "$candidate" >/dev/null || engine=$candidate
+done
+command -v "${engine:-none}" >/dev/null || die "buildah, podman or docker is needed"
+
+bundle=${CA_BUNDLE:-}
+for candidate in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/cert.pem; do
+	[ -n "$bundle" ] || [ ! -f "$candidate" ] || bundle=$candidate
+done
+grep -qs 'BEGIN CERTIFICATE' "${bundle:-none}" || die "no certificate authorities: name their file in CA_BUNDLE"
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+context=$work/context
+mkdir "$context"
+if [ -n "$archive" ]; then
+	# NAME_<version>_linux_<arch>.zip
+	IFS=_ read -r _ version os arch <<-TXT
+		$(basename "$archive" .zip)
+	TXT
+	[ "$os" = linux ] || die "$archive is not for linux"
+	unzip -q "$archive" -d "$context"
+else
+	version=${VERSION:?is not set}
+	arch=${IMAGE_ARCH:-$(go env GOHOSTARCH)}
+	say "Building $name $version for linux/$arch"
+	GOOS=linux GOARCH=$arch make --no-print-directory -s build VERSION="$version" OUT="$context/$name"
+	cp LICENSE "$context/LICENSE.txt"
+fi
+# The same binary and the same authorities make the same image: its time is the
+# commit's, which the files in an archive have, too.
+if [ -n "$archive" ]; then
+	time=$(stat -c %Y "$context/LICENSE.txt")
+else
+	time=$(git show -s --format=%ct HEAD)
+fi
+cp "$bundle" "$context/ca-certificates.crt"
+chmod 755 "$context/$name"
+chmod 644 "$context/LICENSE.txt" "$context/ca-certificates.crt"
+find "$context" -exec touch -h -d "@$time" {} +
+sum=$(sha256sum "$context/ca-certificates.crt")
+image=${IMAGE:-$name}:$version
+label=org.opencontainers.image
+set -- --platform "linux/$arch" --file Containerfile \
+	--label "$label.title=$name" \
+	--label "$label.description=Vault secrets engine for MojoAuth machine-to-machine applications" \
+	--label "$label.version=$version" \
+	--label "$label.source=https://github.com/mojoauth/$name" \
+	--label "$label.licenses=MPL-2.0" \
+	--label "com.mojoauth.ca-bundle.sha256=${sum%% *}" \
+	--tag "$image"
+
+file=dist/${name}_${version}_linux_$arch.image.tar
+mkdir -p dist
+rm -f "$file"
+say "Building the image $image with $engine"
+# As OCI, although Docker gets it: in Docker's own format the name of the container that
+# it was built in is part of the image.
+case $engine in
+buildah)
+	buildah build --isolation chroot --format oci --identity-label=false --timestamp "$time" "$@" "$context"
+	buildah push --quiet "$image" "docker-archive:$file:$image"
+	;;
+podman)
+	podman build --format oci --timestamp "$time" "$@" "$context"
+	podman save --quiet --format docker-archive --output "$file" "$image"
+	;;
+docker)
+	SOURCE_DATE_EPOCH=$time docker build "$@" "$context"
+	docker save --output "$file" "$image"
+	;;
+*) die "ENGINE is $engine, want buildah, podman or docker" ;;
+esac
+# What `docker load` will show, and Vault wants as the plugin's checksum.
+id=$(tar -xOf "$file" manifest.json | sed 's|.*"Config":"\(blobs/sha256/\)\{0,1\}\([0-9a-f]*\).*|\2|')
+say "Image $image, ID $id"
+say "For docker load: $file"
