@@ -7,9 +7,12 @@ OUT         := bin/$(NAME)
 COMMIT      ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 LDFLAGS     := -s -w -X $(MODULE).Version=$(VERSION) -X $(MODULE).Commit=$(COMMIT)
 GOLANGCI    := bin/golangci-lint
+ACTIONLINT  := bin/actionlint
 GORELEASER  := bin/goreleaser
+GOVULNCHECK := bin/govulncheck
+FUZZTIME    ?= 1m
 
-.PHONY: help build dev test test-unit test-e2e test-live lint fmt bench soak \
+.PHONY: help build dev test test-unit test-e2e test-live fuzz lint vulncheck fmt bench soak \
 	image release-check release-snapshot release clean
 
 help: ## List the tasks
@@ -34,14 +37,28 @@ test-e2e: ## Run the tests in a real Vault; builds one, once, when there is none
 test-live: ## Get a token of the real MojoAuth; needs the MOJOAUTH_* variables
 	go test -count=1 -run '^TestLive' -v .
 
+fuzz: ## Fuzz each target for a minute, or FUZZTIME
+	@for target in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do \
+		echo "==> $$target"; go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) . || exit; done
+
 $(GOLANGCI): tools/lint/go.mod tools/lint/go.sum
 	@echo "Building golangci-lint; the first time this takes about 3 minutes on 2 cores."
 	cd tools/lint && go build -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 
-lint: $(GOLANGCI) ## Check the code with golangci-lint
+$(ACTIONLINT): tools/check/go.mod tools/check/go.sum
+	cd tools/check && go build -o ../../$@ github.com/rhysd/actionlint/cmd/actionlint
+
+lint: $(GOLANGCI) $(ACTIONLINT) ## Check the code with golangci-lint, and the workflows with actionlint
 	$(GOLANGCI) run ./...
 	cd e2e && ../$(GOLANGCI) run --config ../.golangci.yaml ./...
 	cd tools/release && ../../$(GOLANGCI) run --config ../../.golangci.yaml ./sbom
+	$(ACTIONLINT)
+
+$(GOVULNCHECK): tools/check/go.mod tools/check/go.sum
+	cd tools/check && go build -o ../../$@ golang.org/x/vuln/cmd/govulncheck
+
+vulncheck: $(GOVULNCHECK) ## Look for known vulnerabilities in what the plugin calls; asks vuln.go.dev
+	$(GOVULNCHECK) ./...
 
 fmt: $(GOLANGCI) ## Format the code
 	$(GOLANGCI) fmt ./...
