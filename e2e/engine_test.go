@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"encoding/base64"
+	"fmt"
 	"net/http"
 	"net/url"
 	"os"
@@ -349,4 +350,25 @@ func TestMountsShareAProcessAndNothingElse(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.token("app")
+}
+
+// A plugin whose Vault was killed has nobody to tell it to end. Nothing is logged
+// either, which would end it too: the pipe is broken.
+func TestPluginEndsWithVault(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.read("status")
+	plugins := w.vault.PluginProcesses(t, pluginBinary)
+	if len(plugins) == 0 {
+		t.Fatal("no plugin runs")
+	}
+	w.vault.Kill(t)
+	for _, pid := range plugins {
+		harness.Eventually(t, "the plugin has ended", func() error {
+			if err := syscall.Kill(pid, 0); err == nil {
+				return fmt.Errorf("process %d still runs", pid)
+			}
+			return nil
+		})
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/api"
@@ -29,6 +30,7 @@ func main() {
 		fatal(err)
 	}
 	defer runtime.KeepAlive(tuneGC())
+	go endWithVault(os.Getppid())
 
 	// Multiplexed: the mounts of one plugin version share a process.
 	err := plugin.ServeMultiplex(&plugin.ServeOpts{
@@ -44,14 +46,25 @@ func main() {
 // tuneGC has the garbage collector run rarely while the plugin holds little, when
 // what it collects is what gRPC leaves of each request, and often enough when it
 // holds thousands of tokens not to double them. The operator's own GOGC goes
-// before. It returns what has to be kept alive: memory that is never touched, so
-// that it takes none of the machine's, but counts as held.
+// before. It returns what has to be kept alive: memory that counts as held, but is
+// never touched, so that it takes none of the machine's unless Vault locks memory.
 func tuneGC() []byte {
 	if os.Getenv("GOGC") != "" {
 		return nil
 	}
 	debug.SetGCPercent(50)
 	return make([]byte, 16<<20)
+}
+
+// endWithVault ends the process once the one that started it has gone without telling,
+// as by kill -9: what is left would keep secrets in memory, and renew tokens, for
+// nobody. Where a process keeps its parent's id (Windows), nothing happens.
+func endWithVault(vault int) {
+	for range time.Tick(time.Second) {
+		if os.Getppid() != vault {
+			os.Exit(1)
+		}
+	}
 }
 
 func fatal(err error) {

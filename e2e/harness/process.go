@@ -157,6 +157,7 @@ type process struct {
 
 func start(t testing.TB, cmd *exec.Cmd) *process {
 	t.Helper()
+	endWithParent(cmd) // also when the tests end by a panic
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -214,7 +214,7 @@ func (v *Vault) Running() bool {
 	}
 }
 
-// Kill ends the server as a power failure does. Its plugins notice, and end too.
+// Kill ends the server without letting it tell anybody.
 func (v *Vault) Kill(t testing.TB) {
 	t.Helper()
 	if err := v.process.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
