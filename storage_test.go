@@ -1,0 +1,141 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"encoding/json"
+	"encoding/pem"
+	"flag"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// Every release leaves in testdata/storage what it stores, and what was read of it.
+// Before the release of 0.2.0:
+//
+//	go test -run TestStorageOfReleases -write-storage=0.2.0 .
+var writeStorage = flag.String("write-storage", "", "write testdata/storage of this version")
+
+// storageFixture is what a version of the engine stored, and answered.
+type storageFixture struct {
+	Stored map[string]json.RawMessage `json:"stored"` // by key
+	Reads  map[string]map[string]any  `json:"reads"`  // by path
+}
+
+// What a released version has stored is read by this one as it was by that one, and
+// tokens are minted with it.
+func TestStorageOfReleases(t *testing.T) {
+	if *writeStorage != "" {
+		newStorageFixture(t).write(t, *writeStorage)
+	}
+	files, err := filepath.Glob("testdata/storage/*.json")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no fixtures: %v", err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".json"), func(t *testing.T) {
+			var want storageFixture
+			content, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := json.Unmarshal(content, &want); err != nil {
+				t.Fatal(err)
+			}
+			m := newTestMount(t)
+			for key, value := range want.Stored {
+				if err := m.storage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: value}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for path, data := range want.Reads {
+				got := readAsJSON(t, m, path)
+				for field, value := range data { // new fields may have come
+					if !reflect.DeepEqual(got[field], value) {
+						t.Errorf("%s of %s: got %v, want %v", field, path, got[field], value)
+					}
+				}
+			}
+			for path := range want.Reads {
+				name, ok := strings.CutPrefix(path, rolePrefix)
+				if !ok {
+					continue
+				}
+				if got := m.creds(name, nil); got.err != nil || !strings.HasSuffix(got.token, canary[:6]) {
+					t.Errorf("a token of %s: got %q, %v; want it minted with the stored secret", name, got.token, got.err)
+				}
+			}
+			// A write of what is stored already drops no token.
+			before := m.creds("full", nil)
+			m.write("roles/full", map[string]any{"scopes": want.Reads["roles/full"]["scopes"]})
+			m.write("config/full", map[string]any{"client_secret": canary, "verify_connection": false})
+			if after := m.creds("full", nil); after.token != before.token {
+				t.Error("writing the same values dropped a token")
+			}
+		})
+	}
+}
+
+// newStorageFixture stores configs and roles with every field, and with none.
+func newStorageFixture(t *testing.T) *storageFixture {
+	t.Helper()
+	m := newTestMount(t)
+	server := httptest.NewTLSServer(nil)
+	server.Close()
+	ca := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}))
+	m.write("config", testConfig(nil))
+	m.write("config/full", testConfig(map[string]any{
+		"token_url": "https://project.auth.mojoauth.test/oauth2/token?env=test", "token_endpoint_auth_method": "client_secret_basic",
+		"ca_cert": ca, "request_timeout": "7s", "max_retries": 1,
+	}))
+	m.write("roles/plain", nil)
+	m.write("roles/full", map[string]any{
+		"config": "full", "audience": "https://api.example.org/", "scopes": "read:data,write:data",
+		"extra_params": map[string]any{"resource": "data"}, "min_ttl": "5m", "max_ttl": "30m", "generate_lease": true,
+	})
+	f := &storageFixture{Stored: make(map[string]json.RawMessage), Reads: make(map[string]map[string]any)}
+	for _, path := range []string{"config/default", "config/full", "roles/plain", "roles/full"} {
+		entry, err := m.storage.Get(context.Background(), path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Stored[path], f.Reads[path] = entry.Value, readAsJSON(t, m, path)
+	}
+	return f
+}
+
+func (f *storageFixture) write(t *testing.T, version string) {
+	t.Helper()
+	content, err := json.MarshalIndent(f, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll("testdata/storage", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join("testdata/storage", version+".json"), append(content, '\n'), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// readAsJSON reads a path as a client of Vault does.
+func readAsJSON(t *testing.T, m *testMount, path string) map[string]any {
+	t.Helper()
+	content, err := json.Marshal(m.read(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var data map[string]any
+	if err := json.Unmarshal(content, &data); err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
