@@ -11,8 +11,9 @@ ACTIONLINT  := bin/actionlint
 GORELEASER  := bin/goreleaser
 GOVULNCHECK := bin/govulncheck
 FUZZTIME    ?= 1m
+MINUTES     ?= 20
 
-.PHONY: help build dev test test-unit test-e2e test-live fuzz lint vulncheck fmt bench soak \
+.PHONY: help build dev test test-unit test-e2e test-live fuzz lint vulncheck fmt bench soak soak-agent \
 	image release-check release-snapshot release clean
 
 help: ## List the tasks
@@ -21,7 +22,7 @@ help: ## List the tasks
 build: ## Build the plugin into bin/
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "$(LDFLAGS)" -o $(OUT) ./cmd/$(NAME)
 
-dev: ## Run Vault with the engine and an OAuth server, and read a token; AGENT=1 adds a Vault Agent
+dev: ## Run Vault with the engine and an OAuth server, and read a token; AGENT=1 adds Vault Agents
 	@VERSION=$(VERSION) AGENT=$(AGENT) scripts/dev.sh
 
 test: test-unit test-e2e ## Run all tests
@@ -69,7 +70,11 @@ bench: ## Run the benchmarks
 	@echo "Through a real Vault; about two minutes."
 	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && go test -run '^$$' -bench . -benchtime 1x .
 
-soak: ## Let Vault Agents run for 12 token lifetimes through all faults: 8 minutes
+soak: ## Run a cluster under load through random faults for MINUTES, and see that the plugin does not grow
+	@echo "A cluster under load for $(MINUTES) minutes; setting up comes on top."
+	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && SOAK_MINUTES=$(MINUTES) go test -count=1 -timeout $$(( $(MINUTES) + 30 ))m -run 'TestSoak$$' -v .
+
+soak-agent: ## Run Vault Agents through all faults for 12 token lifetimes: 8 minutes
 	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && AGENT_LIFETIMES=3 go test -count=1 -timeout 30m -run AgentKeeps -v .
 
 image: ## Build the container image for Vault's containerised plugins, with buildah, podman or docker

@@ -28,7 +28,7 @@ import (
 // that a token that is due outlives a server that is down for a third of a lifetime
 // and the back-off after that.
 //
-// AGENT_LIFETIMES sets how many lifetimes each fault is given; `make soak` asks for
+// AGENT_LIFETIMES sets how many lifetimes each fault is given; `make soak-agent` asks for
 // more than the 2 of every run.
 func TestAgentKeepsApplicationsSupplied(t *testing.T) {
 	t.Parallel()
