@@ -1,0 +1,75 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
+)
+
+// What Vault's own commands say of a plugin's version, they say of this one.
+func TestVersionsAsVaultTellsThem(t *testing.T) {
+	t.Parallel()
+	vault := harness.StartVault(t, vaultBinary, pluginDir)
+	content, err := os.ReadFile(filepath.Join(pluginDir, pluginBinary))
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest := sha256.Sum256(content)
+	sum := hex.EncodeToString(digest[:])
+	cli := func(args ...string) string {
+		t.Helper()
+		out, err := vault.CLI(t.Context(), args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	register := []string{"plugin", "register", "-sha256=" + sum, "-command=" + pluginBinary}
+
+	// A version that is not the binary's own is refused.
+	if out, err := vault.CLI(t.Context(), append(register, "-version=v9.9.9", "secret", pluginName)...); err == nil || !strings.Contains(err.Error(), "version mismatch") {
+		t.Errorf("registering %s as v9.9.9: got %v\n%s", pluginVersion, err, out)
+	}
+	cli(append(register, "-version="+pluginVersion, "secret", pluginName)...)
+
+	var info map[string]any
+	if err := json.Unmarshal([]byte(cli("plugin", "info", "-format=json", "-version="+pluginVersion, "secret", pluginName)), &info); err != nil {
+		t.Fatal(err)
+	}
+	if info["version"] != pluginVersion || info["sha256"] != sum || info["builtin"] != false || info["deprecation_status"] != nil && info["deprecation_status"] != "" {
+		t.Errorf("vault plugin info: %v", info)
+	}
+
+	cli("secrets", "enable", "-path=chosen", "-plugin-version="+pluginVersion, pluginName)
+	// A pinned version is what all mounts run; none may name its own from then on.
+	cli("write", "sys/plugins/pins/secret/"+pluginName, "version="+pluginVersion)
+	cli("secrets", "enable", "-path=pinned", pluginName)
+	if _, err := vault.CLI(t.Context(), "secrets", "enable", "-path=other", "-plugin-version="+pluginVersion, pluginName); err == nil || !strings.Contains(err.Error(), "pinned") {
+		t.Errorf("naming a version beside the pinned one: %v", err)
+	}
+	var mounts map[string]struct {
+		Type    string `json:"type"`
+		Running string `json:"running_plugin_version"`
+		SHA256  string `json:"running_sha256"`
+	}
+	if err := json.Unmarshal([]byte(cli("secrets", "list", "-detailed", "-format=json")), &mounts); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"pinned/", "chosen/"} {
+		if got := mounts[path]; got.Type != pluginName || got.Running != pluginVersion || got.SHA256 != sum {
+			t.Errorf("vault secrets list -detailed tells of %s: %+v", path, got)
+		}
+		if out := cli("read", "-field=version", path+"status"); strings.TrimSpace(out) != pluginVersion {
+			t.Errorf("%sstatus tells the version %s", path, out)
+		}
+	}
+}
