@@ -162,7 +162,7 @@ func TestWritesThatMeetAReadOnlyStorage(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"audience": "old"})
 		m.wantToken("app", 1)
-		readOnly := error(logical.ErrReadOnly)
+		readOnly := logical.ErrReadOnly
 		var fails atomic.Bool
 		m.storage.Storage = &failingWrites{m.storage.Storage, readOnly, &fails}
 		fails.Store(true)

@@ -1,0 +1,169 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"archive/zip"
+	"crypto/sha256"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
+)
+
+// The README's way from a release's archive to a token works word for word, but for the
+// names that are the reader's own.
+func TestReadmeInstallation(t *testing.T) {
+	t.Parallel()
+	for _, tool := range []string{"bash", "curl", "gpg", "gpgv", "unzip", "sha256sum"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			if os.Getenv("CI") != "" {
+				t.Fatalf("%s is not on PATH", tool)
+			}
+			t.Skipf("%s is not on PATH: the README's installation is not tested", tool)
+		}
+	}
+	root, err := harness.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(readme), "\n## Install it in production\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	var script strings.Builder
+	for _, block := range regexp.MustCompile("(?ms)^ *```sh\n(.*?)^ *```$").FindAllStringSubmatch(section, -1) {
+		if !strings.Contains(block[1], "make build") { // the other way to get the binary
+			script.WriteString(regexp.MustCompile("(?m)^   ").ReplaceAllString(block[1], ""))
+		}
+	}
+
+	dir := t.TempDir()
+	plugins := filepath.Join(dir, "plugins")
+	if err := os.Mkdir(plugins, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	version := strings.TrimPrefix(pluginVersion, "v")
+	platform := runtime.GOOS + "_" + runtime.GOARCH
+	publish(t, filepath.Join(dir, "repository"), version, platform)
+
+	reports := demoClient(clientID, canary)
+	reports.Audiences, reports.Scopes = []string{"https://api.example.com/"}, []string{"read:reports"}
+	oauth, err := oauthserver.New(shortLifetime, reports)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := oauth.Start("127.0.0.1:0"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { oauth.Close() })
+	vault := harness.StartVault(t, vaultBinary, plugins)
+
+	text := script.String()
+	for own, value := range map[string]string{
+		"VERSION=0.1.0": "VERSION=" + version,
+		"PLATFORM=linux_amd64                  # of the Vault servers":   "PLATFORM=" + platform,
+		"PLUGIN_DIR=/etc/vault.d/plugins       # their plugin_directory": "PLUGIN_DIR=" + plugins,
+		"REPOSITORY=https://github.com/mojoauth/$NAME":                   "REPOSITORY=file://" + filepath.Join(dir, "repository"),
+		"token_url=https://your-app.mojoauth.com/oauth2/token":           "token_url=" + oauth.TokenURL(),
+		"client_id=<client ID>":                                          "client_id=" + clientID,
+	} {
+		if !strings.Contains(text, own) {
+			t.Errorf("the README does not say %q any more", own)
+		}
+		text = strings.ReplaceAll(text, own, value)
+	}
+
+	work := filepath.Join(dir, "work")
+	if err := os.Mkdir(work, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(vaultBinary, filepath.Join(dir, "vault")); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", text)
+	cmd.Dir = work
+	cmd.Env = append(append(os.Environ(), vault.Environment()...), "PATH="+dir+":"+os.Getenv("PATH"), "GNUPGHOME="+work)
+	cmd.Stdin = strings.NewReader(canary + "\n") // what is typed for the client secret
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	issued := oauth.Issued()
+	if len(issued) == 0 || !strings.HasSuffix(strings.TrimSpace(string(out)), issued[len(issued)-1]) {
+		t.Errorf("it does not end with a token:\n%s", out)
+	}
+	if strings.Contains(string(out), canary) {
+		t.Error("it shows the client secret")
+	}
+}
+
+// publish makes a release like those that goreleaser makes, of the plugin under test and
+// signed with a key of its own, in a directory that looks like the repository's page.
+func publish(t *testing.T, repository, version, platform string) {
+	t.Helper()
+	release := filepath.Join(repository, "releases", "download", "v"+version)
+	raw := filepath.Join(repository, "raw", "main")
+	keys := t.TempDir()
+	for _, dir := range []string{release, raw} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	content, err := os.ReadFile(filepath.Join(pluginDir, pluginBinary))
+	if err != nil {
+		t.Fatal(err)
+	}
+	archive := pluginName + "_" + version + "_" + platform + ".zip"
+	file, err := os.Create(filepath.Join(release, archive))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	writer := zip.NewWriter(file)
+	for name, data := range map[string][]byte{pluginName: content, "LICENSE.txt": []byte("licence")} {
+		entry, err := writer.Create(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := entry.Write(data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := writer.Close(); err != nil {
+		t.Fatal(err)
+	}
+	zipped, err := os.ReadFile(file.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sums := filepath.Join(release, pluginName+"_"+version+"_SHA256SUMS")
+	text := fmt.Sprintf("%x  %s\n%x  %s\n", sha256.Sum256(zipped), archive, sha256.Sum256([]byte("other")), pluginName+"_"+version+"_plan9_mips.zip")
+	if err := os.WriteFile(sums, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	gpg := func(args ...string) {
+		t.Helper()
+		cmd := exec.Command("gpg", append([]string{"--batch", "--quiet", "--homedir", keys, "--passphrase", "", "--pinentry-mode", "loopback"}, args...)...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("gpg %v: %v\n%s", args, err, out)
+		}
+	}
+	gpg("--quick-gen-key", "Test <test@example.org>", "ed25519", "sign", "1d")
+	gpg("--armor", "--export", "--output", filepath.Join(raw, "release-key.asc"))
+	gpg("--detach-sign", "--output", sums+".sig", sums)
+	// Else the agent that gpg has started outlives the test.
+	if out, err := exec.Command("gpgconf", "--homedir", keys, "--kill", "all").CombinedOutput(); err != nil {
+		t.Errorf("gpgconf: %v\n%s", err, out)
+	}
+}
