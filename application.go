@@ -197,7 +197,12 @@ func (a *application) settle(leave admission, account func(*backoff)) {
 }
 
 // log tells of a failure. It is called when the class of failures changes, not
-// for each: an outage is one line.
+// for each: an outage is one line. What is refused to a caller who asked for fewer
+// scopes than the role's is that caller's, and no warning.
 func (a *application) log(g *grant, failed *mintError) {
-	a.logger().Warn("no token could be minted", "config", a.config.name, "role", g.role.name, "class", failed.class, "error", failed.Error())
+	level := hclog.Warn
+	if g.narrowed != "" && failed.concernsRequest() {
+		level = hclog.Debug
+	}
+	a.logger().Log(level, "no token could be minted", "config", a.config.name, "role", g.role.name, "class", failed.class, "error", failed.Error())
 }

@@ -194,6 +194,21 @@ func TestLogTellsOfChanges(t *testing.T) {
 			m.creds("app", nil)
 			time.Sleep(time.Second)
 		}
+		// What a single caller asks for and is refused is no warning to the operator.
+		m.write("roles/app", map[string]any{"scopes": "a,b"})
+		m.mojo.set(func(s *standIn) {
+			s.failFor = func(req tokenRequest) error {
+				if len(req.scopes) == 1 {
+					return &mintError{class: classRequestRefused, oauthError: "invalid_scope", status: http.StatusBadRequest}
+				}
+				return nil
+			}
+		})
+		m.creds("app", map[string]any{"scopes": "a"})
+		if lines("[WARN]") != 2 || lines("[DEBUG] no token could be minted: config=default role=app class=request_refused") != 1 {
+			t.Errorf("want a refusal of narrowed scopes at debug level:\n%s", log.String())
+		}
+		m.mojo.set(func(s *standIn) { s.failFor = nil })
 		if lines("[INFO]  tokens are minted again: config=default role=app") != 1 {
 			t.Errorf("want one line when it is over:\n%s", log.String())
 		}
@@ -206,7 +221,7 @@ func TestLogTellsOfChanges(t *testing.T) {
 			m.creds("bad", nil)
 			time.Sleep(time.Second)
 		}
-		if lines("class=request_refused") != 1 {
+		if lines("role=bad class=request_refused") != 1 {
 			t.Errorf("want one line for a refused request:\n%s", log.String())
 		}
 		if strings.Contains(log.String(), canary) || strings.Contains(log.String(), "token-1") {

@@ -129,6 +129,39 @@ func TestLeastPrivilegePolicies(t *testing.T) {
 }
 
 // The ways in which Vault's own features meet a read.
+// Why SECURITY.md tells not to rely on deny: names are not case-sensitive here, and
+// paths are in Vault's policies.
+func TestPoliciesCompareNamesAsSent(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.write("config", w.config(nil))
+	w.write("roles/app", role(nil))
+	if err := w.vault.Sys().PutPolicy("all-but-app", `
+path "mojoauth/creds/*"   { capabilities = ["read"] }
+path "mojoauth/creds/app" { capabilities = ["deny"] }`); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.vault.Sys().PutPolicy("app", `path "mojoauth/creds/app" { capabilities = ["read"] }`); err != nil {
+		t.Fatal(err)
+	}
+	for policy, want := range map[string]map[string]int{
+		"all-but-app": {"app": 403, "APP": 200}, // what must not be relied on
+		"app":         {"app": 200, "APP": 403},
+	} {
+		client := w.as(&api.TokenCreateRequest{Policies: []string{policy}})
+		for name, status := range want {
+			_, err := client.Logical().Read("mojoauth/creds/" + name)
+			if status == 200 {
+				if err != nil {
+					t.Errorf("%s reads creds/%s: %v", policy, name, err)
+				}
+				continue
+			}
+			w.wantError(err, status)
+		}
+	}
+}
+
 func TestVaultFeatures(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
