@@ -113,7 +113,12 @@ func TestSoak(t *testing.T) {
 		}
 	}
 
-	// Every fault once, so that what is made once has been made.
+	// Every fault once and all the large roles, so that what is made once has been made.
+	for range 10 * writtenKeys {
+		if err := w.filler.writeLarge(); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, f := range gentle {
 		w.suffer(f)
 	}
