@@ -194,6 +194,7 @@ func (v *Vault) Start(t testing.TB) {
 	defer log.Close() // the process has its own
 	cmd := exec.Command(v.Binary, "server", "-config", v.configFile())
 	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Env = append(os.Environ(), "TMPDIR="+v.Dir) // where a plugin that is killed leaves its socket
 	v.process = start(t, cmd)
 	Eventually(t, "Vault answers", func() error {
 		if !v.Running() {
