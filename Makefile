@@ -49,7 +49,11 @@ $(GOLANGCI): tools/lint/go.mod tools/lint/go.sum
 $(ACTIONLINT): tools/check/go.mod tools/check/go.sum
 	cd tools/check && go build -o ../../$@ github.com/rhysd/actionlint/cmd/actionlint
 
-lint: $(GOLANGCI) $(ACTIONLINT) ## Check the code with golangci-lint, and the workflows with actionlint
+lint: $(GOLANGCI) $(ACTIONLINT) ## Check code, modules, scripts and workflows
+	go mod tidy -diff
+	cd e2e && go mod tidy -diff
+	cd examples/go && go vet .
+	for script in scripts/*.sh examples/curl/*.sh; do sh -n "$$script" || exit; done
 	$(GOLANGCI) run ./...
 	cd e2e && ../$(GOLANGCI) run --config ../.golangci.yaml ./...
 	cd tools/release && ../../$(GOLANGCI) run --config ../../.golangci.yaml ./sbom
