@@ -262,6 +262,7 @@ func chooseSeed(t testing.TB) uint64 {
 // Nothing that was acknowledged is lost, no reader is left with an expired token, and
 // reads are answered again soon, whatever happens to a cluster of three.
 func TestCluster(t *testing.T) {
+	t.Parallel() // it mostly waits
 	const randomFor = 40 * time.Second
 	older, err := harness.BuildPluginOf(t, olderCommit, pluginDir, strings.TrimPrefix(olderVersion, "v"))
 	if errors.Is(err, harness.ErrNoHistory) && os.Getenv("CI") == "" {
