@@ -259,9 +259,12 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, d *fra
 	defer b.configs.writing.Unlock()
 	err := b.configs.delete(ctx, req.Storage, name)
 	b.tokens.configChanged(name)
+	if err != nil {
+		return nil, err
+	}
 	b.tokens.drop(func(g *grant) bool { return g.config.name == name })
 	b.telemetry.configGone(name)
-	return nil, err
+	return nil, nil
 }
 
 func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {

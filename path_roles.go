@@ -218,9 +218,12 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *frame
 	name := d.Get("name").(string)
 	b.roles.writing.Lock()
 	defer b.roles.writing.Unlock()
-	err := b.roles.delete(ctx, req.Storage, name)
+	if err := b.roles.delete(ctx, req.Storage, name); err != nil {
+		b.tokens.roleChanged(name)
+		return nil, err
+	}
 	b.tokens.drop(func(g *grant) bool { return g.role.name == name })
-	return nil, err
+	return nil, nil
 }
 
 func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {

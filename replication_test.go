@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/helper/consts"
@@ -187,6 +188,26 @@ func TestWritesThatMeetAReadOnlyStorage(t *testing.T) {
 			t.Errorf("reading a token: %v", got.err)
 		}
 	})
+}
+
+// A delete that storage refuses drops no token.
+func TestFailedDeleteKeepsTokens(t *testing.T) {
+	for _, path := range []string{"config", "roles/app"} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			var fails atomic.Bool
+			broken := errors.New("disk on fire")
+			m.storage.Storage = &failingWrites{m.storage.Storage, broken, &fails}
+			fails.Store(true)
+			if _, err := m.request(logical.DeleteOperation, path, nil); !errors.Is(err, broken) {
+				t.Errorf("%s: got %v, want the storage's own error", path, err)
+			}
+			fails.Store(false)
+			synctest.Wait()
+			m.wantToken("app", 1)
+		})
+	}
 }
 
 // failingWrites fails writes on demand.
