@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -51,7 +52,8 @@ type clusterWorld struct {
 
 	writing sync.RWMutex // read-held by each write
 	writers []*writer
-	filler  *writer // of large roles, when it is told to
+	half    atomic.Int64 // 0 or 1: the half of the paths that is written
+	filler  *writer      // of large roles, when it is told to
 
 	stop chan struct{}
 	work sync.WaitGroup
@@ -121,7 +123,7 @@ func (w *clusterWorld) startLoad() {
 		}
 	}
 	for i, kind := range []string{"roles", "config", "roles"} {
-		writer := &writer{kind: kind, name: fmt.Sprintf("%s-%d", w.name, i), rand: rand.New(rand.NewPCG(w.seed, uint64(i))), keys: make(map[string]*key)}
+		writer := &writer{kind: kind, name: fmt.Sprintf("%s-%d", w.name, i), half: &w.half, rand: rand.New(rand.NewPCG(w.seed, uint64(i))), keys: make(map[string]*key)}
 		for _, node := range w.cluster.Nodes {
 			writer.clients = append(writer.clients, w.clients[node])
 		}
@@ -276,13 +278,16 @@ func (w *clusterWorld) awaitReads(what string, through *harness.Cluster, after t
 	return all
 }
 
-// writtenKeys is how many configs or roles a writer has.
+// writtenKeys is how many configs or roles a writer has. Half of them are written at a
+// time: what was written before and while something happened must not be written again
+// before it is looked at.
 const writtenKeys = 8
 
 // writer writes configs or roles, and knows what it was told of each.
 type writer struct {
 	kind    string // config or roles
 	name    string // of what it writes, without the number
+	half    *atomic.Int64
 	rand    *rand.Rand
 	clients []*api.Client
 	count   int
@@ -295,6 +300,7 @@ type writer struct {
 type key struct {
 	acknowledged string // "" when there is nothing
 	uncertain    []string
+	history      []string // of the last writes, for whoever looks for a lost one
 }
 
 func (w *clusterWorld) runWriter(wr *writer) {
@@ -315,45 +321,67 @@ func (w *clusterWorld) runWriter(wr *writer) {
 // write writes a new value, or deletes one, through any node.
 func (wr *writer) write() {
 	path, value := wr.next()
-	logical := wr.clients[wr.rand.IntN(len(wr.clients))].Logical()
-	var err error
+	client := wr.clients[wr.rand.IntN(len(wr.clients))]
 	switch {
 	case wr.rand.IntN(10) == 0:
-		value = ""
-		_, err = logical.Delete("mojoauth/" + path)
+		_ = wr.send(client, path, "", nil)
 	case wr.kind == "roles":
-		_, err = logical.Write("mojoauth/"+path, role(map[string]any{"config": "short", "max_ttl": value}))
+		_ = wr.send(client, path, value, role(map[string]any{"config": "short", "max_ttl": value}))
 	default:
-		_, err = logical.Write("mojoauth/"+path, map[string]any{
+		_ = wr.send(client, path, value, map[string]any{
 			"client_id": value, "token_url": "https://unused.mojoauth.test/", "client_secret": canary, "verify_connection": false,
 		})
 	}
-	wr.note(path, value, err)
+}
+
+// send writes data, or deletes what is there when data is nil, and remembers what was
+// answered. Not by the client's Logical: it takes a redirect for a success when it comes
+// twice, as when the nodes do not agree.
+func (wr *writer) send(client *api.Client, path, value string, data map[string]any) error {
+	began := time.Now()
+	request := client.NewRequest(http.MethodDelete, "/v1/mojoauth/"+path)
+	if data != nil {
+		request.Method = http.MethodPut
+		if err := request.SetJSONBody(data); err != nil {
+			return err
+		}
+	}
+	resp, err := client.RawRequest(request) //nolint:staticcheck // nothing else tells the status
+	if resp != nil {
+		resp.Body.Close()
+	}
+	if err == nil && resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNoContent {
+		err = fmt.Errorf("status %d", resp.StatusCode)
+	}
+	wr.note(path, value, client, began, err)
+	return err
 }
 
 // next is what is to be written next, and where: a value that was not there before.
 func (wr *writer) next() (path, value string) {
 	wr.count++
-	return fmt.Sprintf("%s/%s-%d", wr.kind, wr.name, wr.rand.IntN(writtenKeys)), fmt.Sprint(1000 + wr.count)
+	n := wr.rand.IntN(writtenKeys/2) + int(wr.half.Load())*writtenKeys/2
+	return fmt.Sprintf("%s/%s-%d", wr.kind, wr.name, n), fmt.Sprint(1000 + wr.count)
 }
 
 // writeLarge writes a role that takes a few hundred kilobytes.
 func (wr *writer) writeLarge() error {
 	path, value := wr.next()
-	_, err := wr.clients[0].Logical().Write("mojoauth/"+path, map[string]any{
+	return wr.send(wr.clients[0], path, value, map[string]any{
 		"config": "short", "max_ttl": value, "extra_params": map[string]string{"pad": strings.Repeat("x", 400<<10)},
 	})
-	wr.note(path, value, err)
-	return err
 }
 
 // note remembers what became of a write.
-func (wr *writer) note(path, value string, err error) {
+func (wr *writer) note(path, value string, through *api.Client, began time.Time, err error) {
 	k := wr.keys[path]
 	if k == nil {
 		k = &key{}
 		wr.keys[path] = k
 	}
+	const clock = "15:04:05.000"
+	k.history = append(k.history[max(0, len(k.history)-9):], fmt.Sprintf("%q through %s from %s to %s: %v",
+		value, through.Address(), began.Format(clock), time.Now().Format(clock), err))
 	if err != nil {
 		k.uncertain = append(k.uncertain, value)
 		return
@@ -381,7 +409,7 @@ func (w *clusterWorld) verify(after string) {
 					got = fmt.Sprint(data[field])
 				}
 				if got != k.acknowledged && !slices.Contains(k.uncertain, got) {
-					w.Errorf("after %s, %s through %s is %q, want %q, which was acknowledged, or one of %q", after, path, node.Address(), got, k.acknowledged, k.uncertain)
+					w.Errorf("after %s, %s through %s is %q, want %q, which was acknowledged, or one of %q:\n%s", after, path, node.Address(), got, k.acknowledged, k.uncertain, strings.Join(k.history, "\n"))
 				}
 			}
 		}

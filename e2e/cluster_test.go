@@ -202,6 +202,7 @@ func (w *clusterWorld) suffer(f fault) {
 		return err
 	})
 	agreed := time.Now()
+	w.half.Store(1 - w.half.Load()) // what was written so far stays for verify to see
 	if back := w.awaitReads(f.name, others, agreed); back.After(agreed.Add(grace)) {
 		w.Errorf("%s: a reader had to wait for %s after the nodes agreed", f.name, back.Sub(agreed))
 	}
