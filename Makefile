@@ -54,6 +54,7 @@ lint: $(GOLANGCI) $(ACTIONLINT) ## Check code, modules, scripts and workflows
 	cd e2e && go mod tidy -diff
 	cd examples/go && go vet .
 	for script in scripts/*.sh examples/curl/*.sh; do sh -n "$$script" || exit; done
+	bash -n .ci/run
 	$(GOLANGCI) run ./...
 	cd e2e && ../$(GOLANGCI) run --config ../.golangci.yaml ./...
 	cd tools/release && ../../$(GOLANGCI) run --config ../../.golangci.yaml ./sbom
@@ -68,6 +69,7 @@ vulncheck: $(GOVULNCHECK) ## Look for known vulnerabilities in what the plugin c
 fmt: $(GOLANGCI) ## Format the code
 	$(GOLANGCI) fmt ./...
 	cd e2e && ../$(GOLANGCI) fmt --config ../.golangci.yaml ./...
+	cd tools/release && ../../$(GOLANGCI) fmt --config ../../.golangci.yaml ./sbom
 
 bench: ## Run the benchmarks
 	go test -run '^$$' -bench . -benchmem .

@@ -97,5 +97,7 @@ func TestNullCountsAsNotSent(t *testing.T) {
 	if got := m.read("config/new"); fmt.Sprint(got["max_retries"], got["request_timeout"]) != "2 10" {
 		t.Errorf("got %v, want the defaults", got)
 	}
-	m.creds("app", map[string]any{"scopes": nil, "min_ttl": nil})
+	if got := m.creds("app", map[string]any{"scopes": nil, "min_ttl": nil}); got.err != nil {
+		t.Errorf("a read with null for its fields: %v", got.err)
+	}
 }

@@ -1480,10 +1480,10 @@ func TestFailedMintsAreForgottenWhenNobodyReads(t *testing.T) {
 // Freeing slots must not make back-offs short again: a reader a second gets one mint
 // after 5, 10, 20, and then every 30 seconds, each up to a fifth less.
 func TestBackoffOfARequestGoesOnDoubling(t *testing.T) {
-	for _, before := range []string{"no token", "a spent token"} {
+	for _, had := range []string{"no token", "a spent token"} {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
-			if before == "a spent token" {
+			if had == "a spent token" {
 				m.wantToken("app", 1)
 			}
 			m.mojo.set(func(s *standIn) {
@@ -1497,7 +1497,7 @@ func TestBackoffOfARequestGoesOnDoubling(t *testing.T) {
 				time.Sleep(time.Second)
 			}
 			if got := m.mojo.mints.Load() - before; got < 9 || got > 15 {
-				t.Errorf("%d tokens were asked for in 5 minutes, want 9 to 15", got)
+				t.Errorf("after %s: %d tokens were asked for in 5 minutes, want 9 to 15", had, got)
 			}
 		})
 	}

@@ -138,7 +138,7 @@ exec {
 			time.Sleep(time.Second)
 			w.vault.Unseal(t)
 		}},
-		{"the plugin is killed", func() { w.vault.KillPlugin(t, pluginBinary, syscall.SIGKILL) }},
+		{"the plugin is killed", func() { w.vault.SignalPlugin(t, pluginBinary, syscall.SIGKILL) }},
 		{"the OAuth server is down for a third of a lifetime", func() {
 			w.oauth.SetFaults(oauthserver.Faults{Status: 503})
 			time.Sleep(lifetime / 3)

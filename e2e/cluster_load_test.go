@@ -64,7 +64,9 @@ type clusterWorld struct {
 func newClusterWorld(t testing.TB, binary, version string, seed uint64) *clusterWorld {
 	t.Helper()
 	w := &clusterWorld{TB: t, name: "written", cluster: harness.StartCluster(t, vaultBinary, pluginDir, 3), seed: seed, binary: binary}
-	w.startOAuth()
+	short := demoClient("short", canary)
+	short.Lifetime = shortLifetime + time.Second // it rounds down
+	w.oauth = startOAuthFor(t, short, demoClient("long", canary))
 	active := w.cluster.Active(t)
 	active.Register(t, pluginDir, binary, pluginName, version)
 	active.Enable(t, "mojoauth", pluginName, version)
@@ -93,20 +95,6 @@ func (w *clusterWorld) connect() {
 	for _, node := range w.cluster.Nodes {
 		w.clients[node] = node.Reader(w, 20*time.Second)
 	}
-}
-
-func (w *clusterWorld) startOAuth() {
-	w.Helper()
-	clients := []oauthserver.Client{demoClient("short", canary), demoClient("long", canary)}
-	clients[0].Lifetime = shortLifetime + time.Second // it rounds down
-	var err error
-	if w.oauth, err = oauthserver.New(time.Hour, clients...); err != nil {
-		w.Fatal(err)
-	}
-	if err := w.oauth.Start("127.0.0.1:0"); err != nil {
-		w.Fatal(err)
-	}
-	w.Cleanup(func() { w.oauth.Close() })
 }
 
 // startLoad lets readers read all roles through all nodes, ten times a second each,

@@ -102,8 +102,8 @@ var faults = []fault{
 }
 
 // diskFull fills the active node's disk while configs and roles are written. The node
-// loses the lead, may win it back while a little still fits, and may end: so that the
-// fault is over when there is space again.
+// loses the lead, may win it back while a little still fits, and may even end: so space
+// is made again as part of the fault, and the node restarted if it has ended.
 var diskFull = fault{name: "disk of the active node full for 3 s", mints: 3, strike: func(w *clusterWorld) (*harness.Vault, func()) {
 	active := w.cluster.Active(w)
 	free := active.FillDisk(w)
@@ -130,11 +130,7 @@ func (w *clusterWorld) standby() *harness.Vault {
 
 func (w *clusterWorld) signalPlugin(signal syscall.Signal) {
 	w.Helper()
-	for _, pid := range w.plugin() {
-		if err := syscall.Kill(pid, signal); err != nil {
-			w.Error(err)
-		}
-	}
+	w.cluster.Active(w).SignalPlugin(w, w.binary, signal)
 }
 
 // plugin is the process, or processes, of the engine on the active node.

@@ -128,7 +128,6 @@ func TestLeastPrivilegePolicies(t *testing.T) {
 	}
 }
 
-// The ways in which Vault's own features meet a read.
 // Why SECURITY.md tells not to rely on deny: names are not case-sensitive here, and
 // paths are in Vault's policies.
 func TestPoliciesCompareNamesAsSent(t *testing.T) {
@@ -162,6 +161,7 @@ path "mojoauth/creds/app" { capabilities = ["deny"] }`); err != nil {
 	}
 }
 
+// The ways in which Vault's own features meet a read.
 func TestVaultFeatures(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

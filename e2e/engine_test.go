@@ -321,7 +321,7 @@ func TestStateSurvivesSealAndCrash(t *testing.T) {
 	check("a seal")
 
 	old := w.vault.PluginProcesses(t, pluginBinary)
-	w.vault.KillPlugin(t, pluginBinary, syscall.SIGKILL)
+	w.vault.SignalPlugin(t, pluginBinary, syscall.SIGKILL)
 	harness.Eventually(t, "Vault starts the plugin again", func() error {
 		_, err := w.vault.Logical().Read("mojoauth/config")
 		return err

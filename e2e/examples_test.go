@@ -154,7 +154,7 @@ func (e *example) check() {
 	broken.wantRequests("a Vault that always fails", 2)
 
 	// What that is for: Vault starts a plugin that was killed, when it is asked.
-	e.vault.KillPlugin(e.TB, pluginBinary, syscall.SIGKILL)
+	e.vault.SignalPlugin(e.TB, pluginBinary, syscall.SIGKILL)
 	e.succeeds(hello, "API_URL="+api)
 
 	// From a file, which needs no Vault.

@@ -138,7 +138,7 @@ func TestEveryFaultThroughVault(t *testing.T) {
 		}
 		return nil
 	})
-	w.vault.KillPlugin(t, pluginBinary, syscall.SIGQUIT)
+	w.vault.SignalPlugin(t, pluginBinary, syscall.SIGQUIT)
 	harness.Eventually(t, "the crash is in the log", func() error {
 		if !strings.Contains(w.vault.Log(t), "mojoauth.(*slot).run") {
 			return errors.New("no goroutine of a mint is there yet")

@@ -16,7 +16,6 @@ import (
 	"testing"
 
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
-	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
 // The README's way from a release's archive to a token works word for word, but for the
@@ -59,14 +58,7 @@ func TestReadmeInstallation(t *testing.T) {
 
 	reports := demoClient(clientID, canary)
 	reports.Audiences, reports.Scopes = []string{"https://api.example.com/"}, []string{"read:reports"}
-	oauth, err := oauthserver.New(shortLifetime, reports)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := oauth.Start("127.0.0.1:0"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { oauth.Close() })
+	oauth := startOAuthFor(t, reports)
 	vault := harness.StartVault(t, vaultBinary, plugins)
 
 	text := script.String()

@@ -80,7 +80,14 @@ func newWorldIn(t testing.TB, vault *harness.Vault) *world {
 
 func startOAuth(t testing.TB) *oauthserver.Server {
 	t.Helper()
-	server, err := oauthserver.New(time.Hour, demoClient(clientID, canary))
+	return startOAuthFor(t, demoClient(clientID, canary))
+}
+
+// startOAuthFor starts an OAuth server that knows these clients, and whose tokens live
+// an hour where a client does not say otherwise.
+func startOAuthFor(t testing.TB, clients ...oauthserver.Client) *oauthserver.Server {
+	t.Helper()
+	server, err := oauthserver.New(time.Hour, clients...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -113,7 +113,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 
-	// Every fault once and all the large roles, so that what is made once has been made.
+	// Every gentle fault once and all the large roles, so that what is made once has been made.
 	for n := range 20 * writtenKeys {
 		w.half.Store(int64(n % 2))
 		if err := w.filler.writeLarge(); err != nil {

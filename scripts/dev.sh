@@ -195,6 +195,9 @@ TXT
 An outage, to watch the engine on a bad day, and its end (docs/monitoring.md has more):
 
   curl -X PUT $oauth/faults -d '{"status": 503}'
+  vault write -force mojoauth/rotate-role/demo         # fails, and says when the next try is
+  vault read mojoauth/creds/demo                       # is answered all the same, from the cache
+  vault read -format=json mojoauth/status              # the failure and the back-off
   curl -X DELETE $oauth/faults
 TXT
 [ -z "$agent_pid" ] || cat <<TXT

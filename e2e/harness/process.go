@@ -94,7 +94,7 @@ func BuildPluginOf(t testing.TB, commit, dir, version string) (string, error) {
 func buildPlugin(source, dir, version string) (string, error) {
 	const module = "github.com/mojoauth/vault-plugin-secrets-mojoauth"
 	name := "vault-plugin-secrets-mojoauth-" + version
-	cmd := exec.Command("go", "build", "-trimpath",
+	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false",
 		"-ldflags", "-s -w -X "+module+".Version="+version+" -X "+module+".Commit=e2e",
 		"-o", filepath.Join(dir, name), "./cmd/vault-plugin-secrets-mojoauth")
 	cmd.Dir = source

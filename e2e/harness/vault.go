@@ -338,9 +338,9 @@ func (v *Vault) PluginProcesses(t testing.TB, binary string) []int {
 	return pids
 }
 
-// KillPlugin ends the plugin's process, or processes, by a signal: SIGKILL at once,
-// SIGQUIT with a dump of all goroutines to Vault's log, as a crash leaves.
-func (v *Vault) KillPlugin(t testing.TB, binary string, signal syscall.Signal) {
+// SignalPlugin sends the plugin's process, or processes, a signal: SIGKILL ends it at
+// once, SIGQUIT with a dump of all goroutines to Vault's log, as a crash leaves.
+func (v *Vault) SignalPlugin(t testing.TB, binary string, signal syscall.Signal) {
 	t.Helper()
 	pids := v.PluginProcesses(t, binary)
 	if len(pids) == 0 {
