@@ -424,20 +424,23 @@ func (w *clusterWorld) mints() map[string]int {
 	return counts
 }
 
+// write writes through the active node, once there is one.
 func (w *clusterWorld) write(path string, data map[string]any) {
 	w.Helper()
-	if _, err := w.cluster.Active(w).Logical().Write("mojoauth/"+path, data); err != nil {
-		w.Fatalf("writing %s: %v", path, err)
-	}
+	harness.Eventually(w, "writing "+path, func() error {
+		_, err := w.cluster.Active(w).Logical().Write("mojoauth/"+path, data)
+		return err
+	})
 }
 
 // read answers the data at a path, nil when there is none.
 func (w *clusterWorld) read(node *harness.Vault, path string) map[string]any {
 	w.Helper()
-	secret, err := w.clients[node].Logical().Read("mojoauth/" + path)
-	if err != nil {
-		w.Errorf("reading %s through %s: %v", path, node.Address(), err)
-	}
+	var secret *api.Secret
+	harness.Eventually(w, "reading "+path+" through "+node.Address(), func() (err error) {
+		secret, err = w.clients[node].Logical().Read("mojoauth/" + path)
+		return err
+	})
 	if secret == nil {
 		return nil
 	}

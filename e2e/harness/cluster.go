@@ -129,6 +129,16 @@ func (c *Cluster) Active(t testing.TB) *Vault {
 	return active
 }
 
+// Activations is how often a node of the cluster has become the active one.
+func (c *Cluster) Activations(t testing.TB) int {
+	t.Helper()
+	n := 0
+	for _, node := range c.Nodes {
+		n += strings.Count(node.Log(t), "core: post-unseal setup complete")
+	}
+	return n
+}
+
 // Restart starts a node again that has ended, and unseals it.
 func (c *Cluster) Restart(t testing.TB, node *Vault) {
 	t.Helper()
