@@ -94,6 +94,12 @@ func (e *mintError) Error() string {
 		what = "no trusted TLS connection to the token endpoint"
 	case classNetwork:
 		what = "the token endpoint could not be reached"
+	case classExpiredOnArrival:
+		what = "the token had expired when it arrived"
+	case classNothingNewer:
+		what = "MojoAuth gave no token that lasts longer"
+	case classInternal:
+		what = "no request could be made"
 	case classTimeout:
 		return fmt.Sprintf("the token endpoint gave no answer within the %s that request_timeout allows", e.allowed)
 	}
@@ -112,7 +118,7 @@ func (e *mintError) Error() string {
 // a sentence.
 func (e *mintError) remedy() string {
 	switch {
-	case e.class == classUnexpected && e.status == 0: // overOnArrival
+	case e.class == classExpiredOnArrival:
 		return "Check max_ttl of the role and how long the token endpoint takes"
 	case e.status == http.StatusNotFound, e.class == classUnexpected:
 		return "Check token_url"
@@ -137,7 +143,9 @@ func (e *mintError) refused() bool {
 
 // concernsRequest tells whether only this request failed, so that others under
 // the same config may well succeed.
-func (e *mintError) concernsRequest() bool { return e.class == classRequestRefused }
+func (e *mintError) concernsRequest() bool {
+	return e.class == classRequestRefused || e.class == classExpiredOnArrival
+}
 
 // acceptsClient tells whether the error shows that the credentials are good: it
 // is about scope, audience or the like.

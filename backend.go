@@ -11,12 +11,14 @@
 // memory wherever there is one.
 //
 // A read passes path_token.go (request and response), entries.go (role and
-// config, in memory), token_cache.go (which token, and when a new one),
-// client.go and answer.go (one request to MojoAuth and what comes back).
+// config, in memory), token_cache.go (which slot), slot.go (its token, and when a
+// new one), upstream.go (whether MojoAuth may be asked), client.go and answer.go
+// (one request to MojoAuth and what comes back).
 package mojoauth
 
 import (
 	"context"
+	"math/rand/v2"
 	"strings"
 	"sync/atomic"
 
@@ -43,33 +45,38 @@ type backend struct {
 	roles   *entries[roleEntry]
 	tokens  *tokenCache
 
+	verifications *verifications
 	telemetry     *telemetry
+	random        func() float64         // jitter, uniform in [0, 1)
 	userAgentName atomic.Pointer[string] // nil before Vault has told its version
 }
 
 // Factory makes the backend of one mount: logical.Factory.
 func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
 	b := newBackend(nil)
-	if err := b.Setup(ctx, conf); err != nil {
-		return nil, err
-	}
+	return b, b.Setup(ctx, conf)
+}
+
+// Setup gives the backend its storage and its view of Vault.
+func (b *backend) Setup(ctx context.Context, conf *logical.BackendConfig) error {
 	b.tokens.storage = conf.StorageView
-	return b, nil
+	return b.Backend.Setup(ctx, conf)
 }
 
 // newBackend makes a backend that asks for tokens through clients made by
 // newClient, or of the real MojoAuth when that is nil.
 func newBackend(newClient clientFactory) *backend {
-	var seq atomic.Uint64
 	b := &backend{
-		configs:   newEntries[configEntry](configPrefix, &seq),
-		roles:     newEntries[roleEntry](rolePrefix, &seq),
-		telemetry: newTelemetry(),
+		configs:       newEntries[configEntry](configPrefix),
+		roles:         newEntries[roleEntry](rolePrefix),
+		telemetry:     newTelemetry(),
+		verifications: newVerifications(),
+		random:        rand.Float64,
 	}
 	if newClient == nil {
 		newClient = b.newClient
 	}
-	b.tokens = newTokenCache(b.configs, b.roles, newClient, b.telemetry, func() hclog.Logger { return b.Logger() })
+	b.tokens = newTokenCache(b.configs, b.roles, newClient, b.telemetry, func() hclog.Logger { return b.Logger() }, func() float64 { return b.random() })
 
 	b.Backend = &framework.Backend{
 		Help:           strings.TrimSpace(backendHelp),
@@ -119,10 +126,8 @@ func (b *backend) userAgent() string {
 func (b *backend) invalidate(_ context.Context, key string) {
 	if name, ok := strings.CutPrefix(key, configPrefix); ok {
 		b.configs.forget(name)
-		b.tokens.configChanged(name)
 	} else if name, ok := strings.CutPrefix(key, rolePrefix); ok {
 		b.roles.forget(name)
-		b.tokens.roleChanged(name)
 	}
 }
 

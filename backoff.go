@@ -21,7 +21,7 @@ type backoff struct {
 	asked bool
 }
 
-// blocks tells whether nothing may be tried at now.
+// blocks reports whether nothing may be tried at now.
 func (b *backoff) blocks(now time.Time) bool { return now.Before(b.until) }
 
 // fail takes in the failure of a mint that was started at that time. Mints that

@@ -4,126 +4,207 @@
 package mojoauth
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"sync"
-	"sync/atomic"
 
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// entries keeps the storage entries of one kind (configs, or roles) and holds
-// each that was read in memory, so that serving a cached token touches no
-// storage. What is held changes with this node's own writes, and is forgotten
-// when Vault says that another node wrote (logical.Backend.InvalidateKey).
+// entries keeps the storage entries of one kind (configs or roles). It holds in
+// memory each entry that was read, so that serving a cached token touches no
+// storage. This node's own writes replace what is held. An invalidation by Vault
+// (logical.Backend.InvalidateKey) means that another node wrote: the entry is
+// forgotten, and read from storage the next time.
 //
 // Held entries are shared and must not be changed.
 type entries[T any] struct {
-	prefix string         // of the storage keys, with a trailing slash
-	seq    *atomic.Uint64 // one sequence for all kinds of a mount
+	prefix string // of the storage keys, with a trailing slash
 
-	// writing lets one writer at a time load, change and save an entry. Only
-	// writers take it, so that it may be held across storage I/O.
+	// changed is called after an entry changed, with the new entry, or nil when it
+	// is gone. forgotten is called when it has perhaps changed. Neither may do I/O,
+	// and no lock but writing is held meanwhile.
+	changed   func(name string, now *held[T])
+	forgotten func(name string)
+
+	// writing lets one writer at a time load, change, and save an entry. Only
+	// writers take it, so it may be held across storage I/O.
 	writing sync.Mutex
 
 	mu   sync.RWMutex // never held across I/O
 	held map[string]*held[T]
-	// changes counts writes and invalidations. A load that began before a
-	// change must not be held after it.
-	changes uint64
+	// loads has a marker for each name that is being read from storage. A change
+	// takes the marker away: what was read before a change must not be held after it.
+	loads map[string]*load
 }
 
-// held is a storage entry in memory. The same pointer means the same entry.
+// held is a storage entry in memory.
 type held[T any] struct {
-	name  string
-	entry T
-	// seq grows with every load and write: of two versions of one entry, the
-	// one with the higher seq is the newer.
-	seq uint64
+	name   string
+	entry  T
+	stored []byte // as it is in storage
 }
 
-func newEntries[T any](prefix string, seq *atomic.Uint64) *entries[T] {
-	return &entries[T]{prefix: prefix, seq: seq, held: make(map[string]*held[T])}
+// same reports whether a and b are the same stored entry. Either may be nil.
+func (h *held[T]) same(other *held[T]) bool {
+	return h == other || h != nil && other != nil && bytes.Equal(h.stored, other.stored)
+}
+
+type load struct{ readers int }
+
+func newEntries[T any](prefix string) *entries[T] {
+	return &entries[T]{prefix: prefix, held: make(map[string]*held[T]), loads: make(map[string]*load)}
 }
 
 // get returns the entry of that name, from memory when it is held there, else
 // from storage. It is nil when there is none.
 func (e *entries[T]) get(ctx context.Context, s logical.Storage, name string) (*held[T], error) {
-	e.mu.RLock()
-	h, changes := e.held[name], e.changes
-	if h != nil {
-		e.mu.RUnlock()
+	if h := e.current(name); h != nil {
 		return h, nil
 	}
-	// Numbered together with changes and before the read, so that whatever is held
-	// after a change has a higher number than what was read before it.
-	seq := e.seq.Add(1)
-	e.mu.RUnlock()
+	return e.fresh(ctx, s, name)
+}
 
-	loaded, err := e.loadAs(ctx, s, name, seq)
-	if err != nil || loaded == nil {
+// current returns the entry that is held, nil when none is.
+func (e *entries[T]) current(name string) *held[T] {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	return e.held[name]
+}
+
+// fresh reads the entry from storage, whatever is held, and holds it.
+func (e *entries[T]) fresh(ctx context.Context, s logical.Storage, name string) (*held[T], error) {
+	e.mu.Lock()
+	marker := e.loads[name]
+	if marker == nil {
+		marker = new(load)
+		e.loads[name] = marker
+	}
+	marker.readers++
+	e.mu.Unlock()
+
+	loaded, err := e.load(ctx, s, name)
+	now, changed := e.hold(name, marker, loaded, err)
+	if err != nil {
 		return nil, err
 	}
+	if changed {
+		e.changed(name, now)
+	}
+	return now, nil
+}
 
+// hold ends a load. It returns the entry to go by, and reports whether that
+// replaces another one in memory.
+func (e *entries[T]) hold(name string, marker *load, loaded *held[T], err error) (now *held[T], changed bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if h := e.held[name]; h != nil {
-		return h, nil
+	undisturbed := e.loads[name] == marker
+	if marker.readers--; marker.readers == 0 && undisturbed {
+		delete(e.loads, name)
 	}
-	if e.changes == changes {
+	before := e.held[name]
+	switch {
+	case err != nil:
+		return nil, false
+	case !undisturbed && before != nil:
+		return before, false
+	case !undisturbed:
+		return loaded, false
+	case before != nil && before.same(loaded):
+		return before, false
+	case loaded == nil:
+		delete(e.held, name)
+	default:
 		e.held[name] = loaded
 	}
-	return loaded, nil
+	return loaded, before != nil
 }
 
 // load reads the entry from storage, and leaves alone what is held.
 func (e *entries[T]) load(ctx context.Context, s logical.Storage, name string) (*held[T], error) {
-	return e.loadAs(ctx, s, name, e.seq.Add(1))
-}
-
-func (e *entries[T]) loadAs(ctx context.Context, s logical.Storage, name string, seq uint64) (*held[T], error) {
-	h := &held[T]{name: name, seq: seq}
 	stored, err := s.Get(ctx, e.prefix+name)
 	if err != nil || stored == nil {
 		return nil, err
 	}
+	h := &held[T]{name: name, stored: stored.Value}
 	if err := stored.DecodeJSON(&h.entry); err != nil {
-		return nil, fmt.Errorf("what is stored as %s cannot be read: %w", stored.Key, err)
+		return nil, &unreadable{key: stored.Key, err: err}
 	}
 	return h, nil
 }
 
-// put saves the entry and holds it. When saving fails nothing is known of what
-// storage now has, so that the entry is forgotten and read again.
-func (e *entries[T]) put(ctx context.Context, s logical.Storage, name string, entry T) (*held[T], error) {
-	stored, err := logical.StorageEntryJSON(e.prefix+name, entry)
+// unreadable is a stored entry that cannot be decoded: no fault of storage's, and
+// one that trying again does not mend.
+type unreadable struct {
+	key string
+	err error
+}
+
+func (u *unreadable) Error() string {
+	return fmt.Sprintf("the stored entry %s can't be decoded: %s. Delete %s and write it again", u.key, u.err, u.key)
+}
+
+func (u *unreadable) Unwrap() error { return u.err }
+
+// update loads the entry, has change make the next one of it, and saves that. An
+// error of change is returned as it is, and nothing is saved. Writes go one at a
+// time, to storage, then to memory, then to what depends on the entry.
+func (e *entries[T]) update(ctx context.Context, s logical.Storage, name string, change func(old *held[T]) (*T, error)) (*held[T], error) {
+	e.writing.Lock()
+	defer e.writing.Unlock()
+	old, err := e.load(ctx, s, name)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.Put(ctx, stored); err != nil {
-		e.forget(name)
+	next, err := change(old)
+	if err != nil {
 		return nil, err
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	h := &held[T]{name: name, entry: entry, seq: e.seq.Add(1)}
-	e.changes++
-	e.held[name] = h
-	return h, nil
+	stored, err := logical.StorageEntryJSON(e.prefix+name, next)
+	if err != nil {
+		return nil, err
+	}
+	now := &held[T]{name: name, entry: *next, stored: stored.Value}
+	return now, e.settle(name, now, s.Put(ctx, stored))
 }
 
-func (e *entries[T]) delete(ctx context.Context, s logical.Storage, name string) error {
-	err := s.Delete(ctx, e.prefix+name)
-	e.forget(name)
-	return err
+// remove deletes the entry, in the order of update.
+func (e *entries[T]) remove(ctx context.Context, s logical.Storage, name string) error {
+	e.writing.Lock()
+	defer e.writing.Unlock()
+	return e.settle(name, nil, s.Delete(ctx, e.prefix+name))
+}
+
+// settle ends a write. When storage failed, it may have the old entry or the new
+// one: the next reader finds out.
+func (e *entries[T]) settle(name string, now *held[T], err error) error {
+	if err != nil {
+		e.forget(name)
+		return err
+	}
+	e.replace(name, now)
+	e.changed(name, now)
+	return nil
 }
 
 // forget makes the next get read from storage.
 func (e *entries[T]) forget(name string) {
+	e.replace(name, nil)
+	e.forgotten(name)
+}
+
+// replace holds now, or nothing, in place of what was held or is being read.
+func (e *entries[T]) replace(name string, now *held[T]) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.changes++
-	delete(e.held, name)
+	delete(e.loads, name)
+	if now == nil {
+		delete(e.held, name)
+	} else {
+		e.held[name] = now
+	}
 }
 
 func (e *entries[T]) list(ctx context.Context, s logical.Storage) ([]string, error) {

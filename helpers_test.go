@@ -56,7 +56,6 @@ func newTestNode(t *testing.T, mojo *standIn, newClient clientFactory, storage *
 	if err := m.Setup(context.Background(), conf); err != nil {
 		t.Fatal(err)
 	}
-	m.tokens.storage = conf.StorageView
 	t.Cleanup(func() { m.Cleanup(context.Background()) })
 	return m
 }

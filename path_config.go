@@ -254,77 +254,51 @@ func (c *configEntry) toResponseData() map[string]any {
 }
 
 func (b *backend) configDelete(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	name := configName(d)
-	b.configs.writing.Lock()
-	defer b.configs.writing.Unlock()
-	err := b.configs.delete(ctx, req.Storage, name)
-	b.tokens.configChanged(name)
-	if err != nil {
-		return nil, err
-	}
-	b.tokens.drop(func(g *grant) bool { return g.config.name == name })
-	b.telemetry.configGone(name)
-	return nil, nil
+	return nil, b.configs.remove(ctx, req.Storage, configName(d))
 }
 
 func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	name := configName(d)
+	resp, err := b.writeConfig(ctx, req, configName(d), d)
+	var mistake problem
+	if errors.As(err, &mistake) {
+		return logical.ErrorResponse("config %q was not saved: %s", configName(d), mistake), nil
+	}
+	return resp, err
+}
+
+// writeConfig verifies a config and saves it. The error is a problem when the user can
+// solve it, and says nothing of which config it is.
+func (b *backend) writeConfig(ctx context.Context, req *logical.Request, name string, d *framework.FieldData) (*logical.Response, error) {
 	old, err := b.configs.load(ctx, req.Storage, name)
 	if err != nil {
 		return nil, err
 	}
 	config, err := mergeConfig(old, d)
 	if err != nil {
-		return logical.ErrorResponse("config %q was not saved: %s", name, err), nil
+		return nil, problem(err.Error())
 	}
-
-	// Asked before the lock is taken, so that no other write waits for MojoAuth.
 	resp := &logical.Response{}
 	if d.Get("verify_connection").(bool) {
+		// Before update takes its lock, so that no other write waits for MojoAuth.
 		warning, err := b.verifyConnection(ctx, config)
 		if err != nil {
-			var failed *mintError
-			if !errors.As(err, &failed) {
-				return nil, err
-			}
-			return logical.ErrorResponse(
-				"config %q was not saved, because trying it failed: %s. %s, or send verify_connection=false to save it without asking MojoAuth",
-				name, failed, failed.remedy()), nil
+			return nil, err
 		}
 		if warning != "" {
 			resp.AddWarning(warning)
 		}
 	}
-
-	b.configs.writing.Lock()
-	defer b.configs.writing.Unlock()
-	current, err := b.configs.load(ctx, req.Storage, name)
+	_, err = b.configs.update(ctx, req.Storage, name, func(current *held[configEntry]) (*configEntry, error) {
+		if !current.same(old) || !allowed(req.Operation, current != nil) {
+			return nil, problem("it was changed by somebody else at the same time. Read it and write again")
+		}
+		return config, nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	if !sameEntry(old, current) {
-		return logical.ErrorResponse("config %q was not saved: it was changed by somebody else at the same time. Read it and write again", name), nil
-	}
-	if _, err := b.configs.put(ctx, req.Storage, name, *config); err != nil {
-		b.tokens.configChanged(name)
-		return nil, err
-	}
-	b.tokens.configChanged(name)
-	b.tokens.drop(func(g *grant) bool {
-		return g.config.name == name && g.config.entry.TokenGeneration != config.TokenGeneration
-	})
 	b.telemetry.configSeen(name)
-	if len(resp.Warnings) == 0 {
-		return nil, nil
-	}
-	return resp, nil
-}
-
-func sameEntry[T comparable](a, b *held[T]) bool {
-	if a == nil || b == nil {
-		return a == nil && b == nil
-	}
-	return a.entry == b.entry
+	return unlessEmpty(resp), nil
 }
 
 // mergeConfig makes the config that old becomes with the fields that were sent,
@@ -493,21 +467,80 @@ func validateCACert(bundle string) error {
 	return nil
 }
 
-// verifyConnection asks for a token with the config and throws it away. A
-// refusal that is about the request only, such as a scope being needed, shows
-// that the credentials are good: that is a warning.
+// verifyConnection asks for a token with the config and throws it away. A refusal
+// that is about the request only, such as a scope being needed, shows that the
+// credentials are good: that is a warning. The error is a problem, or the end of ctx.
 func (b *backend) verifyConnection(ctx context.Context, config *configEntry) (warning string, err error) {
-	client, err := b.tokens.newClient(config)
+	leave, err := b.verifications.enter(ctx, config.RequestTimeout)
 	if err != nil {
 		return "", err
 	}
+	ended := make(chan error, 1)
+	go func() {
+		defer leave()
+		ended <- b.tryClient(ctx, config)
+	}()
+	select {
+	case err = <-ended:
+	case <-time.After(config.RequestTimeout + time.Second): // a client that is not well either
+		err = &mintError{class: classTimeout, allowed: config.RequestTimeout}
+	}
+	var failed *mintError
+	switch {
+	case !errors.As(err, &failed):
+		return "", err
+	case failed.acceptsClient():
+		return fmt.Sprintf("MojoAuth accepted the client, but gave no token without audience and scopes: %s. Roles have to request what it allows.", failed), nil
+	}
+	return "", problemf("trying it failed: %s. %s, or send verify_connection=false to save it without asking MojoAuth", failed, failed.remedy())
+}
+
+// tryClient mints a token with a config, and throws it away.
+func (b *backend) tryClient(ctx context.Context, config *configEntry) error {
+	client, err := b.tokens.newClient(config)
+	if err != nil {
+		return err
+	}
 	defer client.close()
 	_, err = client.mint(ctx, tokenRequest{retries: config.MaxRetries})
-	var failed *mintError
-	if errors.As(err, &failed) && failed.acceptsClient() {
-		return fmt.Sprintf("MojoAuth accepted the client, but gave no token without audience and scopes: %s. Roles have to ask for what it allows.", failed), nil
+	return err
+}
+
+// verificationPause is the least time between two verifications' beginnings.
+const verificationPause = time.Second
+
+// verifications go one at a time, and not faster than verificationPause: they may ask
+// any host, with any secret, and leave no trace in storage.
+type verifications struct {
+	turn chan struct{} // has one place
+	next time.Time     // when the next may begin; belongs to who holds the turn
+}
+
+func newVerifications() *verifications { return &verifications{turn: make(chan struct{}, 1)} }
+
+// enter waits for a turn, at most for patience. leave has to be called after it.
+func (v *verifications) enter(ctx context.Context, patience time.Duration) (leave func(), err error) {
+	busy := problem("other configs are being tried, one at a time. Write again in a few seconds, or send verify_connection=false to save it without asking MojoAuth")
+	late := time.NewTimer(patience)
+	defer late.Stop()
+	select {
+	case v.turn <- struct{}{}:
+	case <-late.C:
+		return nil, busy
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
-	return "", err
+	select {
+	case <-time.After(time.Until(v.next)):
+		v.next = time.Now().Add(verificationPause)
+		return func() { <-v.turn }, nil
+	case <-late.C:
+		err = busy
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	<-v.turn
+	return nil, err
 }
 
 const configHelp = `

@@ -215,54 +215,40 @@ func (r *roleEntry) toResponseData() map[string]any {
 }
 
 func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	name := d.Get("name").(string)
-	b.roles.writing.Lock()
-	defer b.roles.writing.Unlock()
-	if err := b.roles.delete(ctx, req.Storage, name); err != nil {
-		b.tokens.roleChanged(name)
-		return nil, err
-	}
-	b.tokens.drop(func(g *grant) bool { return g.role.name == name })
-	return nil, nil
+	return nil, b.roles.remove(ctx, req.Storage, d.Get("name").(string))
 }
 
 func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
-	b.roles.writing.Lock()
-	defer b.roles.writing.Unlock()
-	old, err := b.roles.load(ctx, req.Storage, name)
-	if err != nil {
-		return nil, err
-	}
-	role, err := mergeRole(old, d)
-	if err != nil {
-		return logical.ErrorResponse("role %q was not saved: %s", name, err), nil
-	}
-
 	resp := &logical.Response{}
-	config, err := b.configs.get(ctx, req.Storage, role.Config)
+	_, err := b.roles.update(ctx, req.Storage, name, func(old *held[roleEntry]) (*roleEntry, error) {
+		if !allowed(req.Operation, old != nil) {
+			return nil, problem("it was changed by somebody else at the same time. Read it and write again")
+		}
+		role, err := mergeRole(old, d)
+		if err != nil {
+			return nil, problem(err.Error())
+		}
+		config, err := b.configs.get(ctx, req.Storage, role.Config)
+		if err != nil {
+			return nil, err
+		}
+		if config == nil {
+			resp.AddWarning(fmt.Sprintf("config %q does not exist yet: write it at config/%s before reading creds/%s", role.Config, role.Config, name))
+		}
+		if role.MaxTTL > 0 && role.MinTTL > role.MaxTTL {
+			resp.AddWarning(fmt.Sprintf("min_ttl %s is longer than max_ttl %s: no token can have that much life left", role.MinTTL, role.MaxTTL))
+		}
+		return role, nil
+	})
+	var mistake problem
+	if errors.As(err, &mistake) {
+		return logical.ErrorResponse("role %q was not saved: %s", name, mistake), nil
+	}
 	if err != nil {
 		return nil, err
 	}
-	if config == nil {
-		resp.AddWarning(fmt.Sprintf("config %q does not exist yet: write it at config/%s before reading creds/%s", role.Config, role.Config, name))
-	}
-	if role.MaxTTL > 0 && role.MinTTL > role.MaxTTL {
-		resp.AddWarning(fmt.Sprintf("min_ttl %s is longer than max_ttl %s: no token can have that much life left", role.MinTTL, role.MaxTTL))
-	}
-
-	if _, err := b.roles.put(ctx, req.Storage, name, *role); err != nil {
-		b.tokens.roleChanged(name)
-		return nil, err
-	}
-	b.tokens.drop(func(g *grant) bool {
-		return g.role.name == name && g.role.entry.TokenGeneration != role.TokenGeneration
-	})
-	b.tokens.roleChanged(name)
-	if len(resp.Warnings) == 0 {
-		return nil, nil
-	}
-	return resp, nil
+	return unlessEmpty(resp), nil
 }
 
 // mergeRole makes the role that old becomes with the fields that were sent, and

@@ -151,7 +151,7 @@ func TestLogTellsOfChanges(t *testing.T) {
 		mojo := &standIn{lifetime: time.Hour}
 		m := newTestMountWith(t, mojo, mojo.client)
 		if err := m.Setup(t.Context(), &logical.BackendConfig{
-			Logger: hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Debug}), System: logical.TestSystemView(),
+			StorageView: m.storage, Logger: hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Debug}), System: logical.TestSystemView(),
 		}); err != nil {
 			t.Fatal(err)
 		}

@@ -177,76 +177,99 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 
 func (b *backend) readToken(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, outcome, error) {
 	name := d.Get("role").(string)
-	for {
-		g, problem, err := b.grant(ctx, req.Storage, name)
-		if err != nil {
-			return nil, outcomeError, err
-		}
-		var minTTL time.Duration
-		if problem == "" {
-			minTTL, problem = narrow(g, d)
-		}
-		if problem != "" {
-			return logical.ErrorResponse(problem), outcomeError, nil
-		}
-		answer, err := b.tokens.read(ctx, g, minTTL)
-		if err == nil {
-			return b.tokenResponse(g, minTTL, &answer), answer.outcome, nil
-		}
-		if !errors.Is(err, errOutdated) || ctx.Err() != nil {
+	spec, minTTL, err := b.spec(ctx, req.Storage, name, d)
+	if err != nil {
+		resp, err := mintFailure(name, err)
+		return resp, outcomeError, err
+	}
+	answer, ok := b.tokens.cached(spec, minTTL)
+	if !ok {
+		if spec, minTTL, answer, err = b.awaitToken(ctx, req.Storage, spec, minTTL, d); err != nil {
 			resp, err := mintFailure(name, err)
 			return resp, outcomeError, err
 		}
 	}
+	return b.tokenResponse(spec, minTTL, &answer), answer.outcome, nil
 }
 
-// grant looks up what a role's token is asked for. problem is what keeps a user
-// from getting one, with how to mend it.
-func (b *backend) grant(ctx context.Context, s logical.Storage, name string) (g *grant, problem string, err error) {
+// awaitToken waits for a token, and looks role and config up again when they are
+// written meanwhile.
+func (b *backend) awaitToken(ctx context.Context, s logical.Storage, sp *spec, minTTL time.Duration, d *framework.FieldData) (*spec, time.Duration, served, error) {
+	ctx, cancel := withDeadline(ctx, sp)
+	defer cancel()
+	for {
+		answer, err := b.tokens.await(ctx, sp, minTTL)
+		if !errors.Is(err, errOutdated) || ctx.Err() != nil {
+			return sp, minTTL, answer, err
+		}
+		if sp, minTTL, err = b.spec(ctx, s, sp.role.name, d); err != nil {
+			return nil, 0, served{}, err
+		}
+	}
+}
+
+// withDeadline bounds all that a request for a token waits for on this node: another
+// mint, a probe, a mint of its own.
+func withDeadline(ctx context.Context, sp *spec) (context.Context, context.CancelFunc) {
+	timeout := sp.config.entry.RequestTimeout
+	return context.WithTimeoutCause(ctx, timeout+time.Second, &unavailable{
+		mintError: &mintError{class: classTimeout, allowed: timeout},
+		config:    sp.config.name,
+	})
+}
+
+// spec looks up what a role's token is requested for. d has the query of a read, and
+// is nil where there is none. The error is a problem when the user can solve it.
+func (b *backend) spec(ctx context.Context, s logical.Storage, name string, d *framework.FieldData) (*spec, time.Duration, error) {
 	role, err := b.roles.get(ctx, s, name)
 	if err != nil {
-		return nil, "", err
+		return nil, 0, err
 	}
 	if role == nil {
-		return nil, fmt.Sprintf("role %q does not exist: create it by writing roles/%s, or list the roles there are at roles/", name, name), nil
+		return nil, 0, problemf("role %q does not exist: create it by writing roles/%s, or list the roles there are at roles/", name, name)
 	}
 	config, err := b.configs.get(ctx, s, role.entry.Config)
 	if err != nil {
-		return nil, "", err
+		return nil, 0, err
 	}
 	if config == nil {
-		return nil, fmt.Sprintf("config %q, which role %q names, does not exist: create it by writing config/%s, or change the role's field config", role.entry.Config, name, role.entry.Config), nil
+		return nil, 0, problemf("config %q, which role %q names, does not exist: create it by writing config/%s, or change the role's field config", role.entry.Config, name, role.entry.Config)
 	}
-	return &grant{role: role, config: config, scopes: role.entry.Scopes}, "", nil
+	sp := &spec{role: role, config: config, scopes: role.entry.Scopes}
+	if d == nil {
+		return sp, 0, nil
+	}
+	minTTL, err := narrow(sp, d)
+	return sp, minTTL, err
 }
 
-// narrow takes the query of a read into g: fewer scopes, and the life that the
-// token should have left. problem is what is wrong with the query.
-func narrow(g *grant, d *framework.FieldData) (minTTL time.Duration, problem string) {
-	minTTL = g.role.entry.MinTTL
+// narrow takes the query of a read into a spec: fewer scopes, and the life that the
+// token should have left. The error is what is wrong with the query.
+func narrow(sp *spec, d *framework.FieldData) (minTTL time.Duration, err error) {
+	minTTL = sp.role.entry.MinTTL
 	if asked, ok := d.GetOk("min_ttl"); ok {
 		minTTL = max(minTTL, time.Duration(asked.(int))*time.Second)
 	}
 	sent, ok := d.GetOk("scopes")
 	if !ok {
-		return minTTL, ""
+		return minTTL, nil
 	}
 	asked := splitScopes(sent.([]string))
 	for _, scope := range asked {
-		if !slices.Contains(g.role.entry.Scopes, scope) {
-			return 0, fmt.Sprintf("scopes holds %q, which role %q does not have: ask for some of %q, or for none to get all", scope, g.role.name, g.role.entry.Scopes)
+		if !slices.Contains(sp.role.entry.Scopes, scope) {
+			return 0, problemf("scopes holds %q, which role %q does not have: request a subset of %q, or omit scopes", scope, sp.role.name, sp.role.entry.Scopes)
 		}
 	}
-	if len(asked) == 0 || len(asked) == len(g.role.entry.Scopes) {
-		return minTTL, "" // all of them, since neither holds one twice
+	if len(asked) == 0 || len(asked) == len(sp.role.entry.Scopes) {
+		return minTTL, nil // all of them, since neither holds one twice
 	}
 	slices.Sort(asked)
-	g.scopes, g.narrowed = asked, joinScopes(asked)
-	return minTTL, ""
+	sp.scopes, sp.narrowed = asked, joinScopes(asked)
+	return minTTL, nil
 }
 
 // tokenResponse is the answer to a read of creds/<role>.
-func (b *backend) tokenResponse(g *grant, minTTL time.Duration, answer *served) *logical.Response {
+func (b *backend) tokenResponse(sp *spec, minTTL time.Duration, answer *served) *logical.Response {
 	same := &answer.common
 	data := map[string]any{
 		"access_token":        same.accessToken,
@@ -262,21 +285,29 @@ func (b *backend) tokenResponse(g *grant, minTTL time.Duration, answer *served) 
 		data["rotation_period"] = answer.schedule.rotationPeriod()
 	}
 	resp := &logical.Response{Data: data}
-	if g.role.entry.GenerateLease {
+	if sp.role.entry.GenerateLease {
 		resp = b.Secret(secretType).Response(data, nil)
 		resp.Secret.TTL = answer.lease
 	}
 	if answer.left < minTTL {
 		resp.AddWarning(shortLived(minTTL, answer))
 	}
+	if answer.repeated() && answer.left <= newSchedule(answer.schedule.lifetime, 0).floor {
+		resp.AddWarning(fmt.Sprintf("The token has %s left, and MojoAuth returns the same one when asked for another.", answer.left.Round(time.Second)))
+	}
 	if answer.assumed {
-		resp.AddWarning(fmt.Sprintf("MojoAuth did not tell how long the token lives: %s is assumed. Set max_ttl of role %q to what it is.", assumedLifetime, g.role.name))
+		resp.AddWarning(fmt.Sprintf("MojoAuth reported no lifetime; assuming %s. Set max_ttl of role %q to the lifetime of its tokens.", assumedLifetime, sp.role.name))
+	} else if answer.schedule.lifetime < shortestKeepable {
+		resp.AddWarning(fmt.Sprintf("The token's lifetime is %s: no reader can keep up with that. Have MojoAuth issue tokens that live longer, or raise max_ttl of role %q.", answer.schedule.lifetime, sp.role.name))
 	}
 	if len(answer.missing) > 0 {
-		resp.AddWarning(fmt.Sprintf("MojoAuth granted fewer scopes than were asked for role %q: without %s.", g.role.name, joinScopes(answer.missing)))
+		resp.AddWarning(fmt.Sprintf("MojoAuth granted fewer scopes than requested for role %q: %s missing.", sp.role.name, joinScopes(answer.missing)))
 	}
 	return resp
 }
+
+// shortestKeepable is the shortest lifetime that readers can keep up with.
+const shortestKeepable = 10 * time.Second
 
 // shortLived says why a token has less life left than the reader wants.
 func shortLived(minTTL time.Duration, answer *served) string {
@@ -302,80 +333,96 @@ func missingScopes(asked []string, granted string) []string {
 
 func (b *backend) rotateRole(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("role").(string)
-	for {
-		g, problem, err := b.grant(ctx, req.Storage, name)
-		if err != nil {
-			return nil, err
-		}
-		if problem != "" {
-			return logical.ErrorResponse(problem), nil
-		}
-		tok, err := b.tokens.mintNow(ctx, g)
-		if errors.Is(err, errOutdated) && ctx.Err() == nil {
-			continue
-		}
-		if err != nil {
-			return mintFailure(name, err)
-		}
-		return b.rotateTo(ctx, req.Storage, g, tok)
-	}
-}
-
-// rotateTo makes tok, which was minted for g, the token of g's role on this node,
-// and has all nodes drop the older ones: the new generation in the role's entry
-// reaches them as any write does.
-func (b *backend) rotateTo(ctx context.Context, s logical.Storage, g *grant, tok *token) (*logical.Response, error) {
-	b.roles.writing.Lock()
-	defer b.roles.writing.Unlock()
-	now, problem, err := b.grant(ctx, s, g.role.name)
+	tok, err := b.rotate(ctx, req.Storage, name)
 	if err != nil {
-		return nil, err
+		return mintFailure(name, err)
 	}
-	if problem != "" {
-		return logical.ErrorResponse(problem), nil
-	}
-	if !now.role.entry.asksSameAs(&g.role.entry) || now.config.entry.TokenGeneration != g.config.entry.TokenGeneration {
-		return logical.ErrorResponse("role %q or its config was changed while the new token was minted, which dropped the older tokens too: rotate again if that is not enough", g.role.name), nil
-	}
-	next, failure := b.tokens.successor(now, tok)
-	if failure != nil {
-		return mintFailure(g.role.name, failure)
-	}
-	entry := now.role.entry
-	entry.TokenGeneration = rand.Text()
-	if now.role, err = b.roles.put(ctx, s, g.role.name, entry); err != nil {
-		b.tokens.roleChanged(g.role.name)
-		return nil, err
-	}
-	cached, err := b.tokens.put(now, next)
-	if err != nil {
-		return nil, err
-	}
-	// The slot that was put into has the new generation; those of narrowed scopes
-	// have not.
-	b.tokens.drop(func(g *grant) bool {
-		return g.role.name == now.role.name && g.role.entry.TokenGeneration != entry.TokenGeneration
-	})
 	return &logical.Response{Data: map[string]any{
-		"last_vault_rotation": cached.common.lastVaultRotation,
-		"expires_at":          cached.common.expiresAt,
-		"expires_at_seconds":  cached.common.expiresAtSeconds,
+		"last_vault_rotation": tok.common.lastVaultRotation,
+		"expires_at":          tok.common.expiresAt,
+		"expires_at_seconds":  tok.common.expiresAtSeconds,
 	}}, nil
 }
 
-// mintFailure is how a read that got no token is answered: 400 for what MojoAuth
-// refused, 504 when it gave no answer in time, and 502 for other faults of its.
+// rotate mints a token and makes it the role's on every node. When that fails,
+// nothing is dropped.
+func (b *backend) rotate(ctx context.Context, s logical.Storage, name string) (*cachedToken, error) {
+	sp, _, err := b.spec(ctx, s, name, nil)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := withDeadline(ctx, sp)
+	defer cancel()
+	for {
+		tok, err := b.tokens.mintNow(ctx, sp)
+		if err == nil {
+			return b.rotateTo(ctx, s, sp, tok)
+		}
+		if !errors.Is(err, errOutdated) || ctx.Err() != nil {
+			return nil, err
+		}
+		if sp, _, err = b.spec(ctx, s, name, nil); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// rotateTo makes tok, which was minted for a spec, the token of its role. The new
+// generation in the role's entry has all nodes drop the older tokens, as any write
+// does.
+func (b *backend) rotateTo(ctx context.Context, s logical.Storage, minted *spec, tok *cachedToken) (*cachedToken, error) {
+	name := minted.role.name
+	var next *cachedToken
+	_, err := b.roles.update(ctx, s, name, func(role *held[roleEntry]) (*roleEntry, error) {
+		if role == nil || !role.entry.asksSameAs(&minted.role.entry) {
+			return nil, problemf("role %q was written while its new token was minted, which dropped the older tokens: rotate again if that is not enough", name)
+		}
+		config, err := b.configs.get(ctx, s, role.entry.Config)
+		if err != nil {
+			return nil, err
+		}
+		if config == nil || config.entry.TokenGeneration != minted.config.entry.TokenGeneration {
+			return nil, problemf("config %q was written while role %q got its new token, which dropped the older tokens: rotate again if that is not enough", role.entry.Config, name)
+		}
+		current := &spec{role: role, config: config, scopes: role.entry.Scopes}
+		if next, err = b.tokens.successor(current, tok); err != nil {
+			return nil, err
+		}
+		entry := role.entry
+		entry.TokenGeneration = rand.Text()
+		// Before readers can look for it: they find the token, and mint none.
+		rotated := &spec{role: &held[roleEntry]{name: name, entry: entry}, config: config, scopes: entry.Scopes}
+		next = next.view(rotated)
+		return &entry, b.tokens.prepare(rotated, next)
+	})
+	return next, err
+}
+
+// mintFailure is how a request that got no token is answered: 400 for a user's mistake
+// and for what MojoAuth refused, 504 when it gave no answer in time, 429 when this
+// engine has too much under way, and 502 for other faults of MojoAuth's.
 //
 // A CodedError has to be the outermost error: wrapped, it reaches Vault as 500.
 func mintFailure(role string, err error) (*logical.Response, error) {
-	var failure *unavailable
-	if !errors.As(err, &failure) {
+	var (
+		mistake problem
+		busy    *crowded
+		failure *unavailable
+	)
+	switch {
+	case errors.As(err, &mistake):
+		return logical.ErrorResponse(string(mistake)), nil
+	case errors.As(err, &busy):
+		return nil, logical.CodedError(http.StatusTooManyRequests, fmt.Sprintf("no token for role %q: %s.", role, busy))
+	case !errors.As(err, &failure):
 		return nil, err
 	}
 	text := fmt.Sprintf("no token for role %q: %s. %s.", role, failure, failure.remedy())
 	switch {
 	case failure.refused():
 		return logical.ErrorResponse(text), nil
+	case failure.class == classInternal:
+		return nil, errors.New(text)
 	case failure.class == classTimeout:
 		return nil, logical.CodedError(http.StatusGatewayTimeout, text)
 	default:

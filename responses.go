@@ -4,9 +4,11 @@
 package mojoauth
 
 import (
+	"fmt"
 	"net/http"
 
 	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
 )
 
 // Responses, for the OpenAPI document, that several paths share.
@@ -34,4 +36,33 @@ func pick(fields map[string]*framework.FieldSchema, names ...string) map[string]
 		picked[name] = fields[name]
 	}
 	return picked
+}
+
+// problem is a mistake that a user can correct: its text is the answer, a 400.
+type problem string
+
+func (p problem) Error() string { return string(p) }
+
+func problemf(format string, args ...any) error { return problem(fmt.Sprintf(format, args...)) }
+
+// unlessEmpty is the answer to a write: nothing, a 204, when there is no warning.
+func unlessEmpty(resp *logical.Response) *logical.Response {
+	if len(resp.Warnings) == 0 {
+		return nil
+	}
+	return resp
+}
+
+// allowed reports whether a write is still what the caller's policy was asked about.
+// Vault decides between create and update before the request comes here, and somebody
+// may have created or deleted the entry since.
+func allowed(op logical.Operation, exists bool) bool {
+	switch op {
+	case logical.CreateOperation:
+		return !exists
+	case logical.UpdateOperation:
+		return exists
+	default:
+		return true
+	}
 }

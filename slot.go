@@ -6,370 +6,329 @@ package mojoauth
 import (
 	"context"
 	"errors"
-	"math/rand/v2"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// errEvicted is for a reader whose slot was dropped before it could use it.
-var errEvicted = errors.New("the slot was dropped")
+const (
+	// patience is how long a reader waits for a mint while the old token would
+	// still do.
+	patience = 2 * time.Second
 
-// slot holds the token of one role, or of one narrowed set of its scopes, and
-// sees to its renewal.
+	// rememberFor is how long a failure is remembered after its back-off that no
+	// token outlives, so that the next one doubles it. A key that fails alone is
+	// remembered longer: forgotten, it would back off its whole config again.
+	rememberFor      = 5 * time.Minute
+	rememberAloneFor = 24 * time.Hour
+)
+
+// slot has the token of one key: of one role, or one narrowed set of its scopes, in
+// one generation of role and config. What it is for never changes. It mints the next
+// token, one mint at a time, and frees itself when there is nothing left to keep.
 type slot struct {
 	cache *tokenCache
 	key   slotKey
 
-	// state is what readers go by. It is replaced as a whole, under mu.
-	state atomic.Pointer[slotState]
+	// token is what readers go by, nil when there is none. It changes under mu.
+	token atomic.Pointer[cachedToken]
 
 	mu      sync.Mutex // never held across I/O
+	spec    *spec      // role and config as they were last seen
 	flight  *flight    // the mint under way, or nil
-	backoff backoff    // of failures that concern this request only
+	backoff backoff    // of failures that concern this key only
+	history history
 	timer   *time.Timer
-	closed  bool
-}
-
-// slotState is the newest grant that a slot has seen, and the token for it.
-type slotState struct {
-	grant *grant
-	token *cachedToken // nil when there is none
+	freed   bool
 }
 
 // flight is one mint. It goes on when its readers give up.
 type flight struct {
-	grant   *grant
-	app     *application
+	spec    *spec
+	up      *upstream
+	leave   leave
+	past    history
+	ahead   bool // no reader waits: it holds a place of the cache's
 	started time.Time
 	done    chan struct{} // closed when what follows is set
 
-	token *token
-	read  *atomic.Bool
+	token *cachedToken
 	err   error
 }
 
-// read answers a reader who found no fresh token: it joins or starts a mint, and
-// serves the old token when that is slow or fails.
-func (s *slot) read(ctx context.Context, g *grant, minTTL time.Duration) (served, error) {
+// await answers a reader who found no fresh token: it joins or starts a mint, and
+// serves the old token when that is slow or fails. The errors are those of
+// tokenCache.await.
+func (s *slot) await(ctx context.Context, spec *spec, minTTL time.Duration) (served, error) {
 	for {
-		f, old, err := s.board(g, minTTL)
-		var failure *unavailable
+		f, old, err := s.board(spec, minTTL)
 		switch {
-		case errors.As(err, &failure): // nothing may be tried just now
-			answer, err := s.fallBack(old, minTTL, failure)
-			if err == nil || failure.probe == nil {
-				return answer, err
+		case errors.Is(err, errOutdated):
+			return served{}, err
+		case err != nil:
+			if answer, ok := old.stale(minTTL, err, s.cache.random); ok {
+				return answer, nil
+			}
+			var refusal *unavailable
+			if !errors.As(err, &refusal) || refusal.probe == nil {
+				return served{}, err
 			}
 			// Another mint is finding out whether the trouble is over.
-			select {
-			case <-failure.probe:
-				continue
-			case <-ctx.Done():
-				return served{}, ctx.Err()
-			case <-s.cache.ctx.Done():
-				return served{}, errClosed
+			if err := s.cache.wait(ctx, refusal.probe); err != nil {
+				return served{}, err
 			}
-		case err != nil:
-			return served{}, err
-		case f == nil: // somebody else has minted meanwhile
-			if answer, ok := old.hit(minTTL); ok {
+		case f == nil:
+			if answer, ok := old.hit(minTTL, s.cache.random); ok {
 				return answer, nil
 			}
-			continue
-		}
-
-		done, err := f.wait(ctx, s.cache.ctx, old)
-		switch {
-		case err != nil:
-			return served{}, err
-		case !done:
-			if answer, ok := old.stale(minTTL, nil); ok {
-				return answer, nil
-			}
-			continue
-		case f.err == nil:
-			return s.arrived(f, g, old, minTTL)
-		case !s.cache.current(f.app):
-			// The config was written meanwhile, which ends what failed before.
-			return served{}, errOutdated
-		case errors.As(f.err, &failure):
-			return s.fallBack(old, minTTL, failure)
-		case s.cache.ctx.Err() != nil:
-			return served{}, errClosed
 		default:
-			return served{}, f.err
+			landed, err := s.cache.waitFor(ctx, f, old)
+			if err != nil {
+				return served{}, err
+			}
+			if landed {
+				return s.arrived(f, spec, old, minTTL)
+			}
+			if answer, ok := old.stale(minTTL, nil, s.cache.random); ok {
+				return answer, nil
+			}
 		}
 	}
 }
 
-// board finds the mint that a reader of g should wait for, or starts one, and
-// the old token if there is one. Without a mint and an error, the token is
-// fresh. The error is an *unavailable when nothing may be tried.
-func (s *slot) board(g *grant, minTTL time.Duration) (*flight, *cachedToken, error) {
-	app, err := s.cache.application(g.config)
-	if err != nil {
-		return nil, nil, err
-	}
+// board finds the mint that a reader should wait for, or starts one, and the old
+// token if there is one. Without a mint and an error, the token is fresh. The error
+// is why nothing may be tried.
+func (s *slot) board(spec *spec, minTTL time.Duration) (*flight, *cachedToken, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed {
-		return nil, nil, errEvicted
-	}
-	if !s.adopt(g) {
+	if s.freed {
 		return nil, nil, errOutdated
 	}
-	tok := s.state.Load().token
-	if tok != nil && tok.scheduleFor(minTTL).phase(tok.left(time.Now())) == phaseFresh {
-		return nil, tok, nil
+	now := time.Now()
+	old := s.held(spec)
+	if old.fresh(minTTL, now) {
+		return nil, old, nil
 	}
-	f, err := s.mint(g, app)
+	if old != nil {
+		old.use() // so that the next one is minted by itself if this mint fails
+	}
+	s.spec = spec
+	f, err := s.start(now)
 	if err != nil {
-		if tok != nil {
-			// It is in use, so that the next has to be minted when that is allowed
-			// again; nobody may have seen to that while it was not read.
-			tok.read.Store(true)
-		}
-		s.plan()
+		s.next()
 	}
-	return f, tok, err
+	return f, old, err
 }
 
-// mint joins the mint under way or starts one, if that is allowed. The caller
+// held is the slot's token as it is served for spec, or nil.
+func (s *slot) held(spec *spec) *cachedToken {
+	if tok := s.token.Load(); tok != nil {
+		return tok.under(spec)
+	}
+	return nil
+}
+
+// start joins the mint under way or starts one, if that is allowed. The caller
 // holds s.mu.
-func (s *slot) mint(g *grant, app *application) (*flight, error) {
+func (s *slot) start(now time.Time) (*flight, error) {
 	if s.flight != nil {
 		return s.flight, nil
 	}
-	now := time.Now()
+	up, err := s.cache.upstream(s.spec.config)
+	if err != nil {
+		return nil, err
+	}
 	if s.backoff.blocks(now) {
-		return nil, app.unavailable(s.backoff.last, s.backoff.until)
+		return nil, &unavailable{mintError: s.backoff.last, config: up.config.name, next: s.backoff.until}
 	}
-	leave, refusal := app.admit(now)
-	if refusal != nil {
-		return nil, refusal
+	leave, err := up.admit(s.key, now)
+	if err != nil {
+		return nil, err
 	}
-	f := &flight{grant: g, app: app, started: now, done: make(chan struct{})}
-	if !s.cache.spawn(func() { s.run(f, leave) }) {
+	f := &flight{spec: s.spec, up: up, leave: leave, past: s.history, started: now, done: make(chan struct{})}
+	if !s.cache.spawn(func() { s.fly(f) }) {
+		up.settle(leave, nil)
 		return nil, errClosed
 	}
 	s.flight = f
 	return f, nil
 }
 
-// run carries a mint out, and keeps its token unless what is asked for has
-// changed since it began.
-func (s *slot) run(f *flight, leave admission) {
-	tok, err := f.app.mint(s.cache.ctx, leave, f.grant)
-	if !s.cache.current(f.app) {
-		f.app.close()
-	}
+// fly carries a mint out.
+func (s *slot) fly(f *flight) {
+	tok, err := s.cache.mint(f.up, f.leave, f.spec, f.past)
 	if news := s.land(f, tok, err); news != nil {
-		f.app.log(f.grant, news)
+		f.up.log(f.spec, news)
+	}
+	if f.ahead {
+		<-s.cache.ahead
 	}
 }
 
-// land ends a flight with what came of it. A failure is returned if it is to be
-// logged.
-func (s *slot) land(f *flight, tok *token, err error) (news *mintError) {
+// land ends a flight with what came of it, and keeps its token. A failure is
+// returned if it is to be logged.
+func (s *slot) land(f *flight, tok *cachedToken, err error) (news *mintError) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	defer close(f.done)
-	f.token, f.err, f.read = tok, err, new(atomic.Bool)
-	if s.flight != f {
-		return nil
-	}
 	s.flight = nil
-	st := s.state.Load()
+	now := time.Now()
+	f.token, f.err = tok, err
 	if err == nil {
-		cached := newCachedToken(tok, f.read, st.grant)
-		if cached.schedule.phase(cached.left(time.Now())) != phaseSpent {
-			s.backoff = backoff{}
-			s.state.Store(&slotState{st.grant, cached})
-		} else {
-			f.err = f.app.unavailable(overOnArrival(cached.schedule.lifetime), time.Time{})
-		}
+		f.token, f.err = s.keep(tok.under(s.spec), f.up, now)
 	}
 	var failure *unavailable
-	if errors.As(f.err, &failure) && (failure.concernsRequest() || err == nil) && s.cache.current(f.app) {
-		if s.backoff.last == nil || s.backoff.last.class != failure.class {
-			news = failure.mintError
+	if errors.As(f.err, &failure) && s.cache.isCurrent(f.up) {
+		if err != nil {
+			s.history = history{failedAt: now, alone: failure.alone}
 		}
-		s.backoff.fail(failure.mintError, f.started, time.Now(), rand.Float64())
-		failure.next = s.backoff.until
+		if failure.keyOnly {
+			if s.backoff.last == nil || s.backoff.last.class != failure.class {
+				news = failure.mintError
+			}
+			s.backoff.fail(failure.mintError, f.started, now, s.cache.random())
+			failure.next = s.backoff.until
+		}
 	}
-	s.plan()
+	if s.key.narrowed != "" && !s.cache.narrowed.has(s) {
+		s.free() // it was kept for its mint only
+	}
+	s.next()
 	return news
 }
 
-// overOnArrival is the failure of a mint whose token may not be served any more.
-func overOnArrival(lifetime time.Duration) *mintError {
-	return &mintError{class: classUnexpected, reason: "the token's life of " + lifetime.String() + " was over when it arrived"}
-}
-
-// adopt makes g what the slot goes by, unless it knows a newer grant: then it is
-// false. A token stays when it serves g too, and so does a mint under way. The
-// caller holds s.mu.
-func (s *slot) adopt(g *grant) bool {
-	st := s.state.Load()
+// keep makes tok the slot's token, unless it renews nothing. Of two tokens the one
+// that ends later stays. The caller holds s.mu.
+func (s *slot) keep(tok *cachedToken, up *upstream, now time.Time) (*cachedToken, error) {
+	old := s.token.Load()
+	s.history = history{}
+	var failed *mintError
 	switch {
-	case st == nil:
-		s.state.Store(&slotState{grant: g})
-		return true
-	case st.grant.same(g):
-		return true
-	case g.olderThan(st.grant):
-		return false
-	}
-	// Whoever wrote the role or config has perhaps mended what failed.
-	s.backoff = backoff{}
-	next := &slotState{grant: g}
-	if st.grant.sharesTokens(g) {
-		if st.token != nil {
-			next.token = newCachedToken(st.token.token, st.token.read, g)
-		}
-	} else {
-		s.flight = nil
-	}
-	s.state.Store(next)
-	s.plan()
-	return true
-}
-
-// put makes tok the slot's token under g, unless the slot knows a newer grant.
-func (s *slot) put(g *grant, tok *cachedToken) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return errEvicted
-	}
-	if s.adopt(g) {
-		s.flight = nil // it began before, so that its token is an older one
+	case old != nil && old.accessToken == tok.accessToken:
+		failed = repeats(old)
+		old = old.repeatedBy(tok)
+		s.token.Store(old)
+	case old.usable(now) && !tok.endsAt.After(old.endsAt):
+		failed = &mintError{class: classNothingNewer, reason: fmt.Sprintf("the new one expires at %s, no later than the cached one", formatTime(tok.endsAt))}
+	default:
 		s.backoff = backoff{}
-		s.state.Store(&slotState{g, tok})
-		s.plan()
+		s.token.Store(tok)
+		return tok, nil
 	}
-	return nil
+	return old, &unavailable{mintError: failed, config: up.config.name, keyOnly: true}
 }
 
-// wait waits for the mint: to its end, or, while the old token would do, until
-// patience is over, when it is false.
-func (f *flight) wait(ctx, closing context.Context, old *cachedToken) (done bool, err error) {
-	var impatient <-chan time.Time
-	if old != nil {
-		now := time.Now()
-		if good := old.left(now) - old.schedule.floor; good > 0 {
-			timer := time.NewTimer(min(good, patience-now.Sub(f.started)))
-			defer timer.Stop()
-			impatient = timer.C
-		}
-	}
-	select {
-	case <-f.done:
-		return true, nil
-	case <-impatient:
-		return false, nil
-	case <-ctx.Done():
-		return false, ctx.Err()
-	case <-closing.Done():
-		return false, errClosed
-	}
+// repeats is what is wrong with a token that is the cached one again.
+func repeats(old *cachedToken) *mintError {
+	return &mintError{class: classNothingNewer, reason: "it returned the token again that it gave at " + formatTime(old.mintedAt)}
 }
 
-// arrived serves the token of a mint that succeeded.
-func (s *slot) arrived(f *flight, g *grant, old *cachedToken, minTTL time.Duration) (served, error) {
-	st := s.state.Load()
-	tok := st.token
-	if tok == nil || tok.token != f.token || !st.grant.same(g) {
-		tok = newCachedToken(f.token, f.read, g)
-	}
+// arrived answers a reader when the mint that it waited for has landed.
+func (s *slot) arrived(f *flight, spec *spec, old *cachedToken, minTTL time.Duration) (served, error) {
 	now := time.Now()
-	left := tok.left(now)
-	schedule := tok.scheduleFor(minTTL)
-	if schedule.phase(left) == phaseSpent {
-		return served{}, f.app.unavailable(overOnArrival(schedule.lifetime), time.Time{})
+	if errors.Is(f.err, errOutdated) {
+		return served{}, f.err
+	}
+	if f.err != nil {
+		if answer, ok := s.held(spec).stale(minTTL, f.err, s.cache.random); ok {
+			return answer, nil
+		}
+		if s.cache.outdated(spec, f.up) {
+			return served{}, errOutdated // what was written since ends what failed before
+		}
+		return served{}, f.err
+	}
+	tok := f.token.under(spec)
+	if !tok.usable(now) {
+		return served{}, &unavailable{mintError: expiredOnArrival(tok), config: f.up.config.name}
 	}
 	how := outcomeMinted
-	if old != nil && old.schedule.phase(old.left(now)) != phaseSpent {
+	if old.usable(now) {
 		how = outcomeRefreshed
 	}
-	return tok.serve(schedule, left, how), nil
+	return tok.serve(tok.scheduleFor(minTTL), tok.timeLeft(now), how, s.cache.random), nil
 }
 
-// fallBack serves the old token, or the failure when there is none to serve.
-func (s *slot) fallBack(old *cachedToken, minTTL time.Duration, failure *unavailable) (served, error) {
-	if answer, ok := old.stale(minTTL, failure); ok {
-		return answer, nil
-	}
-	return served{}, failure
-}
-
-// stale serves an old token, if there is one that may still be served.
-func (t *cachedToken) stale(minTTL time.Duration, failure *unavailable) (served, bool) {
-	if t == nil {
-		return served{}, false
-	}
-	schedule, left := t.scheduleFor(minTTL), t.left(time.Now())
-	if schedule.phase(left) == phaseSpent {
-		return served{}, false
-	}
-	answer := t.serve(schedule, left, outcomeStale)
-	answer.failure = failure
-	return answer, true
-}
-
-// remembered is how long after its end a back-off is remembered that no token
-// outlives, so that the next failure doubles it.
-const remembered = 5 * time.Minute
-
-// plan sets the timer for what is due next: a new token when the old reaches
-// its refresh point, or, past that, when a back-off ends; without a token, the end
-// of the slot. The caller holds s.mu.
-func (s *slot) plan() {
-	st := s.state.Load()
-	if s.closed || st == nil {
-		return
+// next is the one place that decides what the slot does by itself: it starts a mint
+// that is due, sets the timer to when something may be due, or frees the slot. It is
+// called after whatever may change the answer. The caller holds s.mu.
+func (s *slot) next() {
+	if s.freed || s.flight != nil {
+		return // landing calls again
 	}
 	now := time.Now()
-	if st.token == nil {
-		if s.flight == nil {
-			s.wakeIn(s.nextTry(st.grant, now).Sub(now) + remembered)
+	tok := s.token.Load()
+	switch {
+	case !tok.usable(now):
+		if until := s.rememberUntil(); now.Before(until) {
+			s.wakeIn(until.Sub(now))
+		} else {
+			s.free()
 		}
+	case tok.phase(now) == phaseFresh:
+		s.wakeIn(tok.timeLeft(now) - tok.schedule.refresh)
+	case !tok.used.Load(): // nobody reads it: it lapses
+		s.wakeIn(tok.timeLeft(now) - tok.schedule.floor)
+	default:
+		s.renew(now)
+	}
+}
+
+// rememberUntil is when the slot's failures are forgotten. The caller holds s.mu.
+func (s *slot) rememberUntil() time.Time {
+	if s.history.alone {
+		return s.history.failedAt.Add(rememberAloneFor)
+	}
+	last := s.history.failedAt
+	if s.backoff.failures > 0 && s.backoff.until.After(last) {
+		last = s.backoff.until
+	}
+	return last.Add(rememberFor)
+}
+
+// renew starts the mint of the next token, with no reader waiting, or sets the timer
+// to when that may be tried again. The caller holds s.mu.
+func (s *slot) renew(now time.Time) {
+	role, config := s.cache.roles.current(s.key.role), s.cache.configs.current(s.key.config)
+	if role == nil || config == nil { // one is gone, or about to be loaded
+		s.wakeIn(time.Second)
 		return
 	}
-	wait := st.token.left(now) - st.token.schedule.refresh
-	if wait <= 0 {
-		wait = s.nextTry(st.grant, now).Sub(now)
+	spec := &spec{role: role, config: config, scopes: s.spec.scopes, narrowed: s.spec.narrowed}
+	if spec.key() != s.key {
+		s.free()
+		return
+	}
+	s.spec = spec
+
+	select {
+	case s.cache.ahead <- struct{}{}:
+	default: // many are renewed already
+		s.wakeIn(time.Second/10 + fraction(time.Second, s.cache.random()))
+		return
+	}
+	f, err := s.start(now)
+	if err == nil {
+		f.ahead = true
+		return
+	}
+	<-s.cache.ahead
+	wait := time.Second
+	var refusal *unavailable
+	if errors.As(err, &refusal) && refusal.probe == nil {
+		wait = refusal.next.Sub(now)
+		if refusal.yields {
+			wait += precedence / 2
+		}
 	}
 	s.wakeIn(wait)
 }
 
-// nextTry is when a mint that is due may be tried: now, or when the back-off
-// that is in its way ends. The caller holds s.mu.
-func (s *slot) nextTry(g *grant, now time.Time) time.Time {
-	next := now
-	if s.backoff.until.After(next) {
-		next = s.backoff.until
-	}
-	s.cache.mu.RLock()
-	app := s.cache.applications[g.config.name]
-	s.cache.mu.RUnlock()
-	if app != nil {
-		app.mu.Lock()
-		defer app.mu.Unlock()
-		if app.backoff.until.After(next) {
-			next = app.backoff.until
-		}
-	}
-	return next
-}
-
-// wakeIn has wake called after that time. The caller holds s.mu.
+// wakeIn has next called after that time. The caller holds s.mu.
 func (s *slot) wakeIn(wait time.Duration) {
-	if s.closed {
-		return
-	}
-	wait = max(wait, 0)
+	wait = max(wait, time.Millisecond)
 	if s.timer == nil {
 		s.timer = time.AfterFunc(wait, func() { s.cache.spawn(s.wake) })
 		return
@@ -377,159 +336,62 @@ func (s *slot) wakeIn(wait time.Duration) {
 	s.timer.Reset(wait)
 }
 
-// wake does what is due without a reader: it mints the next token if this one
-// was read, and drops the slot when its token is spent or there is none.
 func (s *slot) wake() {
-	st := s.state.Load()
-	if st.token == nil {
-		s.retire(st)
-		return
-	}
-	tok := st.token
-	now := time.Now()
-	left := tok.left(now)
-	switch {
-	case tok.schedule.phase(left) == phaseSpent:
-		s.retire(st)
-		return
-	case tok.schedule.phase(left) == phaseFresh, !tok.read.Load():
-		// Too early (the settings changed, or the clock), or nobody reads it.
-		until := left - tok.schedule.refresh
-		if until <= 0 {
-			until = left - tok.schedule.floor
-		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.state.Load() == st { // else what is new has its own time
-			s.wakeIn(until)
-		}
-		return
-	}
-
-	g, err := s.cache.lookUp(st.grant)
-	switch {
-	case err != nil: // storage failed: try again before long
-		s.later(time.Second)
-		return
-	case g == nil: // the role or its config is gone, or asks for something else
-		s.retire(st)
-		return
-	}
-	app, err := s.cache.application(g.config)
-	if err != nil {
-		s.later(time.Second)
-		return
-	}
-	select {
-	case s.cache.ahead <- struct{}{}:
-	default:
-		s.later(time.Second/10 + rand.N(time.Second))
-		return
-	}
-	f, err := s.ahead(g, app)
-	if f != nil {
-		select {
-		case <-f.done:
-		case <-s.cache.ctx.Done():
-		}
-	} else if err != nil {
-		s.later(time.Second)
-	}
-	<-s.cache.ahead
-}
-
-// ahead starts the mint that wake found due, unless it turns out not to be.
-func (s *slot) ahead(g *grant, app *application) (*flight, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed || !s.adopt(g) {
-		return nil, nil
-	}
-	tok := s.state.Load().token
-	if tok == nil || tok.schedule.phase(tok.left(time.Now())) == phaseFresh {
-		return nil, nil
-	}
-	return s.mint(g, app)
+	s.next()
 }
 
-// later has wake called again, after a back-off if there is one, and after wait
-// in any case.
-func (s *slot) later(wait time.Duration) {
+// written has the slot go by its role and config as they were written, which may
+// have mended what failed.
+func (s *slot) written(change func(spec) spec) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if st := s.state.Load(); st != nil {
-		now := time.Now()
-		wait = max(wait, s.nextTry(st.grant, now).Sub(now))
-	}
-	s.wakeIn(wait)
-}
-
-// retire drops the slot with the token it had in st, unless something has
-// happened to it since, or still has to be remembered.
-func (s *slot) retire(st *slotState) {
-	s.mu.Lock()
-	if s.state.Load() != st || s.flight != nil {
-		s.mu.Unlock()
+	if s.freed || s.spec == nil { // without a spec, its first reader is about to bring one
 		return
 	}
-	if wait := time.Until(s.backoff.until.Add(remembered)); wait > 0 && s.backoff.failures > 0 {
-		s.wakeIn(wait)
-		s.mu.Unlock()
-		return
+	now := change(*s.spec)
+	s.spec = &now
+	s.backoff, s.history = backoff{}, history{}
+	if tok := s.token.Load(); tok != nil {
+		s.token.Store(tok.under(&now))
 	}
-	s.stop()
-	s.mu.Unlock()
-	s.cache.remove(s)
+	s.next()
 }
 
-// drop frees the slot, unless it has gone on from st.
-func (s *slot) drop(st *slotState) {
-	s.mu.Lock()
-	if s.state.Load() != st {
-		s.mu.Unlock()
-		return
-	}
-	s.stop()
-	s.mu.Unlock()
-	s.cache.remove(s)
-}
-
-// close stops the slot's timer for good. Readers that wait for its mint still
-// get the token.
-func (s *slot) close() {
+// evict frees the slot, unless a mint is under way: landing frees it then, so that
+// its key never has two.
+func (s *slot) evict() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.stop()
+	if s.flight == nil {
+		s.free()
+	}
 }
 
-// stop is close for a caller who holds s.mu.
-func (s *slot) stop() {
-	s.closed = true
+// drop frees the slot. Readers who wait for its mint still get the token.
+func (s *slot) drop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.free()
+}
+
+// free takes the slot out of the cache for good. The caller holds s.mu.
+func (s *slot) free() {
+	s.freed = true
 	if s.timer != nil {
 		s.timer.Stop()
 	}
+	s.cache.remove(s)
 }
 
-// lookUp brings a grant up to date: its role and config as they are now. It is
-// nil when either is gone, or the role no longer allows the scopes.
-func (c *tokenCache) lookUp(g *grant) (*grant, error) {
-	role, err := c.roles.get(c.ctx, c.storage, g.role.name)
-	if err != nil || role == nil {
-		return nil, err
+// askedToWait is what the slot knows of the key's failures, with a refusal when
+// MojoAuth asked by Retry-After not to be asked for this key just now.
+func (s *slot) askedToWait(up *upstream) (history, *unavailable) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.backoff.asked && s.backoff.blocks(time.Now()) {
+		return s.history, &unavailable{mintError: s.backoff.last, config: up.config.name, next: s.backoff.until}
 	}
-	config, err := c.configs.get(c.ctx, c.storage, role.entry.Config)
-	if err != nil || config == nil {
-		return nil, err
-	}
-	if role == g.role && config == g.config {
-		return g, nil
-	}
-	now := &grant{role: role, config: config, scopes: g.scopes, narrowed: g.narrowed}
-	if !now.sharesTokens(g) {
-		return nil, nil
-	}
-	if g.narrowed == "" {
-		now.scopes = role.entry.Scopes
-	}
-	return now, nil
+	return s.history, nil
 }

@@ -31,6 +31,7 @@ const resultOK = "ok"
 var results = []string{
 	resultOK, string(classClientRefused), string(classRequestRefused), string(classThrottled), string(classServerError),
 	string(classUnexpected), string(classTLS), string(classNetwork), string(classTimeout),
+	string(classExpiredOnArrival), string(classInternal),
 }
 
 // telemetry is one node's account of one mount.
@@ -50,7 +51,6 @@ type configTelemetry struct {
 	lastMint   time.Time
 	lastError  *mintError
 	lastFailed time.Time
-	touched    time.Time // when the config was last written or minted with
 }
 
 func newTelemetry() *telemetry {
@@ -74,34 +74,37 @@ func (t *telemetry) minted(config string, took time.Duration, failed *mintError)
 	t.duration.Observe(took.Seconds())
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	c := t.config(config)
 	result := resultOK
+	if failed != nil {
+		result = string(failed.class)
+	}
+	t.results[result]++
+	c := t.configs[config]
+	if c == nil {
+		return // deleted while the mint was under way
+	}
+	c.results[result]++
 	if failed == nil {
 		c.lastMint = time.Now()
 	} else {
-		result = string(failed.class)
 		c.lastError, c.lastFailed = failed, time.Now()
 	}
-	c.results[result]++
-	t.results[result]++
 }
 
-// configSeen begins the account of a config.
+// configSeen begins the account of a config, if there is none.
 func (t *telemetry) configSeen(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.config(name)
+	if t.configs[name] == nil {
+		t.configs[name] = &configTelemetry{results: make(map[string]int64)}
+	}
 }
 
-// config finds or begins the account of a config. The caller holds t.mu.
-func (t *telemetry) config(name string) *configTelemetry {
-	c := t.configs[name]
-	if c == nil {
-		c = &configTelemetry{results: make(map[string]int64)}
-		t.configs[name] = c
-	}
-	c.touched = time.Now()
-	return c
+// knows reports whether there is an account of a config.
+func (t *telemetry) knows(name string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.configs[name] != nil
 }
 
 // configGone ends the account of a config.
@@ -118,72 +121,19 @@ func (t *telemetry) total() map[string]int64 {
 	return maps.Clone(t.results)
 }
 
-// snapshot is a copy of the accounts of the configs with these names. Others were
-// deleted on another node, and are forgotten; but not at once, since a config may have
-// been written after the names were listed.
+// snapshot is a copy of the accounts of the configs with these names.
 func (t *telemetry) snapshot(names []string) map[string]configTelemetry {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	configs := make(map[string]configTelemetry, len(names))
-	for name, c := range t.configs {
-		switch {
-		case slices.Contains(names, name):
+	for _, name := range names {
+		if c := t.configs[name]; c != nil {
 			copied := *c
 			copied.results = maps.Clone(c.results)
 			configs[name] = copied
-		case time.Since(c.touched) > time.Minute:
-			delete(t.configs, name)
 		}
 	}
 	return configs
-}
-
-// census is what the cache holds at one moment.
-type census struct {
-	cached int // tokens that may be served
-	// due counts the tokens in use for which a new one is due and not there, and
-	// nearest is how long the first of them may still be served.
-	due     int
-	nearest time.Duration
-	// backoff has the configs that are in a back-off, and until when.
-	backoff map[string]time.Time
-}
-
-// census counts what the cache holds.
-func (c *tokenCache) census() census {
-	now := time.Now()
-	n := census{backoff: make(map[string]time.Time)}
-	c.mu.RLock()
-	applications := maps.Clone(c.applications)
-	c.mu.RUnlock()
-	for _, s := range c.all() {
-		st := s.state.Load()
-		if st == nil || st.token == nil {
-			continue
-		}
-		left := st.token.left(now)
-		switch st.token.schedule.phase(left) {
-		case phaseSpent:
-			continue
-		case phaseDue:
-			if st.token.read.Load() {
-				servable := left - st.token.schedule.floor
-				if n.due == 0 || servable < n.nearest {
-					n.nearest = servable
-				}
-				n.due++
-			}
-		}
-		n.cached++
-	}
-	for name, app := range applications {
-		app.mu.Lock()
-		if app.backoff.blocks(now) {
-			n.backoff[name] = app.backoff.until
-		}
-		app.mu.Unlock()
-	}
-	return n
 }
 
 // Metrics, beside the histogram.

@@ -7,49 +7,48 @@ import (
 	"context"
 	"errors"
 	"maps"
-	"math/rand/v2"
-	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/hashicorp/golang-lru/v2/simplelru"
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file decides which token a read gets, and when a new one is minted.
+// This file finds the slot that a read goes to, and the upstream that a slot asks.
 //
-// There is a slot for each role, and for each narrowed set of scopes that was
-// read of it. A slot holds one token and mints the next, one at a time. Reading
-// a fresh token takes no lock that anything holds across I/O.
-//
-// Nothing has to tell a slot that a role or config changed: each reader brings
-// the role and config as they stand now (a grant), and the slot goes along with
-// the newest it has seen. Whether the token it has is still good follows from
-// the token generations in both. review.go does the same where nobody reads.
+// A slot is found by all that its token depends on, the generations of role and
+// config included. So a write that drops tokens makes readers look under another
+// key, and the slots of the old key are freed. Reading a fresh token takes no lock
+// that anything holds across I/O.
 
 const (
-	// patience is how long a reader waits for a mint while the old token would
-	// still do.
-	patience = 2 * time.Second
-
-	// maxNarrowed bounds the slots for narrowed scopes of a mount, so that no
-	// caller can grow memory.
-	maxNarrowed = 1024
-
-	// maxAhead bounds how many mints the engine has under way at once without
-	// a reader waiting, so that thousands of roles that were minted together
-	// are not renewed in one burst.
+	// maxAhead bounds how many mints are under way at once without a reader
+	// waiting, so that thousands of roles that were minted together are not renewed
+	// in one burst.
 	maxAhead = 16
+
+	// storagePatience is how long a mint waits for storage before it goes by what
+	// is in memory.
+	storagePatience = time.Second
+
+	// closingTime is how long closing waits for what is under way.
+	closingTime = 5 * time.Second
+
+	// A reload that storage fails is tried again after a wait that doubles.
+	shortestReloadWait = time.Second
+	longestReloadWait  = 30 * time.Second
+	maxReloads         = 16 // under way at once
 )
 
-// errOutdated is for a reader whose role or config is older than what the cache
-// knows already: it has to look them up again.
-var errOutdated = errors.New("the role or its config changed")
+var (
+	// errOutdated is for a reader whose role or config was written since it looked
+	// them up: it has to look again.
+	errOutdated = errors.New("the role or its config changed")
 
-// errClosed is for readers of a mount that is being taken down.
-var errClosed = errors.New("the mount is being closed")
+	// errClosed is for readers of a mount that is being taken down.
+	errClosed = errors.New("the mount is being closed")
+)
 
 // tokenCache holds the tokens of one mount on this node.
 type tokenCache struct {
@@ -58,345 +57,443 @@ type tokenCache struct {
 	newClient clientFactory
 	telemetry *telemetry
 	logger    func() hclog.Logger
+	random    func() float64  // uniform in [0, 1)
 	storage   logical.Storage // to look up roles and configs when no reader brings them
 
-	ctx    context.Context // of everything that outlives a read; ends in close
-	cancel context.CancelFunc
-	work   sync.WaitGroup // counts the goroutines that do so
-	ahead  chan struct{}  // holds a place for each mint without a reader
+	ctx       context.Context // of everything that outlives a read; ends in close
+	cancel    context.CancelFunc
+	work      sync.WaitGroup // counts the goroutines that do so
+	ahead     chan struct{}  // holds a place for each mint without a reader
+	reloading chan struct{}  // holds a place for each reload
 
-	narrowed *lru.Cache[slotKey, *slot]
-	reviews  reviews
+	narrowed narrowedSlots
 
-	mu           sync.RWMutex // never held across I/O
-	closed       bool
-	slots        map[string]*slot        // by role, for all its scopes
-	applications map[string]*application // by config
+	mu        sync.RWMutex // never held across I/O
+	closed    bool
+	slots     map[string]map[slotKey]*slot // by role
+	upstreams map[string]*upstream         // by config
 }
 
-// grant is what a token is asked for: a role and its config as they stand, and
-// the role's scopes or some of them.
-type grant struct {
-	role   *held[roleEntry]
-	config *held[configEntry]
-	scopes []string
-	// narrowed identifies scopes when they are fewer than the role's: sorted
-	// and joined. "" stands for all of them.
-	narrowed string
-}
-
-type slotKey struct{ role, narrowed string }
-
-func (g *grant) key() slotKey { return slotKey{g.role.name, g.narrowed} }
-
-func (g *grant) request() tokenRequest {
-	return tokenRequest{audience: g.role.entry.Audience, scopes: g.scopes, extra: g.role.entry.ExtraParams}
-}
-
-// same tells whether both come from the very same role and config.
-func (g *grant) same(other *grant) bool { return g.role == other.role && g.config == other.config }
-
-// sharesTokens tells whether a token minted for one serves the other.
-func (g *grant) sharesTokens(other *grant) bool {
-	return g.config.name == other.config.name &&
-		g.config.entry.TokenGeneration == other.config.entry.TokenGeneration &&
-		g.role.entry.TokenGeneration == other.role.entry.TokenGeneration
-}
-
-// olderThan tells whether other was looked up later. A reader looks up the role
-// first, so that a newer role decides.
-func (g *grant) olderThan(other *grant) bool {
-	if g.role.seq != other.role.seq {
-		return g.role.seq < other.role.seq
-	}
-	return g.config.seq < other.config.seq
-}
-
-// outcome is how a read was answered.
-type outcome string
-
-const (
-	outcomeHit       outcome = "hit"       // the cached token
-	outcomeRefreshed outcome = "refreshed" // a new token, though the old would have done
-	outcomeMinted    outcome = "minted"    // a new token
-	outcomeStale     outcome = "stale"     // the old token, since no new one could be had
-	outcomeError     outcome = "error"     // no token
-)
-
-// served is the answer to a read.
-type served struct {
-	*cachedToken
-	schedule schedule
-	outcome  outcome
-	left     time.Duration // of the token's life
-	ttl      int64         // seconds until the caller should read again
-	lease    time.Duration // of a lease on the token, if it is to have one
-	failure  *unavailable  // for outcomeStale: why, or nil when a mint is slow
-}
-
-func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], newClient clientFactory, telemetry *telemetry, logger func() hclog.Logger) *tokenCache {
+func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], newClient clientFactory, telemetry *telemetry, logger func() hclog.Logger, random func() float64) *tokenCache {
 	c := &tokenCache{
-		configs:      configs,
-		roles:        roles,
-		newClient:    newClient,
-		telemetry:    telemetry,
-		logger:       logger,
-		ahead:        make(chan struct{}, maxAhead),
-		slots:        make(map[string]*slot),
-		applications: make(map[string]*application),
-		reviews:      reviews{waiting: make(map[*slot]struct{})},
+		configs:   configs,
+		roles:     roles,
+		newClient: newClient,
+		telemetry: telemetry,
+		logger:    logger,
+		random:    random,
+		ahead:     make(chan struct{}, maxAhead),
+		reloading: make(chan struct{}, maxReloads),
+		narrowed:  newNarrowedSlots(),
+		slots:     make(map[string]map[slotKey]*slot),
+		upstreams: make(map[string]*upstream),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	narrowed, err := lru.NewWithEvict(maxNarrowed, func(_ slotKey, s *slot) { s.close() })
-	if err != nil {
-		panic(err) // only for a size below 1
-	}
-	c.narrowed = narrowed
+	configs.changed, configs.forgotten = c.configChanged, c.configForgotten
+	roles.changed, roles.forgotten = c.roleChanged, c.roleForgotten
 	return c
 }
 
-// read answers a read of g with a token that has minTTL left, as far as its
-// lifetime allows. The error is an *unavailable, errOutdated, errClosed, or the
-// end of ctx.
-func (c *tokenCache) read(ctx context.Context, g *grant, minTTL time.Duration) (served, error) {
-	for {
-		s, err := c.slot(g)
-		if err != nil {
-			return served{}, err
-		}
-		if st := s.state.Load(); st != nil && st.token != nil && st.grant.same(g) {
-			if answer, ok := st.token.hit(minTTL); ok {
-				return answer, nil
-			}
-		}
-		answer, err := s.read(ctx, g, minTTL)
-		if err != errEvicted {
-			return answer, err
-		}
-	}
-}
-
-// mintNow mints a token of g beside whatever is cached or under way, and does not
-// keep it. A failure back-off is ignored, a Retry-After is not. The errors are
-// those of read.
-func (c *tokenCache) mintNow(ctx context.Context, g *grant) (*token, error) {
-	app, err := c.application(g.config)
-	if err != nil {
-		return nil, err
-	}
-	if refusal := app.admitNow(time.Now()); refusal != nil {
-		return nil, refusal
-	}
-	if refusal := c.askedToWait(g, app); refusal != nil {
-		return nil, refusal
-	}
-	var tok *token
-	done := make(chan struct{})
-	if !c.spawn(func() {
-		defer close(done)
-		tok, err = app.mint(c.ctx, admission{}, g)
-		if !c.current(app) {
-			app.close()
-		}
-	}) {
-		return nil, errClosed
-	}
-	select {
-	case <-done:
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	switch {
-	case err == nil:
-		return tok, nil
-	case c.ctx.Err() != nil:
-		return nil, errClosed
-	case !c.current(app):
-		return nil, errOutdated
-	}
-	return nil, err
-}
-
-// askedToWait tells of a Retry-After that concerns g alone.
-func (c *tokenCache) askedToWait(g *grant, app *application) *unavailable {
-	c.mu.RLock()
-	s := c.slots[g.role.name]
-	c.mu.RUnlock()
+// cached answers a read with the cached token, if that is fresh for a reader who
+// wants minTTL.
+func (c *tokenCache) cached(spec *spec, minTTL time.Duration) (served, bool) {
+	s := c.peek(spec.key())
 	if s == nil {
-		return nil
+		return served{}, false
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	// A back-off under another grant is over: what was written may have mended it.
-	if st := s.state.Load(); st == nil || !st.grant.same(g) {
-		return nil
+	tok := s.held(spec)
+	if tok == nil {
+		return served{}, false
 	}
-	if s.backoff.asked && s.backoff.blocks(time.Now()) {
-		return app.unavailable(s.backoff.last, s.backoff.until)
+	if spec.narrowed != "" {
+		c.touch(s)
 	}
-	return nil
+	return tok.hit(minTTL, c.random)
 }
 
-// successor is the token that g's role has after a rotation that minted tok: tok, or
-// one that was minted after it and is there already. When its life is over it is none,
-// but an error.
-func (c *tokenCache) successor(g *grant, tok *token) (*cachedToken, *unavailable) {
-	next := newCachedToken(tok, new(atomic.Bool), g)
+// await answers a read that found no fresh token. The error is an *unavailable or a
+// *crowded, errOutdated, errClosed, or why ctx ended.
+func (c *tokenCache) await(ctx context.Context, spec *spec, minTTL time.Duration) (served, error) {
+	s, err := c.slot(spec)
+	if err != nil {
+		return served{}, err
+	}
+	return s.await(ctx, spec, minTTL)
+}
+
+// peek finds the slot of a key, if there is one.
+func (c *tokenCache) peek(key slotKey) *slot {
 	c.mu.RLock()
-	s := c.slots[g.role.name]
-	c.mu.RUnlock()
-	if s != nil {
-		if st := s.state.Load(); st != nil && st.token != nil && st.grant.sharesTokens(g) && st.token.mintedAt.After(tok.mintedAt) {
-			next = newCachedToken(st.token.token, st.token.read, g)
-		}
-	}
-	if next.schedule.phase(next.left(time.Now())) == phaseSpent {
-		return nil, &unavailable{mintError: overOnArrival(next.schedule.lifetime), config: g.config.name}
-	}
-	return next, nil
+	defer c.mu.RUnlock()
+	return c.slots[key.role][key]
 }
 
-// put makes tok the token that reads of g get.
-func (c *tokenCache) put(g *grant, tok *cachedToken) (*cachedToken, error) {
-	cached := newCachedToken(tok.token, tok.read, g)
-	for {
-		s, err := c.slot(g)
-		if err != nil {
+// slot finds the slot of a spec, or makes it.
+func (c *tokenCache) slot(spec *spec) (*slot, error) {
+	key := spec.key()
+	s := c.peek(key)
+	if s == nil {
+		var err error
+		if s, err = c.add(key); err != nil {
 			return nil, err
 		}
-		if err := s.put(g, cached); err == nil {
-			return cached, nil
-		}
 	}
+	if key.narrowed != "" {
+		c.touch(s)
+	}
+	return s, nil
 }
 
-// slot finds the slot of g, or makes it.
-func (c *tokenCache) slot(g *grant) (*slot, error) {
-	if g.narrowed != "" {
-		// Without c.mu: what this evicts is closed, which takes the slot's lock.
-		s, ok := c.narrowed.Get(g.key())
-		if !ok {
-			fresh := &slot{cache: c, key: g.key()}
-			if s, ok, _ = c.narrowed.PeekOrAdd(fresh.key, fresh); !ok {
-				s = fresh
-			}
-		}
-		return s, nil
-	}
-
-	c.mu.RLock()
-	s := c.slots[g.role.name]
-	c.mu.RUnlock()
-	if s != nil {
-		return s, nil
-	}
+// add makes the slot of a key, unless somebody else just has.
+func (c *tokenCache) add(key slotKey) (*slot, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
 		return nil, errClosed
 	}
-	if s := c.slots[g.role.name]; s != nil {
+	if s := c.slots[key.role][key]; s != nil {
 		return s, nil
 	}
-	s = &slot{cache: c, key: g.key()}
-	c.slots[g.role.name] = s
+	s := &slot{cache: c, key: key}
+	if c.slots[key.role] == nil {
+		c.slots[key.role] = make(map[slotKey]*slot)
+	}
+	c.slots[key.role][key] = s
 	return s, nil
 }
 
-// remove takes a closed slot out of the cache.
-func (c *tokenCache) remove(s *slot) {
-	if s.key.narrowed != "" {
-		if held, ok := c.narrowed.Peek(s.key); ok && held == s {
-			c.narrowed.Remove(s.key)
-		}
-		return
+// touch notes that a narrowed slot is read, which may evict another.
+func (c *tokenCache) touch(s *slot) {
+	if evicted := c.narrowed.use(s); evicted != nil {
+		evicted.evict()
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.slots[s.key.role] == s {
-		delete(c.slots, s.key.role)
+	if c.peek(s.key) != s { // freed meanwhile
+		c.narrowed.remove(s)
 	}
 }
 
-// drop frees the slots whose grants match, because their tokens are not to be served
-// any more. Readers who wait for their mints still get them.
-func (c *tokenCache) drop(match func(*grant) bool) {
-	for _, s := range c.all() {
-		if st := s.state.Load(); st != nil && match(st.grant) {
-			s.drop(st)
+// remove takes a freed slot out of the cache.
+func (c *tokenCache) remove(s *slot) {
+	if s.key.narrowed != "" {
+		c.narrowed.remove(s)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if of := c.slots[s.key.role]; of[s.key] == s {
+		delete(of, s.key)
+		if len(of) == 0 {
+			delete(c.slots, s.key.role)
 		}
 	}
+}
+
+// slotsOf are the slots of a role.
+func (c *tokenCache) slotsOf(role string) []*slot {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return values(c.slots[role])
 }
 
 // all are the slots there are.
 func (c *tokenCache) all() []*slot {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	return slices.AppendSeq(c.narrowed.Values(), maps.Values(c.slots))
-}
-
-// roleChanged has the slots of a role go by what was written, here or elsewhere.
-func (c *tokenCache) roleChanged(name string) {
-	slots := slices.DeleteFunc(c.narrowed.Values(), func(s *slot) bool { return s.key.role != name })
-	c.mu.RLock()
-	if s := c.slots[name]; s != nil {
-		slots = append(slots, s)
+	var all []*slot
+	for _, of := range c.slots {
+		all = append(all, values(of)...)
 	}
-	c.mu.RUnlock()
-	c.review(slots)
+	return all
 }
 
-// configChanged forgets what is known of a config's client and its failures, and has
-// the slots of its roles go by what was written, here or elsewhere. A mint that is
-// under way goes on; its failure is forgotten too.
-func (c *tokenCache) configChanged(name string) {
-	c.mu.Lock()
-	app := c.applications[name]
-	delete(c.applications, name)
-	c.mu.Unlock()
-	if app != nil {
-		app.close()
+func values(slots map[slotKey]*slot) []*slot {
+	list := make([]*slot, 0, len(slots))
+	for _, s := range slots {
+		list = append(list, s)
 	}
-	c.review(slices.DeleteFunc(c.all(), func(s *slot) bool {
-		st := s.state.Load()
-		return st == nil || st.grant.config.name != name
-	}))
+	return list
 }
 
-// application finds the application of a config as it stands, or makes it. It
-// is errOutdated when a newer config is at work already.
-func (c *tokenCache) application(config *held[configEntry]) (*application, error) {
+// roleChanged has the slots of a role go by what was written: role is nil when the
+// role is gone.
+func (c *tokenCache) roleChanged(name string, role *held[roleEntry]) {
+	if c.roles.current(name) != role {
+		return // a later change follows
+	}
+	for _, s := range c.slotsOf(name) {
+		if role == nil || s.key.roleGeneration != role.entry.TokenGeneration {
+			s.drop()
+			continue
+		}
+		s.written(func(spec spec) spec {
+			spec.role = role
+			if spec.narrowed == "" {
+				spec.scopes = role.entry.Scopes
+			}
+			return spec
+		})
+	}
+}
+
+// configChanged is roleChanged for a config. Its client and its failures are
+// forgotten. A mint that is under way goes on.
+func (c *tokenCache) configChanged(name string, config *held[configEntry]) {
+	if c.configs.current(name) != config {
+		return
+	}
+	c.detach(name, config)
+	if config == nil {
+		c.telemetry.configGone(name)
+	}
+	for _, s := range c.all() {
+		switch {
+		case s.key.config != name:
+		case config == nil || s.key.configGeneration != config.entry.TokenGeneration:
+			s.drop()
+		default:
+			s.written(func(spec spec) spec {
+				spec.config = config
+				return spec
+			})
+		}
+	}
+}
+
+// roleForgotten has a role loaded that was perhaps changed, if there are tokens of it.
+func (c *tokenCache) roleForgotten(name string) {
+	if len(c.slotsOf(name)) == 0 {
+		return
+	}
+	reload(c, c.roles, name, c.roleChanged)
+}
+
+// configForgotten is roleForgotten for a config.
+func (c *tokenCache) configForgotten(name string) {
+	c.detach(name, nil)
+	if c.telemetry.knows(name) { // so it was at work on this node
+		reload(c, c.configs, name, c.configChanged)
+	}
+}
+
+// reload loads an entry in the background, and calls changed with it.
+func reload[T any](c *tokenCache, entries *entries[T], name string, changed func(string, *held[T])) {
+	c.spawn(func() {
+		for wait := shortestReloadWait; ; wait = min(2*wait, longestReloadWait) {
+			c.reloading <- struct{}{}
+			now, err := entries.get(c.ctx, c.storage, name)
+			<-c.reloading
+			var broken *unreadable
+			if err == nil || errors.As(err, &broken) {
+				changed(name, now)
+				return
+			}
+			select {
+			case <-time.After(wait):
+			case <-c.ctx.Done():
+				return
+			}
+		}
+	})
+}
+
+// upstream finds the upstream of a config as it stands, or makes it. It is
+// errOutdated when config is not what is in memory.
+func (c *tokenCache) upstream(config *held[configEntry]) (*upstream, error) {
 	c.mu.RLock()
-	app := c.applications[config.name]
+	up := c.upstreams[config.name]
 	c.mu.RUnlock()
-	if app != nil && app.config == config {
-		return app, nil
+	if up != nil && up.config.same(config) {
+		return up, nil
 	}
 
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	old := c.applications[config.name]
+	old := c.upstreams[config.name]
 	switch {
 	case c.closed:
 		return nil, errClosed
-	case old != nil && old.config == config:
+	case old != nil && old.config.same(config):
 		return old, nil
-	case old != nil && old.config.seq > config.seq:
+	case c.configs.current(config.name) != config:
 		return nil, errOutdated
 	case old != nil:
 		c.work.Go(old.close) // not under the lock
 	}
-	app = &application{config: config, newClient: c.newClient, telemetry: c.telemetry, logger: c.logger}
-	c.applications[config.name] = app
+	up = &upstream{config: config, newClient: c.newClient, telemetry: c.telemetry, logger: c.logger, random: c.random}
+	c.upstreams[config.name] = up
 	c.telemetry.configSeen(config.name)
-	return app, nil
+	return up, nil
 }
 
-// current tells whether the application's config has not been written since.
-func (c *tokenCache) current(app *application) bool {
+// detach forgets the upstream of a config, but one that was made of the entry now.
+func (c *tokenCache) detach(name string, now *held[configEntry]) {
+	c.mu.Lock()
+	up := c.upstreams[name]
+	if up == nil || up.config == now {
+		c.mu.Unlock()
+		return
+	}
+	delete(c.upstreams, name)
+	c.mu.Unlock()
+	c.spawn(up.close)
+}
+
+// isCurrent reports whether the upstream's config has not been written since.
+func (c *tokenCache) isCurrent(up *upstream) bool {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	return c.applications[app.config.name] == app
+	return c.upstreams[up.config.name] == up
+}
+
+// standing reports whether role and config of spec are those in memory.
+func (c *tokenCache) standing(spec *spec) bool {
+	return c.roles.current(spec.role.name) == spec.role && c.configs.current(spec.config.name) == spec.config
+}
+
+// outdated reports whether role or config were written since spec was looked up, or
+// since up was asked.
+func (c *tokenCache) outdated(spec *spec, up *upstream) bool {
+	return !c.standing(spec) || !c.isCurrent(up)
+}
+
+// mint asks for a token of spec. It reads role and config from storage before: an
+// invalidation that was lost costs no wrong token. The error is that of
+// upstream.mint, or errOutdated.
+func (c *tokenCache) mint(up *upstream, l leave, spec *spec, past history) (*cachedToken, error) {
+	if err := c.confirm(spec, up); err != nil {
+		up.settle(l, nil)
+		return nil, err
+	}
+	tok, err := up.mint(c.ctx, l, spec, past)
+	if !c.isCurrent(up) {
+		up.close()
+	}
+	if err != nil && c.ctx.Err() != nil {
+		return nil, errClosed
+	}
+	return tok, err
+}
+
+// confirm reports by an error that spec is not what is in storage. When storage
+// fails, what is in memory counts.
+func (c *tokenCache) confirm(spec *spec, up *upstream) error {
+	ctx, cancel := context.WithTimeout(c.ctx, storagePatience)
+	defer cancel()
+	role, roleErr := c.roles.fresh(ctx, c.storage, spec.role.name)
+	config, configErr := c.configs.fresh(ctx, c.storage, spec.config.name)
+	var broken *unreadable
+	for _, err := range []error{roleErr, configErr} {
+		if errors.As(err, &broken) {
+			return &unavailable{mintError: &mintError{class: classInternal, reason: broken.Error()}, config: up.config.name, keyOnly: true}
+		}
+	}
+	if roleErr == nil && !role.same(spec.role) || configErr == nil && !config.same(spec.config) {
+		return errOutdated
+	}
+	return nil
+}
+
+// mintNow mints a token of spec beside whatever is cached or under way, and does not
+// keep it. A back-off is ignored, a Retry-After is not. The errors are those of await.
+func (c *tokenCache) mintNow(ctx context.Context, spec *spec) (*cachedToken, error) {
+	up, err := c.upstream(spec.config)
+	if err != nil {
+		return nil, err
+	}
+	var past history
+	if s := c.peek(spec.key()); s != nil {
+		var refusal *unavailable
+		if past, refusal = s.askedToWait(up); refusal != nil {
+			return nil, refusal
+		}
+	}
+	l, err := up.admitNow(spec.key(), time.Now())
+	if err != nil {
+		return nil, err
+	}
+	var tok *cachedToken
+	done := make(chan struct{})
+	if !c.spawn(func() {
+		defer close(done)
+		tok, err = c.mint(up, l, spec, past)
+	}) {
+		return nil, errClosed
+	}
+	if err := c.wait(ctx, done); err != nil {
+		return nil, err
+	}
+	if err != nil && c.outdated(spec, up) {
+		return nil, errOutdated
+	}
+	return tok, err
+}
+
+// successor is the token that a spec's role has after a rotation that minted tok: tok,
+// or one that was minted after it and is there already. It counts as in use when the
+// token is that it replaces. The error is an *unavailable when tok is no new token.
+func (c *tokenCache) successor(spec *spec, tok *cachedToken) (*cachedToken, error) {
+	next := tok.view(spec)
+	if s := c.peek(spec.key()); s != nil {
+		if old := s.held(spec); old != nil {
+			switch {
+			case old.accessToken == tok.accessToken:
+				return nil, &unavailable{mintError: repeats(old), config: spec.config.name}
+			case old.mintedAt.After(tok.mintedAt):
+				next = old
+			}
+			next.used.Store(old.used.Load())
+		}
+	}
+	if !next.usable(time.Now()) {
+		return nil, &unavailable{mintError: expiredOnArrival(next), config: spec.config.name}
+	}
+	return next, nil
+}
+
+// prepare makes the slot of a spec that no reader can have yet, with a token in it.
+// roleChanged wakes it, or frees it when the role was not saved after all.
+func (c *tokenCache) prepare(spec *spec, tok *cachedToken) error {
+	s, err := c.slot(spec)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.spec = spec
+	s.token.Store(tok)
+	return nil
+}
+
+// wait waits for done. The error is errClosed or why ctx ended.
+func (c *tokenCache) wait(ctx context.Context, done <-chan struct{}) error {
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-c.ctx.Done():
+		return errClosed
+	}
+}
+
+// waitFor waits for a mint: to its end, or, while the old token would do, until
+// patience is over, when landed is false.
+func (c *tokenCache) waitFor(ctx context.Context, f *flight, old *cachedToken) (landed bool, err error) {
+	now := time.Now()
+	if !old.usable(now) {
+		return true, c.wait(ctx, f.done)
+	}
+	impatient := time.NewTimer(min(old.timeLeft(now)-old.schedule.floor, patience-now.Sub(f.started)))
+	defer impatient.Stop()
+	select {
+	case <-f.done:
+		return true, nil
+	case <-impatient.C:
+		return false, nil
+	case <-ctx.Done():
+		return false, context.Cause(ctx)
+	case <-c.ctx.Done():
+		return false, errClosed
+	}
 }
 
 // spawn runs work in a goroutine that close waits for. It is false, and nothing
@@ -411,112 +508,150 @@ func (c *tokenCache) spawn(work func()) bool {
 	return true
 }
 
-// close stops everything and waits for it.
+// close stops everything and waits for it, but not longer than closingTime: Vault
+// answers nothing while it takes a mount down.
 func (c *tokenCache) close() {
 	c.mu.Lock()
 	c.closed = true
-	slots := make([]*slot, 0, len(c.slots))
-	for _, s := range c.slots {
-		slots = append(slots, s)
-	}
-	applications := c.applications
-	c.slots, c.applications = nil, nil
+	upstreams := maps.Clone(c.upstreams)
 	c.mu.Unlock()
-
 	c.cancel()
-	for _, s := range slots {
-		s.close()
+	for _, s := range c.all() {
+		s.drop()
 	}
-	c.narrowed.Purge()
-	c.work.Wait()
-	for _, app := range applications {
-		app.close()
+	ended := make(chan struct{})
+	go func() {
+		c.work.Wait()
+		close(ended)
+	}()
+	late := time.NewTimer(closingTime)
+	defer late.Stop()
+	select {
+	case <-ended:
+	case <-late.C:
+		c.logger().Warn("closing does not wait longer for requests to MojoAuth that are under way", "waited", closingTime)
+		return // a client whose mint hangs may not be closable either
 	}
-}
-
-// cachedToken is a token as it is served for a grant. It does not change, but
-// for the note that it was read. What an answer needs is made here, once, and
-// not at each read.
-type cachedToken struct {
-	*token
-	read *atomic.Bool // shared by all views of the token
-
-	schedule schedule
-	endsAt   time.Time
-	assumed  bool     // nobody told the lifetime
-	missing  []string // scopes that were asked for and not granted
-	common   tokenAnswer
-}
-
-// tokenAnswer is what all reads of a token are answered alike. The values are
-// interfaces, as an answer's data holds them, so that a read does not allocate
-// them anew.
-type tokenAnswer struct {
-	accessToken, tokenType, scope, expiresAt, expiresAtSeconds, rotationPeriod, lastVaultRotation any
-}
-
-func newCachedToken(tok *token, read *atomic.Bool, g *grant) *cachedToken {
-	role := &g.role.entry
-	lifetime := effectiveLifetime(tok.told, role.MaxTTL)
-	endsAt := tok.mintedAt.Add(lifetime)
-	schedule := newSchedule(lifetime, role.MinTTL)
-	return &cachedToken{
-		token:    tok,
-		read:     read,
-		schedule: schedule,
-		endsAt:   endsAt,
-		assumed:  tok.told <= 0 && role.MaxTTL <= 0,
-		missing:  missingScopes(g.scopes, tok.scope),
-		common: tokenAnswer{
-			accessToken:       tok.accessToken,
-			tokenType:         tok.tokenType,
-			scope:             tok.scope,
-			expiresAt:         formatTime(endsAt),
-			expiresAtSeconds:  endsAt.Unix(),
-			rotationPeriod:    schedule.rotationPeriod(),
-			lastVaultRotation: formatTime(tok.mintedAt),
-		},
+	for _, up := range upstreams {
+		up.close()
 	}
 }
 
-func formatTime(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+const (
+	// maxNarrowed bounds the slots for narrowed scopes of a mount, so that no caller
+	// can grow memory, and maxNarrowedOfRole those of one role, so that a caller who
+	// goes through its subsets pushes out few of other roles.
+	maxNarrowed       = 1024
+	maxNarrowedOfRole = 128
+)
 
-// left is how much of the token's life is left. Both clocks are asked, and the
-// one that says less is believed: the monotonic one stands still while a laptop
-// sleeps, the wall clock may be set back.
-func (t *cachedToken) left(now time.Time) time.Duration {
-	return min(t.endsAt.Sub(now), t.endsAt.Round(0).Sub(now.Round(0)))
+// narrowedSlots notes in which order the slots for narrowed scopes were last read.
+type narrowedSlots struct {
+	mu    sync.Mutex // never held across I/O
+	mount *simplelru.LRU[slotKey, *slot]
+	roles map[string]*simplelru.LRU[slotKey, *slot]
 }
 
-// scheduleFor is the schedule for a reader who wants minTTL, which is never
-// below the role's.
-func (t *cachedToken) scheduleFor(minTTL time.Duration) schedule {
-	if minTTL <= t.schedule.refresh {
-		return t.schedule
-	}
-	return newSchedule(t.schedule.lifetime, minTTL)
+func newNarrowedSlots() narrowedSlots {
+	return narrowedSlots{mount: newLRU(maxNarrowed + 1), roles: make(map[string]*simplelru.LRU[slotKey, *slot])}
 }
 
-// hit serves the token if it is fresh.
-func (t *cachedToken) hit(minTTL time.Duration) (served, bool) {
-	schedule, left := t.scheduleFor(minTTL), t.left(time.Now())
-	if schedule.phase(left) != phaseFresh {
-		return served{}, false
+// newLRU makes a list that evicts nothing by itself while it holds no more than size.
+func newLRU(size int) *simplelru.LRU[slotKey, *slot] {
+	list, err := simplelru.NewLRU[slotKey, *slot](size, nil)
+	if err != nil {
+		panic(err) // only for a size below 1
 	}
-	return t.serve(schedule, left, outcomeHit), true
+	return list
 }
 
-// serve hands the token out.
-func (t *cachedToken) serve(schedule schedule, left time.Duration, how outcome) served {
-	if !t.read.Load() { // loaded first: a write would slow all readers down
-		t.read.Store(true)
+// use makes s the last one read, and returns the slot that has to go for it: the
+// role's least recently read one when the role has its share, else the mount's.
+func (n *narrowedSlots) use(s *slot) (evicted *slot) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	of := n.roles[s.key.role]
+	if of == nil {
+		of = newLRU(maxNarrowedOfRole + 1)
+		n.roles[s.key.role] = of
 	}
-	answer := served{cachedToken: t, schedule: schedule, outcome: how, left: left}
-	if how == outcomeStale {
-		wait := staleWait(left, rand.Float64())
-		answer.ttl, answer.lease = wholeSeconds(wait), wait
-	} else {
-		answer.ttl, answer.lease = schedule.ttl(left, rand.Float64()), schedule.lease(left)
+	of.Add(s.key, s)
+	n.mount.Add(s.key, s)
+	switch {
+	case of.Len() > maxNarrowedOfRole:
+		_, evicted, _ = of.GetOldest()
+	case n.mount.Len() > maxNarrowed:
+		_, evicted, _ = n.mount.GetOldest()
+	default:
+		return nil
 	}
-	return answer
+	n.take(evicted)
+	return evicted
+}
+
+// remove forgets a freed slot.
+func (n *narrowedSlots) remove(s *slot) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if listed, ok := n.mount.Peek(s.key); ok && listed == s {
+		n.take(s)
+	}
+}
+
+// take takes a slot out. The caller holds n.mu.
+func (n *narrowedSlots) take(s *slot) {
+	n.mount.Remove(s.key)
+	of := n.roles[s.key.role]
+	of.Remove(s.key)
+	if of.Len() == 0 {
+		delete(n.roles, s.key.role)
+	}
+}
+
+// has reports whether s is among the slots that are kept.
+func (n *narrowedSlots) has(s *slot) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	listed, ok := n.mount.Peek(s.key)
+	return ok && listed == s
+}
+
+// census is what the cache holds at one moment.
+type census struct {
+	cached int // tokens that may be served
+	// due counts the tokens in use for which a new one is due and not there, and
+	// nearest is how long the first of them may still be served.
+	due     int
+	nearest time.Duration
+	// backoff has the configs that are in a back-off, and until when.
+	backoff map[string]time.Time
+}
+
+// census counts what the cache holds.
+func (c *tokenCache) census() census {
+	now := time.Now()
+	n := census{backoff: make(map[string]time.Time)}
+	c.mu.RLock()
+	upstreams := maps.Clone(c.upstreams)
+	c.mu.RUnlock()
+	for _, s := range c.all() {
+		tok := s.token.Load()
+		if !tok.usable(now) {
+			continue
+		}
+		n.cached++
+		if tok.phase(now) == phaseDue && tok.used.Load() {
+			servable := tok.timeLeft(now) - tok.schedule.floor
+			if n.due == 0 || servable < n.nearest {
+				n.nearest = servable
+			}
+			n.due++
+		}
+	}
+	for name, up := range upstreams {
+		if until := up.nextTry(); now.Before(until) {
+			n.backoff[name] = until
+		}
+	}
+	return n
 }

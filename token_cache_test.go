@@ -880,7 +880,7 @@ func TestNarrowedScopesHaveATokenForEachSet(t *testing.T) {
 		m.creds("app", map[string]any{"scopes": "a,b"})
 		m.wantMints(3)
 		m.do(logical.DeleteOperation, "roles/app", nil)
-		if n := m.tokens.narrowed.Len(); n != 0 {
+		if n := m.tokens.narrowed.mount.Len(); n != 0 {
 			t.Errorf("%d narrowed slots are left of a deleted role", n)
 		}
 	})
@@ -904,7 +904,7 @@ func TestNarrowedScopesAreBounded(t *testing.T) {
 				t.Fatal(got.err)
 			}
 		}
-		if n := m.tokens.narrowed.Len(); n != maxNarrowed {
+		if n := m.tokens.narrowed.mount.Len(); n != maxNarrowed {
 			t.Errorf("%d narrowed tokens are held, want %d", n, maxNarrowed)
 		}
 		// What was evicted is not minted ahead.
@@ -1194,34 +1194,6 @@ func TestManyThingsAtOnce(t *testing.T) {
 	wg.Wait()
 }
 
-// A reader must never be left with a number higher than that of what is held later:
-// its slot would take everybody else for outdated.
-func TestLaterEntriesHaveHigherNumbers(t *testing.T) {
-	for _, change := range []string{"forget", "put"} {
-		m := newTestMount(t)
-		m.write("roles/app", nil)
-		for range 20_000 {
-			m.roles.forget("app")
-			var early *held[roleEntry]
-			var wg sync.WaitGroup
-			wg.Go(func() { early, _ = m.roles.get(context.Background(), m.storage, "app") })
-			if change == "put" {
-				_, _ = m.roles.put(context.Background(), m.storage, "app", roleEntry{Config: "default"})
-			} else {
-				m.roles.forget("app")
-			}
-			later, _ := m.roles.get(context.Background(), m.storage, "app")
-			wg.Wait()
-			if early.seq > later.seq && early != later {
-				now, _ := m.roles.get(context.Background(), m.storage, "app")
-				if early.seq > now.seq {
-					t.Fatalf("%s: a reader got number %d, and %d is held", change, early.seq, now.seq)
-				}
-			}
-		}
-	}
-}
-
 func TestTokenThatIsFirstReadInABackoffIsRenewed(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("a", nil)
@@ -1431,7 +1403,7 @@ func TestTokensDroppedElsewhereAreFreed(t *testing.T) {
 				if got := m.read("status")["cached_tokens"]; got != int64(1) {
 					t.Errorf("%v tokens are counted, want 1", got)
 				}
-				if slots, narrowed := len(m.tokens.slots), m.tokens.narrowed.Len(); slots != 1 || narrowed != 0 {
+				if slots, narrowed := len(m.tokens.slots), m.tokens.narrowed.mount.Len(); slots != 1 || narrowed != 0 {
 					t.Errorf("%d and %d slots are held, want 1 and none", slots, narrowed)
 				}
 			})
@@ -1470,7 +1442,7 @@ func TestFailedMintsAreForgottenWhenNobodyReads(t *testing.T) {
 			m.creds("app", map[string]any{"scopes": "a"})
 			time.Sleep(time.Hour)
 			synctest.Wait()
-			if slots, narrowed := len(m.tokens.slots), m.tokens.narrowed.Len(); slots != 0 || narrowed != 0 {
+			if slots, narrowed := len(m.tokens.slots), m.tokens.narrowed.mount.Len(); slots != 0 || narrowed != 0 {
 				t.Errorf("after %s: %d and %d slots are held, want none", failure.class, slots, narrowed)
 			}
 		})

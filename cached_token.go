@@ -1,0 +1,193 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// lastSeconds is until when a token is served, below its floor, that MojoAuth
+// returns again and again: there is no other to be had.
+const lastSeconds = 5 * time.Second
+
+// cachedToken is a token as it is served for a spec. It does not change, but for the
+// note that it was read. What an answer needs is made here, once, and not at each read.
+type cachedToken struct {
+	*token
+	used *atomic.Bool // whether it was read; shared by all views of the token
+	// repeatedUntil is when a token expires that MojoAuth has returned again, zero
+	// for others. It is never later than what the first answer said.
+	repeatedUntil time.Time
+
+	spec     *spec
+	schedule schedule
+	endsAt   time.Time
+	assumed  bool     // MojoAuth reported no lifetime
+	missing  []string // scopes that were requested and not granted
+	common   tokenAnswer
+}
+
+// tokenAnswer is what all reads of a token are answered alike. The values are
+// interfaces, as an answer's data holds them, so that a read does not allocate
+// them anew.
+type tokenAnswer struct {
+	accessToken, tokenType, scope, expiresAt, expiresAtSeconds, rotationPeriod, lastVaultRotation any
+}
+
+func newCachedToken(tok *token, spec *spec) *cachedToken {
+	return (&cachedToken{token: tok, used: new(atomic.Bool)}).view(spec)
+}
+
+// view is the token as it is served for a spec.
+func (t *cachedToken) view(spec *spec) *cachedToken {
+	role := &spec.role.entry
+	lifetime := effectiveLifetime(t.told, role.MaxTTL)
+	endsAt := t.mintedAt.Add(lifetime)
+	schedule := newSchedule(lifetime, role.MinTTL)
+	if t.repeated() {
+		schedule.floor = min(schedule.floor, lastSeconds)
+		if t.repeatedUntil.Before(endsAt) {
+			endsAt = t.repeatedUntil
+		}
+	}
+	return &cachedToken{
+		token:         t.token,
+		used:          t.used,
+		repeatedUntil: t.repeatedUntil,
+		spec:          spec,
+		schedule:      schedule,
+		endsAt:        endsAt,
+		assumed:       t.told <= 0 && role.MaxTTL <= 0,
+		missing:       missingScopes(spec.scopes, t.scope),
+		common: tokenAnswer{
+			accessToken:       t.accessToken,
+			tokenType:         t.tokenType,
+			scope:             t.scope,
+			expiresAt:         formatTime(endsAt),
+			expiresAtSeconds:  endsAt.Unix(),
+			rotationPeriod:    schedule.rotationPeriod(),
+			lastVaultRotation: formatTime(t.mintedAt),
+		},
+	}
+}
+
+// repeated reports whether MojoAuth has returned the token more than once.
+func (t *cachedToken) repeated() bool { return !t.repeatedUntil.IsZero() }
+
+func formatTime(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+// under is the token as it is served for a spec that has the same key: with other
+// settings of the role, perhaps.
+func (t *cachedToken) under(spec *spec) *cachedToken {
+	was, is := &t.spec.role.entry, &spec.role.entry
+	if t.spec.role == spec.role || was.MinTTL == is.MinTTL && was.MaxTTL == is.MaxTTL {
+		return t
+	}
+	return t.view(spec)
+}
+
+// repeatedBy is the token after MojoAuth has returned it again: its life does not
+// begin anew, and may only end sooner.
+func (t *cachedToken) repeatedBy(again *cachedToken) *cachedToken {
+	repeated := *t
+	repeated.repeatedUntil = t.endsAt
+	// expires_in has whole seconds: less than one is rounding.
+	if t.endsAt.Sub(again.endsAt) >= time.Second {
+		repeated.repeatedUntil = again.endsAt
+	}
+	return repeated.view(again.spec)
+}
+
+// timeLeft is how much of the token's life is left. Both clocks are asked, and the
+// one that says less is believed: the monotonic one stands still while a laptop
+// sleeps, and the wall clock may be set back.
+func (t *cachedToken) timeLeft(now time.Time) time.Duration {
+	return min(t.endsAt.Sub(now), t.endsAt.Round(0).Sub(now.Round(0)))
+}
+
+// phase is where in its life the token is at now.
+func (t *cachedToken) phase(now time.Time) phase { return t.schedule.phase(t.timeLeft(now)) }
+
+// usable reports whether there is a token and it may be served at now.
+func (t *cachedToken) usable(now time.Time) bool { return t != nil && t.phase(now) != phaseSpent }
+
+// scheduleFor is the schedule for a reader who wants minTTL, which is never
+// below the role's.
+func (t *cachedToken) scheduleFor(minTTL time.Duration) schedule {
+	if minTTL <= t.schedule.refresh {
+		return t.schedule
+	}
+	s := newSchedule(t.schedule.lifetime, minTTL)
+	s.floor = t.schedule.floor
+	return s
+}
+
+// fresh reports whether the token may be served at now to a reader who wants minTTL
+// without a new one being due.
+func (t *cachedToken) fresh(minTTL time.Duration, now time.Time) bool {
+	return t != nil && t.scheduleFor(minTTL).phase(t.timeLeft(now)) == phaseFresh
+}
+
+// hit serves the token if it is fresh.
+func (t *cachedToken) hit(minTTL time.Duration, random func() float64) (served, bool) {
+	schedule, left := t.scheduleFor(minTTL), t.timeLeft(time.Now())
+	if schedule.phase(left) != phaseFresh {
+		return served{}, false
+	}
+	return t.serve(schedule, left, outcomeHit, random), true
+}
+
+// stale serves an old token, if there is one that may still be served. failure is
+// why no new one could be had, nil when its mint is slow.
+func (t *cachedToken) stale(minTTL time.Duration, failure error, random func() float64) (served, bool) {
+	if !t.usable(time.Now()) {
+		return served{}, false
+	}
+	answer := t.serve(t.scheduleFor(minTTL), t.timeLeft(time.Now()), outcomeStale, random)
+	answer.failure = failure
+	return answer, true
+}
+
+// serve hands the token out.
+func (t *cachedToken) serve(schedule schedule, left time.Duration, how outcome, random func() float64) served {
+	t.use()
+	answer := served{cachedToken: t, schedule: schedule, outcome: how, left: left}
+	if how == outcomeStale {
+		wait := staleWait(left, random())
+		answer.ttl, answer.lease = wholeSeconds(wait), wait
+	} else {
+		answer.ttl, answer.lease = schedule.ttl(left, random()), schedule.lease(left)
+	}
+	return answer
+}
+
+// use notes that the token is in use, so that the next one is minted ahead.
+func (t *cachedToken) use() {
+	if !t.used.Load() { // loaded first: a write would slow all readers down
+		t.used.Store(true)
+	}
+}
+
+// outcome is how a read was answered.
+type outcome string
+
+const (
+	outcomeHit       outcome = "hit"       // the cached token
+	outcomeRefreshed outcome = "refreshed" // a new token, though the old would have done
+	outcomeMinted    outcome = "minted"    // a new token
+	outcomeStale     outcome = "stale"     // the old token, since no new one could be had
+	outcomeError     outcome = "error"     // no token
+)
+
+// served is the answer to a read.
+type served struct {
+	*cachedToken
+	schedule schedule
+	outcome  outcome
+	left     time.Duration // of the token's life
+	ttl      int64         // seconds until the caller should read again
+	lease    time.Duration // of a lease on the token, if it is to have one
+	failure  error         // for outcomeStale: why, or nil when a mint is slow
+}
