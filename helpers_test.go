@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -155,7 +156,13 @@ type standIn struct {
 	latency  time.Duration
 	fail     error
 	failFor  func(tokenRequest) error
+	respond  func(tokenRequest) (latency time.Duration, fail error) // in place of the three above
+	deaf     chan struct{}                                          // requests hang until it is closed, even when their context ends
+	alter    func(*token)                                           // changes a token before it is given out
 	requests []tokenRequest
+	sent     []time.Time // when each of the requests came
+	busy     int         // requests under way
+	peak     int         // the most that were under way at once
 }
 
 type standInClient struct {
@@ -180,6 +187,13 @@ func (s *standIn) last() tokenRequest {
 	return s.requests[len(s.requests)-1]
 }
 
+// since answers when the requests after the first n came.
+func (s *standIn) since(n int64) []time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.sent[n:])
+}
+
 func (*standInClient) close() {}
 
 func (c *standInClient) mint(ctx context.Context, req tokenRequest) (*token, error) {
@@ -187,10 +201,20 @@ func (c *standInClient) mint(ctx context.Context, req tokenRequest) (*token, err
 	n := s.mints.Add(1)
 	sent := time.Now()
 	s.mu.Lock()
-	s.requests = append(s.requests, req)
-	latency, fail, failFor := s.latency, s.fail, s.failFor
+	s.requests, s.sent = append(s.requests, req), append(s.sent, sent)
+	s.busy++
+	s.peak = max(s.peak, s.busy)
+	latency, fail, failFor, respond, deaf := s.latency, s.fail, s.failFor, s.respond, s.deaf
 	s.mu.Unlock()
+	defer s.set(func(s *standIn) { s.busy-- })
 
+	if deaf != nil {
+		<-deaf
+	}
+	if respond != nil {
+		latency, fail = respond(req)
+		failFor = nil
+	}
 	if latency > 0 {
 		select {
 		case <-time.After(latency):
@@ -206,13 +230,73 @@ func (c *standInClient) mint(ctx context.Context, req tokenRequest) (*token, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return &token{
+	tok := &token{
 		accessToken: fmt.Sprintf("token-%d-%s-%s", n, c.config.ClientID, c.config.ClientSecret[:6]),
 		tokenType:   "Bearer",
 		scope:       cmp.Or(s.grant, joinScopes(req.scopes)),
 		mintedAt:    sent,
 		told:        s.lifetime,
-	}, nil
+	}
+	if s.alter != nil {
+		s.alter(tok)
+	}
+	return tok, nil
+}
+
+// kept is what a mount has in memory that grows with what is read.
+type kept struct {
+	slots     int // of roles
+	narrowed  int // slots of narrowed scopes
+	upstreams int // configs at work: their clients and back-offs
+	accounts  int // configs that telemetry knows
+}
+
+// kept counts what the mount has in memory. Tests of what is freed look here and
+// nowhere else.
+func (m *testMount) kept() kept {
+	m.telemetry.mu.Lock()
+	accounts := len(m.telemetry.configs)
+	m.telemetry.mu.Unlock()
+	m.tokens.mu.RLock()
+	defer m.tokens.mu.RUnlock()
+	return kept{
+		slots:     len(m.tokens.slots),
+		narrowed:  m.tokens.narrowed.Len(),
+		upstreams: len(m.tokens.applications),
+		accounts:  accounts,
+	}
+}
+
+// patiently is a read that gives up after an hour, and how long it took.
+func (m *testMount) patiently(role string, query map[string]any) (got, time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+	defer cancel()
+	began := time.Now()
+	return m.credsCtx(ctx, role, query), time.Since(began)
+}
+
+// subsets are n sets of the role's scopes, none of them empty or whole.
+func subsets(scopes []string, n int) [][]string {
+	var sets [][]string
+	for mask := 1; mask < 1<<len(scopes)-1 && len(sets) < n; mask++ {
+		var set []string
+		for i, scope := range scopes {
+			if mask&(1<<i) != 0 {
+				set = append(set, scope)
+			}
+		}
+		sets = append(sets, set)
+	}
+	return sets
+}
+
+// manyScopes are n scopes.
+func manyScopes(n int) []string {
+	scopes := make([]string, n)
+	for i := range scopes {
+		scopes[i] = fmt.Sprintf("s%d", i)
+	}
+	return scopes
 }
 
 // countingStorage counts operations, and fails them on demand.

@@ -1,0 +1,460 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// What MojoAuth says of one role's request may name that role's audience. Readers of
+// other roles are told what kind of trouble there is, and no more.
+func TestDescriptionIsToldToReadersOfItsKeyOnly(t *testing.T) {
+	const words = "https://payroll.example.org/ is closed to you"
+	for _, c := range []struct {
+		failure *mintError
+		told    []string // to everybody
+	}{
+		{&mintError{class: classClientRefused, status: 401, oauthError: "invalid_client", description: words}, []string{"refused the client", "invalid_client", "HTTP 401"}},
+		{&mintError{class: classServerError, status: 500, description: words}, []string{"MojoAuth failed", "HTTP 500"}},
+	} {
+		t.Run(string(c.failure.class), func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("payroll", map[string]any{"audience": "https://payroll.example.org/", "scopes": "a,b"})
+				m.write("roles/cold", nil)
+				m.write("roles/warm", nil)
+				m.wantToken("warm", 1)
+				time.Sleep(20 * time.Minute)
+				m.mojo.set(func(s *standIn) { s.fail = c.failure })
+
+				for range 2 { // as it happens, and as it is remembered
+					if got := m.creds("payroll", nil); got.err == nil || !strings.Contains(got.err.Error(), words) {
+						t.Errorf("the role's own reader got %v, want MojoAuth's words", got.err)
+					}
+				}
+				m.wantMints(2)
+				texts := map[string]string{}
+				for reader, got := range map[string]got{
+					"a reader of another role":               m.creds("cold", nil),
+					"a reader of fewer scopes of the role":   m.creds("payroll", map[string]any{"scopes": "a"}),
+					"a reader who gets another role's token": m.creds("warm", map[string]any{"min_ttl": "50m"}),
+				} {
+					texts[reader] = strings.Join(got.warnings, "\n")
+					if got.err != nil {
+						texts[reader] = got.err.Error()
+					}
+				}
+				m.wantMints(2) // all of them were told what is remembered
+				for reader, text := range texts {
+					if strings.Contains(text, "payroll.example.org") {
+						t.Errorf("%s is told what MojoAuth said of role payroll: %q", reader, text)
+					}
+					for _, part := range c.told {
+						if !strings.Contains(text, part) {
+							t.Errorf("%s got %q, want it to hold %q", reader, text, part)
+						}
+					}
+				}
+			})
+		})
+	}
+}
+
+// One request that hangs while others come through says nothing of the endpoint.
+func TestFailureOfAMintThatBeganBeforeTheLastSuccessBacksOffItsKeyOnly(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("hung", map[string]any{"audience": "hung"})
+		m.write("roles/early", nil)
+		m.write("roles/late", nil)
+		m.mojo.set(func(s *standIn) {
+			s.respond = func(req tokenRequest) (time.Duration, error) {
+				if req.audience == "hung" {
+					return 10 * time.Second, &mintError{class: classTimeout, allowed: 10 * time.Second}
+				}
+				return 0, nil
+			}
+		})
+		failed := make(chan got, 1)
+		go func() { failed <- m.creds("hung", nil) }()
+		time.Sleep(5 * time.Second)
+		if got := m.creds("early", nil); got.err != nil {
+			t.Errorf("while a request hangs another role got %v", got.err)
+		}
+		wantStatus(t, (<-failed).err, http.StatusGatewayTimeout)
+		if got := m.creds("late", nil); got.err != nil {
+			t.Errorf("after one request hung, and another came through meanwhile, a third role got %v", got.err)
+		}
+		before := m.mojo.mints.Load()
+		for range 30 {
+			if got := m.creds("hung", nil); got.err == nil {
+				t.Error("the role whose request hung got a token")
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		m.wantMints(before) // its own back-off
+	})
+}
+
+// Of many cold roles the request of every hundredth hangs.
+func TestRequestsThatHangFailAlone(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		const roles = 600
+		m.write("config", testConfig(nil))
+		m.mojo.set(func(s *standIn) {
+			s.respond = func(req tokenRequest) (time.Duration, error) {
+				if req.audience == "hang" {
+					return 10 * time.Second, &mintError{class: classTimeout, allowed: 10 * time.Second}
+				}
+				return 50 * time.Millisecond, nil
+			}
+		})
+		var failed, hung atomic.Int64
+		var last atomic.Pointer[error]
+		var wg sync.WaitGroup
+		for i := range roles {
+			hangs := i%100 == 50
+			name := fmt.Sprintf("r%d", i)
+			m.write("roles/"+name, map[string]any{"audience": map[bool]string{true: "hang"}[hangs]})
+			wg.Go(func() {
+				got := m.creds(name, nil)
+				switch {
+				case hangs:
+					hung.Add(1)
+				case got.err != nil:
+					failed.Add(1)
+					last.Store(&got.err)
+				}
+			})
+			time.Sleep(100 * time.Millisecond)
+		}
+		wg.Wait()
+		if n := failed.Load(); n != 0 {
+			t.Errorf("%d of %d cold reads failed because %d others hung; the last: %v", n, roles-hung.Load(), hung.Load(), *last.Load())
+		}
+	})
+}
+
+// No path leads to a try in a loop: what keeps the engine from making a client backs
+// off the config like an outage.
+func TestClientThatCannotBeMadeBacksOffTheConfig(t *testing.T) {
+	broken := errors.New("no certificate authorities")
+	// mount's client cannot be made while fails is set, but for the thousandth try: a
+	// loop would never end in a bubble, where it takes no time.
+	mount := func(t *testing.T) (m *testMount, fails *atomic.Bool, tries *atomic.Int64) {
+		fails, tries = new(atomic.Bool), new(atomic.Int64)
+		mojo := &standIn{lifetime: time.Hour}
+		return newTestMountWith(t, mojo, func(config *configEntry) (minter, error) {
+			if fails.Load() && tries.Add(1) < 1000 {
+				return nil, broken
+			}
+			return mojo.client(config)
+		}), fails, tries
+	}
+	t.Run("for cold roles", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			m, fails, tries := mount(t)
+			m.configure("a", nil)
+			m.write("roles/b", nil)
+			fails.Store(true)
+			for range 100 {
+				for _, role := range []string{"a", "b"} {
+					if got := m.creds(role, nil); got.err == nil || !strings.Contains(got.err.Error(), broken.Error()) {
+						t.Fatalf("got %v, want the reason", got)
+					}
+				}
+			}
+			if n := tries.Load(); n != 1 {
+				t.Errorf("200 reads of one moment tried to make a client %d times, want once", n)
+			}
+			time.Sleep(5 * time.Second)
+			fails.Store(false)
+			if got := m.creds("b", nil); got.err != nil {
+				t.Errorf("after the back-off got %v, want a token", got.err)
+			}
+		})
+	})
+	t.Run("for a token that is due", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			m, fails, tries := mount(t)
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			fails.Store(true)
+			// Another node writes the config, so that the client has to be made anew.
+			m.elsewhere(func(o *testMount) {
+				o.write("config", map[string]any{"max_retries": 5, "verify_connection": false})
+			}, "config/default")
+			time.Sleep(46 * time.Minute)
+			synctest.Wait()
+			before := tries.Load()
+			if before == 0 {
+				t.Error("no client was tried to be made for a token that is due")
+			}
+			time.Sleep(10 * time.Minute)
+			synctest.Wait()
+			if n := tries.Load() - before; before > 20 || n < 10 || n > 30 {
+				t.Errorf("%d tries to make a client until a minute after the token was due, and %d in 10 minutes from then on; want at most 20, and one for each back-off, which is 24s to 30s", before, n)
+			}
+		})
+	})
+}
+
+// What is stored and cannot be read stays so until it is written again: looking every
+// second helps nobody.
+func TestEntryThatCannotBeReadIsNotLookedAtEverySecond(t *testing.T) {
+	for _, key := range []string{"config/default", "roles/app"} {
+		t.Run(key, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				ctx := context.Background()
+				m.configure("app", nil)
+				m.wantToken("app", 1)
+				good, err := m.storage.Storage.Get(ctx, key)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := m.storage.Storage.Put(ctx, &logical.StorageEntry{Key: key, Value: []byte(`{"min_ttl":"`)}); err != nil {
+					t.Fatal(err)
+				}
+				before := m.storage.operations.Load()
+				m.InvalidateKey(ctx, key)
+				time.Sleep(2 * time.Hour) // past the end of the token
+				synctest.Wait()
+				if n := m.storage.operations.Load() - before; n > 2*3600/24+60 {
+					t.Errorf("%d storage operations in two hours in which nobody read, want at most one for each back-off of 24s to 30s", n)
+				}
+				if err := m.storage.Storage.Put(ctx, good); err != nil {
+					t.Fatal(err)
+				}
+				m.InvalidateKey(ctx, key)
+				if got := m.creds("app", nil); got.err != nil {
+					t.Errorf("after the entry was mended got %v, want a token", got.err)
+				}
+			})
+		})
+	}
+}
+
+// A firewall answers one role's audience with 403, or 500. That role is read first, each
+// time, and must not keep the others from finding out that they are well.
+func TestRoleThatFailedLeavesTheProbeToOthers(t *testing.T) {
+	for _, failure := range []*mintError{
+		{class: classClientRefused, status: 403},
+		{class: classServerError, status: 500},
+	} {
+		t.Run(fmt.Sprint(failure.status), func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				const others = 20
+				m.configure("blocked", map[string]any{"audience": "blocked"})
+				for i := range others {
+					m.write(fmt.Sprintf("roles/r%d", i), nil)
+				}
+				m.mojo.set(func(s *standIn) {
+					s.respond = func(req tokenRequest) (time.Duration, error) {
+						if req.audience == "blocked" {
+							return 100 * time.Millisecond, failure
+						}
+						return 100 * time.Millisecond, nil
+					}
+				})
+				m.creds("blocked", nil) // the trouble begins before anybody else comes
+				began := time.Now()
+				var mu sync.Mutex
+				var through time.Time // when the first of the others had a token
+				failed, late := 0, 0
+				var wg sync.WaitGroup
+				for i := range 400 { // 40 s
+					wg.Go(func() { m.creds("blocked", nil) })
+					time.Sleep(10 * time.Millisecond)
+					wg.Go(func() {
+						asked := time.Now()
+						got := m.creds(fmt.Sprintf("r%d", i%others), nil)
+						mu.Lock()
+						defer mu.Unlock()
+						switch {
+						case got.err == nil && through.IsZero():
+							through = time.Now()
+						case got.err != nil:
+							failed++
+							if !through.IsZero() && asked.After(through) {
+								late++
+							}
+						}
+					})
+					time.Sleep(90 * time.Millisecond)
+				}
+				wg.Wait()
+				switch took := through.Sub(began); {
+				case through.IsZero():
+					t.Errorf("none of %d reads of other roles got a token in 40s", failed)
+				case took > 16*time.Second: // two back-offs
+					t.Errorf("the first of the other roles had a token after %s, want it within two back-offs", took)
+				case late != 0:
+					t.Errorf("%d reads of other roles failed after one of them had a token", late)
+				}
+			})
+		})
+	}
+}
+
+// A role that fails where others succeed is at fault itself, until it succeeds.
+func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		var blocked atomic.Bool
+		blocked.Store(true)
+		m.configure("blocked", map[string]any{"audience": "blocked"})
+		for _, role := range []string{"b", "c", "d", "e"} {
+			m.write("roles/"+role, nil)
+		}
+		m.mojo.set(func(s *standIn) {
+			s.respond = func(req tokenRequest) (time.Duration, error) {
+				if blocked.Load() && req.audience == "blocked" {
+					return 0, &mintError{class: classClientRefused, status: 403}
+				}
+				return 0, nil
+			}
+		})
+		m.creds("blocked", nil) // says something new: it backs off the config
+		if got := m.creds("b", nil); got.err == nil {
+			t.Error("after the first failure of a config another role was asked for")
+		}
+		time.Sleep(5 * time.Second)
+		if got := m.creds("b", nil); got.err != nil {
+			t.Fatalf("after the back-off: %v", got.err)
+		}
+		for i := range 5 {
+			time.Sleep(time.Minute)
+			before := m.mojo.mints.Load()
+			m.creds("blocked", nil)
+			m.wantMints(before + 1) // fails again
+			m.creds("blocked", nil)
+			m.wantMints(before + 1) // and is in a back-off of its own
+			if i > 1 {
+				continue
+			}
+			role := []string{"c", "d"}[i]
+			if got := m.creds(role, nil); got.err != nil {
+				t.Errorf("after failure %d of a role that fails alone, role %s got %v", i+2, role, got.err)
+			}
+		}
+
+		// Once it has had a token its next failure is news again.
+		time.Sleep(time.Minute)
+		blocked.Store(false)
+		if got := m.creds("blocked", nil); got.err != nil {
+			t.Fatal(got.err)
+		}
+		blocked.Store(true)
+		time.Sleep(30 * time.Minute)
+		m.creds("blocked", map[string]any{"min_ttl": "45m"})
+		if got := m.creds("e", nil); got.err == nil {
+			t.Error("the failure of a role that had succeeded did not back off the config")
+		}
+	})
+}
+
+// An endpoint that is down for all, but for one role whose request it refuses before it
+// tries.
+func refusesOne(m *testMount, outage *mintError) {
+	m.configure("app", nil)
+	m.write("roles/bad", map[string]any{"scopes": "forbidden"})
+	m.mojo.set(func(s *standIn) {
+		s.respond = func(req tokenRequest) (time.Duration, error) {
+			if slices.Contains(req.scopes, "forbidden") {
+				return 0, &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}
+			}
+			return 0, outage
+		}
+	})
+}
+
+func TestRefusedRequestDoesNotEndTheBackoffOfAnOutage(t *testing.T) {
+	for _, outage := range []*mintError{errDown, {class: classNetwork}, {class: classTimeout, allowed: 10 * time.Second}} {
+		t.Run(string(outage.class), func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				refusesOne(m, outage)
+				m.creds("app", nil)
+				m.refused(logical.UpdateOperation, "rotate-role/bad", nil) // ignores the back-off
+				before := m.mojo.mints.Load()
+				m.creds("app", nil)
+				if n := m.mojo.mints.Load() - before; n != 0 {
+					t.Error("after a refused request a role was asked for in the back-off of an outage")
+				}
+			})
+			bubble(t, func(m *testMount) {
+				refusesOne(m, outage)
+				for range 1200 { // two minutes
+					m.creds("bad", nil) // comes first, and so is the probe
+					m.creds("app", nil)
+					time.Sleep(100 * time.Millisecond)
+				}
+				m.mojo.set(func(s *standIn) {
+					s.requests = slices.DeleteFunc(s.requests, func(r tokenRequest) bool { return len(r.scopes) != 0 })
+					// After 5, 10, 20, and then every 30 s, each up to a fifth less: 7 at most.
+					if n := len(s.requests); n < 4 || n > 10 {
+						t.Errorf("%d requests in an outage of two minutes, want 4 to 10: a refused request made the back-off short again", n)
+					}
+				})
+			})
+		})
+	}
+}
+
+// A client that was refused and then is not has been accepted.
+func TestRefusedRequestEndsTheBackoffOfARefusedClient(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		refusesOne(m, &mintError{class: classClientRefused, status: 401, oauthError: "invalid_client"})
+		m.creds("app", nil)
+		m.refused(logical.UpdateOperation, "rotate-role/bad", nil)
+		m.mojo.set(func(s *standIn) { s.respond = nil })
+		if got := m.creds("app", nil); got.err != nil {
+			t.Errorf("got %v, want a token: MojoAuth has accepted the client", got.err)
+		}
+	})
+}
+
+// What is known of one config and role outlives the news of others, also news that come
+// while they are looked up for the first time.
+func TestBackoffOutlivesTheInvalidationOfOtherEntries(t *testing.T) {
+	for _, c := range []struct {
+		name, key, other string
+		failure          *mintError
+	}{
+		{"config's", "config/default", "config/other", errDown},
+		{"config's Retry-After", "config/default", "config/other", &mintError{class: classServerError, status: 503, retryAfter: 10 * time.Minute}},
+		{"role's", "roles/app", "roles/other", &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.elsewhere(func(o *testMount) {
+					o.configure("app", nil)
+					o.write("config/other", testConfig(nil))
+					o.write("roles/other", nil)
+				}, "config/default", "roles/app", "config/other", "roles/other")
+				m.mojo.set(func(s *standIn) { s.fail = c.failure })
+				news := func(key string) {
+					if key == c.key {
+						m.InvalidateKey(context.Background(), c.other)
+					}
+				}
+				m.storage.afterGet.Store(&news)
+				for range 10 {
+					if got := m.creds("app", nil); got.err == nil {
+						t.Fatal("got a token from an endpoint that fails")
+					}
+				}
+				m.wantMints(1)
+			})
+		})
+	}
+}
