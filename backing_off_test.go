@@ -171,7 +171,7 @@ func TestClientThatCannotBeMadeBacksOffTheConfig(t *testing.T) {
 			for range 100 {
 				for _, role := range []string{"a", "b"} {
 					if got := m.creds(role, nil); got.err == nil || !strings.Contains(got.err.Error(), broken.Error()) {
-						t.Fatalf("got %v, want the reason", got)
+						m.t.Fatalf("got %v, want the reason", got)
 					}
 				}
 			}
@@ -221,10 +221,10 @@ func TestEntryThatCannotBeReadIsNotLookedAtEverySecond(t *testing.T) {
 				m.wantToken("app", 1)
 				good, err := m.storage.Storage.Get(ctx, key)
 				if err != nil {
-					t.Fatal(err)
+					m.t.Fatal(err)
 				}
 				if err := m.storage.Storage.Put(ctx, &logical.StorageEntry{Key: key, Value: []byte(`{"min_ttl":"`)}); err != nil {
-					t.Fatal(err)
+					m.t.Fatal(err)
 				}
 				before := m.storage.operations.Load()
 				m.InvalidateKey(ctx, key)
@@ -234,7 +234,7 @@ func TestEntryThatCannotBeReadIsNotLookedAtEverySecond(t *testing.T) {
 					t.Errorf("%d storage operations in two hours in which nobody read, want at most one for each back-off of 24s to 30s", n)
 				}
 				if err := m.storage.Storage.Put(ctx, good); err != nil {
-					t.Fatal(err)
+					m.t.Fatal(err)
 				}
 				m.InvalidateKey(ctx, key)
 				if got := m.creds("app", nil); got.err != nil {
@@ -330,7 +330,7 @@ func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
 		}
 		time.Sleep(5 * time.Second)
 		if got := m.creds("b", nil); got.err != nil {
-			t.Fatalf("after the back-off: %v", got.err)
+			m.t.Fatalf("after the back-off: %v", got.err)
 		}
 		for i := range 5 {
 			time.Sleep(time.Minute)
@@ -352,7 +352,7 @@ func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
 		time.Sleep(time.Minute)
 		blocked.Store(false)
 		if got := m.creds("blocked", nil); got.err != nil {
-			t.Fatal(got.err)
+			m.t.Fatal(got.err)
 		}
 		blocked.Store(true)
 		time.Sleep(30 * time.Minute)
@@ -450,7 +450,7 @@ func TestBackoffOutlivesTheInvalidationOfOtherEntries(t *testing.T) {
 				m.storage.afterGet.Store(&news)
 				for range 10 {
 					if got := m.creds("app", nil); got.err == nil {
-						t.Fatal("got a token from an endpoint that fails")
+						m.t.Fatal("got a token from an endpoint that fails")
 					}
 				}
 				m.wantMints(1)

@@ -1,0 +1,68 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// Vault serves nobody while it waits for a mount to end. So the mount ends, even when
+// the client of a mint does not notice that its context has ended.
+func TestClosingWaitsFiveSecondsAtMost(t *testing.T) {
+	for name, start := range map[string]func(m *testMount){
+		"a read": func(m *testMount) { m.patiently("cold", nil) },
+		"a rotation": func(m *testMount) {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+			defer cancel()
+			_, _ = m.HandleRequest(ctx, &logical.Request{Operation: logical.UpdateOperation, Path: "rotate-role/cold", Storage: m.storage})
+		},
+		"a renewal": func(*testMount) { time.Sleep(46 * time.Minute) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.write("config", testConfig(map[string]any{"request_timeout": "60s"}))
+				m.write("roles/app", nil)
+				m.write("roles/cold", nil)
+				m.wantToken("app", 1)
+				deaf := make(chan struct{})
+				defer close(deaf)
+				m.mojo.set(func(s *standIn) { s.deaf = deaf })
+				answered := make(chan struct{})
+				go func() { defer close(answered); start(m) }()
+				for m.mojo.mints.Load() == 1 {
+					time.Sleep(time.Second)
+				}
+				synctest.Wait()
+
+				began := time.Now()
+				closed := make(chan struct{})
+				go func() { defer close(closed); m.Cleanup(context.Background()) }()
+				select {
+				case <-closed:
+					if took := time.Since(began); took > 5*time.Second {
+						t.Errorf("closing took %s, want at most 5s", took)
+					}
+				case <-time.After(time.Hour):
+					t.Error("closing has not ended after an hour, want it within 5s")
+				}
+				if name == "a renewal" {
+					return
+				}
+				select {
+				case <-answered:
+					if took := time.Since(began); took > 5*time.Second {
+						t.Errorf("who waited was answered %s after closing began, want it within 5s", took)
+					}
+				case <-time.After(time.Hour):
+					t.Error("who waited has no answer an hour after the mount was closed")
+				}
+			})
+		})
+	}
+}

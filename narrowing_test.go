@@ -1,0 +1,213 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+const (
+	narrowedOfARole  = 128  // tokens for narrowed scopes that a role holds at most
+	narrowedOfAMount = 1024 // and a mount
+	narrowedMints    = 64   // mints for narrowed scopes that a config has under way at most
+)
+
+// One who goes through the subsets of a role pushes out nobody else's tokens.
+func TestNarrowedTokensAreBoundedPerRole(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		scopes := manyScopes(11)
+		m.configure("greedy", map[string]any{"scopes": scopes})
+		m.write("roles/modest", map[string]any{"scopes": "a,b"})
+		m.creds("modest", map[string]any{"scopes": "a"})
+		for _, some := range subsets(scopes, narrowedOfAMount+narrowedOfARole) {
+			if got := m.creds("greedy", map[string]any{"scopes": some}); got.err != nil {
+				m.t.Fatal(got.err)
+			}
+		}
+		if n := m.read("status")["cached_tokens"]; n != int64(narrowedOfARole+1) {
+			t.Errorf("%v tokens are held, want %d of one role and 1 of another", n, narrowedOfARole)
+		}
+		before := m.mojo.mints.Load()
+		m.creds("modest", map[string]any{"scopes": "a"})
+		m.wantMints(before)
+	})
+}
+
+// A full mount makes room where it costs least: the newcomer's own tokens go first, and
+// then those that were not read for longest.
+func TestNarrowedTokensOfAFullMountGoByTheirLastRead(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		const full = narrowedOfAMount / narrowedOfARole
+		scopes := manyScopes(8)
+		m.write("config", testConfig(nil))
+		read := func(role, sets int) {
+			t.Helper()
+			for _, some := range subsets(scopes, sets) {
+				if got := m.creds(fmt.Sprintf("r%d", role), map[string]any{"scopes": some}); got.err != nil {
+					m.t.Fatal(got.err)
+				}
+			}
+		}
+		for role := range full + 1 {
+			m.write(fmt.Sprintf("roles/r%d", role), map[string]any{"scopes": scopes})
+		}
+		for role := range full {
+			read(role, narrowedOfARole)
+		}
+		if n := m.read("status")["cached_tokens"]; n != int64(narrowedOfAMount) {
+			t.Errorf("%v tokens are held, want %d", n, narrowedOfAMount)
+		}
+		read(full, 1<<8-2) // all subsets
+		if n := m.read("status")["cached_tokens"]; n != int64(narrowedOfAMount) {
+			t.Errorf("after one role more %v tokens are held, want %d", n, narrowedOfAMount)
+		}
+		before := m.mojo.mints.Load()
+		for role := 1; role < full; role++ { // all but the one that was read first
+			read(role, narrowedOfARole)
+		}
+		if n := m.mojo.mints.Load() - before; n != 0 {
+			t.Errorf("after one role went through its subsets, reading the other roles' tokens again minted %d, want none: only the %d that were read first may have gone", n, narrowedOfARole)
+		}
+	})
+}
+
+// What makes a key is what it is for, not the memory it has: a mint goes on when its
+// key's place is taken, and whoever reads the key again meanwhile waits for that mint.
+func TestKeyHasOneMintThoughItsPlaceWasTaken(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		scopes := manyScopes(11)
+		sets := subsets(scopes, narrowedOfAMount+narrowedOfARole)
+		first := sets[0]
+		m.configure("app", map[string]any{"scopes": scopes})
+		m.mojo.set(func(s *standIn) {
+			s.respond = func(req tokenRequest) (time.Duration, error) {
+				if slices.Equal(req.scopes, first) {
+					return 8 * time.Second, nil
+				}
+				return 0, nil
+			}
+		})
+		answers := make(chan got, 2)
+		read := func() { answers <- m.creds("app", map[string]any{"scopes": first}) }
+		go read()
+		synctest.Wait()
+		for _, some := range sets[1:] {
+			if got := m.creds("app", map[string]any{"scopes": some}); got.err != nil {
+				m.t.Fatal(got.err)
+			}
+		}
+		go read()
+		a, b := <-answers, <-answers
+		if a.err != nil || b.err != nil || a.token != b.token {
+			t.Errorf("two readers of one key got %v and %v, want one token", a, b)
+		}
+		asked := 0
+		m.mojo.set(func(s *standIn) {
+			for _, req := range s.requests {
+				if slices.Equal(req.scopes, first) {
+					asked++
+				}
+			}
+		})
+		if asked != 1 {
+			t.Errorf("%d requests were made at once for one key, want 1", asked)
+		}
+	})
+}
+
+func TestMintsForNarrowedScopesAreBoundedPerConfig(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		const readers = 100
+		scopes := manyScopes(8)
+		m.configure("app", map[string]any{"scopes": scopes})
+		m.write("roles/other", nil)
+		m.write("config/second", testConfig(nil))
+		m.write("roles/second", map[string]any{"config": "second", "scopes": "a,b"})
+		m.mojo.set(func(s *standIn) { s.latency = 5 * time.Second })
+		var mu sync.Mutex
+		var tokens int
+		var refusals []error
+		var took time.Duration // of the refusals
+		var wg sync.WaitGroup
+		for _, some := range subsets(scopes, readers) {
+			wg.Go(func() {
+				got, waited := m.patiently("app", map[string]any{"scopes": some})
+				mu.Lock()
+				defer mu.Unlock()
+				if got.err == nil {
+					tokens++
+					return
+				}
+				refusals, took = append(refusals, got.err), max(took, waited)
+			})
+		}
+		synctest.Wait()
+		m.mojo.set(func(s *standIn) {
+			if s.peak != narrowedMints {
+				t.Errorf("%d mints for narrowed scopes were under way at once, want %d", s.peak, narrowedMints)
+			}
+			s.latency = 0
+		})
+		// Others are not concerned.
+		for role, query := range map[string]map[string]any{"app": nil, "other": nil, "second": {"scopes": "a"}} {
+			if got, waited := m.patiently(role, query); got.err != nil || waited != 0 {
+				t.Errorf("role %s with the query %v got %v after %s, want a token at once", role, query, got.err, waited)
+			}
+		}
+		wg.Wait()
+		if tokens != narrowedMints || took != 0 {
+			t.Errorf("%d readers got a token, and the others waited up to %s to be refused; want %d, and at once", tokens, took, narrowedMints)
+		}
+		for _, err := range refusals {
+			wantStatus(t, err, http.StatusTooManyRequests, `role "app"`)
+		}
+		if got := m.creds("app", map[string]any{"scopes": subsets(scopes, readers)[readers-1]}); got.err != nil {
+			t.Errorf("when the mints had ended a reader who was refused got %v", got.err)
+		}
+	})
+}
+
+// Readers who give up leave nothing behind that grows with their number.
+func TestReadersWhoGiveUpLeaveNoCrowdOfMints(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		scopes := manyScopes(12)
+		m.write("config", testConfig(map[string]any{"request_timeout": "60s"}))
+		m.write("roles/app", map[string]any{"scopes": scopes})
+		m.mojo.set(func(s *standIn) { s.latency = 59 * time.Second })
+		gaveUp := 0
+		for _, some := range subsets(scopes, 4000) {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+			got := m.credsCtx(ctx, "app", map[string]any{"scopes": some})
+			cancel()
+			if errors.Is(got.err, context.DeadlineExceeded) {
+				gaveUp++
+			}
+		}
+		if gaveUp == 0 {
+			m.t.Fatal("nobody gave up")
+		}
+		m.mojo.set(func(s *standIn) {
+			if s.busy > narrowedMints {
+				t.Errorf("4,000 readers who were gone after 1ms left %d requests under way, want at most %d", s.busy, narrowedMints)
+			}
+		})
+		if n := m.kept().narrowed; n > narrowedOfARole {
+			t.Errorf("they left %d slots, want at most %d", n, narrowedOfARole)
+		}
+		time.Sleep(time.Hour)
+		m.mojo.set(func(s *standIn) { s.latency = 0 })
+		if got := m.creds("app", map[string]any{"scopes": scopes[0]}); got.err != nil || !strings.HasPrefix(got.token, "token-") {
+			t.Errorf("an hour later a reader got %v", got)
+		}
+	})
+}

@@ -1,0 +1,85 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// Of two tokens the one that ends later stays. An answer that brings no later end
+// renews nothing, and its key backs off as after a failure.
+func TestTokenThatEndsNoLaterRenewsNothing(t *testing.T) {
+	for name, lifetime := range map[string]time.Duration{
+		"sooner":           5 * time.Minute,
+		"at the same time": 45 * time.Minute,
+	} {
+		t.Run("a reader asks for more life and gets "+name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				m.write("roles/other", nil)
+				m.wantToken("app", 1)
+				end := m.read("creds/app")["expires_at_seconds"]
+				time.Sleep(15 * time.Minute) // 45 left
+				m.mojo.set(func(s *standIn) { s.lifetime = lifetime })
+				for range 10 {
+					got := m.creds("app", map[string]any{"min_ttl": "50m"})
+					if got.err != nil || !strings.HasPrefix(got.token, "token-1-") || len(got.warnings) != 1 {
+						t.Errorf("got %v, want the token that lives longer, with a warning", got)
+						break
+					}
+				}
+				m.wantToken("app", 1)
+				if got := m.read("creds/app")["expires_at_seconds"]; got != end {
+					t.Errorf("expires_at_seconds: got %v, want %v as before", got, end)
+				}
+				m.wantMints(2) // and then a back-off
+				if got := m.creds("other", nil); got.err != nil {
+					t.Errorf("another role got %v: the back-off is the key's", got.err)
+				}
+				time.Sleep(5 * time.Second)
+				m.mojo.set(func(s *standIn) { s.lifetime = time.Hour })
+				if got := m.creds("app", map[string]any{"min_ttl": "50m"}); !strings.HasPrefix(got.token, "token-4-") {
+					t.Errorf("after the back-off got %v, want the new token that lives longer", got)
+				}
+			})
+		})
+	}
+
+	t.Run("a renewal gets sooner", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			began := time.Now()
+			m.mojo.set(func(s *standIn) { s.lifetime = 5 * time.Minute })
+			for time.Since(began) < 54*time.Minute { // while the first ends later than a new one
+				time.Sleep(20 * time.Second)
+				if got := m.creds("app", nil); got.err != nil || !strings.HasPrefix(got.token, "token-1-") {
+					m.t.Fatalf("after %s got %v, want the token that ends later", time.Since(began), got)
+				}
+			}
+			// It is due from 42 to 45 minutes on.
+			if n := m.mojo.mints.Load() - 1; n < 15 || n > 35 {
+				t.Errorf("%d renewals were tried in 9 to 12 minutes, want one for each back-off, which is 24s to 30s", n)
+			}
+			time.Sleep(2 * time.Minute)
+			synctest.Wait()
+			if got := m.creds("app", nil); got.err != nil || strings.HasPrefix(got.token, "token-1-") {
+				t.Errorf("after 56m got %v, want a new token, which ends later now", got)
+			}
+		})
+	})
+
+	t.Run("but a rotation takes what it gets", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			m.mojo.set(func(s *standIn) { s.lifetime = 5 * time.Minute })
+			m.write("rotate-role/app", nil)
+			m.wantToken("app", 2)
+		})
+	})
+}

@@ -1,0 +1,120 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// Who rotates a token does not read it. Whether it is renewed is decided by whether
+// somebody reads the role.
+func TestRotatedTokenIsRenewedWhenTheOneBeforeWasInUse(t *testing.T) {
+	t.Run("in use", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			time.Sleep(time.Minute)
+			m.write("rotate-role/app", nil)
+			m.write("rotate-role/app", nil)
+			m.wantMints(3)
+			time.Sleep(46 * time.Minute)
+			synctest.Wait()
+			m.mojo.set(func(s *standIn) { s.latency = time.Hour })
+			if got, took := m.patiently("app", nil); took != 0 {
+				t.Errorf("the first reader after a rotation waited %s for a mint (got %v), want the next token there already", took, got.err)
+			}
+			m.wantMints(4)
+		})
+	})
+	t.Run("idle", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("never", nil)
+			m.write("roles/lapsed", nil)
+			m.write("rotate-role/never", nil) // nobody ever read it
+			m.creds("lapsed", nil)
+			time.Sleep(46 * time.Minute) // renewed once, and not read since
+			m.write("rotate-role/lapsed", nil)
+			m.wantMints(4)
+			time.Sleep(48 * time.Hour)
+			synctest.Wait()
+			m.wantMints(4)
+		})
+	})
+}
+
+// Readers who keep to ttl do not wait for MojoAuth because somebody rotated meanwhile.
+func TestReadersWhoKeepToTTLDoNotWaitAfterARotation(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		const roles = 200
+		m.write("config", testConfig(nil))
+		m.mojo.set(func(s *standIn) { s.latency = 300 * time.Millisecond })
+		var waited, failed atomic.Int64
+		var wg sync.WaitGroup
+		for i := range roles {
+			name := fmt.Sprintf("r%d", i)
+			m.write("roles/"+name, nil)
+			got := m.creds(name, nil)
+			wg.Go(func() {
+				time.Sleep(time.Duration(got.ttl) * time.Second)
+				again, took := m.patiently(name, nil)
+				if took > 0 {
+					waited.Add(1)
+				}
+				if again.err != nil {
+					failed.Add(1)
+				}
+			})
+			time.Sleep(time.Second)
+			m.write("rotate-role/"+name, nil)
+		}
+		wg.Wait()
+		// Few come in the very moment of the renewal.
+		if n := waited.Load(); n > roles/20 || failed.Load() != 0 {
+			t.Errorf("%d of %d readers who came back at ttl waited for a mint, and %d failed; want at most %d, and none", n, roles, failed.Load(), roles/20)
+		}
+	})
+}
+
+func TestRotationIsAnsweredWithinOneDeadline(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.write("config", testConfig(map[string]any{"request_timeout": "2s"}))
+		m.write("roles/app", nil)
+		m.wantToken("app", 1)
+		deaf := make(chan struct{})
+		defer close(deaf)
+		m.mojo.set(func(s *standIn) { s.deaf = deaf })
+		ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+		defer cancel()
+		began := time.Now()
+		_, err := m.HandleRequest(ctx, &logical.Request{Operation: logical.UpdateOperation, Path: "rotate-role/app", Storage: m.storage})
+		if took := time.Since(began); took > 3*time.Second {
+			m.t.Fatalf("the rotation took %s, want at most 3s", took)
+		}
+		wantStatus(t, err, http.StatusGatewayTimeout, `role "app"`)
+		m.wantToken("app", 1)
+	})
+}
+
+// A token that nobody could use replaces none, and is counted as what it is.
+func TestRotationToATokenOverOnArrivalIsCountedAsAFailure(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"max_ttl": "1s"})
+		m.mojo.set(func(s *standIn) { s.latency = 950 * time.Millisecond }) // F is 100 ms
+		_, err := m.request(logical.UpdateOperation, "rotate-role/app", nil)
+		wantStatus(t, err, http.StatusBadGateway, `role "app"`, "max_ttl")
+		status := m.read("status")
+		if failures := status["mint_failures"].(map[string]any); failures["expired_on_arrival"] != int64(1) || status["mints"] != int64(0) {
+			t.Errorf("got %v mints and the failures %v, want none and one expired_on_arrival", status["mints"], failures)
+		}
+	})
+}
