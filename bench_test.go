@@ -20,8 +20,20 @@ import (
 // benchMount is a mount with n roles whose tokens are cached.
 func benchMount(b *testing.B, n int) *backend {
 	b.Helper()
+	m, request := emptyBenchMount(b)
+	request(logical.CreateOperation, "config", testConfig(nil))
+	for i := range n {
+		request(logical.CreateOperation, fmt.Sprintf("roles/role%d", i), map[string]any{"audience": "https://api.example.org/", "scopes": "read:a,read:b"})
+		request(logical.ReadOperation, fmt.Sprintf("creds/role%d", i), nil)
+	}
+	return m
+}
+
+// emptyBenchMount is a mount, and how requests are made that may not fail.
+func emptyBenchMount(b *testing.B) (m *backend, request func(op logical.Operation, path string, data map[string]any)) {
+	b.Helper()
 	mojo := &standIn{lifetime: assumedLifetime * 1000}
-	m := newBackend(mojo.client)
+	m = newBackend(mojo.client)
 	storage := &logical.InmemStorage{}
 	if err := m.Setup(context.Background(), &logical.BackendConfig{
 		StorageView: storage, Logger: hclog.NewNullLogger(), System: logical.TestSystemView(),
@@ -29,24 +41,12 @@ func benchMount(b *testing.B, n int) *backend {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { m.Cleanup(context.Background()) })
-	write := func(path string, data map[string]any) {
-		resp, err := m.HandleRequest(context.Background(), &logical.Request{
-			Operation: logical.CreateOperation, Path: path, Data: data, Storage: storage,
-		})
+	return m, func(op logical.Operation, path string, data map[string]any) {
+		resp, err := m.HandleRequest(context.Background(), &logical.Request{Operation: op, Path: path, Data: data, Storage: storage})
 		if err != nil || resp.IsError() {
 			b.Fatal(resp, err)
 		}
 	}
-	write("config", testConfig(nil))
-	for i := range n {
-		write(fmt.Sprintf("roles/role%d", i), map[string]any{"audience": "https://api.example.org/", "scopes": "read:a,read:b"})
-		if _, err := m.HandleRequest(context.Background(), &logical.Request{
-			Operation: logical.ReadOperation, Path: fmt.Sprintf("creds/role%d", i), Storage: storage,
-		}); err != nil {
-			b.Fatal(err)
-		}
-	}
-	return m
 }
 
 func readCreds(b *testing.B, h logical.Backend, path string) {
@@ -166,4 +166,41 @@ func BenchmarkCache(b *testing.B) {
 			}
 		})
 	})
+}
+
+// BenchmarkStatus reads status among few configs and many. What a config costs,
+// ns/config, must stay level: what counts configs must not go through all of them for
+// each.
+func BenchmarkStatus(b *testing.B) {
+	for _, n := range []int{1_000, 10_000} {
+		b.Run(fmt.Sprintf("%dconfigs", n), func(b *testing.B) {
+			_, request := emptyBenchMount(b)
+			for i := range n {
+				request(logical.CreateOperation, fmt.Sprintf("config/c%d", i), testConfig(nil))
+			}
+			for b.Loop() {
+				request(logical.ReadOperation, "status", nil)
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(n), "ns/config")
+		})
+	}
+}
+
+// BenchmarkRoleWrite writes one role among few and many whose tokens are cached. It must
+// take as long in both.
+func BenchmarkRoleWrite(b *testing.B) {
+	for _, n := range []int{100, 10_000} {
+		b.Run(fmt.Sprintf("%droles", n), func(b *testing.B) {
+			_, request := emptyBenchMount(b)
+			request(logical.CreateOperation, "config", testConfig(nil))
+			for i := range n {
+				request(logical.CreateOperation, fmt.Sprintf("roles/role%d", i), nil)
+				request(logical.ReadOperation, fmt.Sprintf("creds/role%d", i), nil)
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				request(logical.UpdateOperation, "roles/role0", map[string]any{"min_ttl": "1m"})
+			}
+		})
+	}
 }

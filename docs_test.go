@@ -505,3 +505,37 @@ func TestDocsTexts(t *testing.T) {
 		})
 	}
 }
+
+// The classes of failures that the metrics tell are what an operator alerts on.
+func TestClassesOfFailuresAreDocumented(t *testing.T) {
+	read := func(name string) string {
+		t.Helper()
+		content, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(content)
+	}
+	m := newTestMount(t)
+	m.write("config", testConfig(nil))
+	var classes []string
+	for _, found := range regexp.MustCompile(`mojoauth_mints_total\{config="default",result="([a-z_]+)"\}`).FindAllStringSubmatch(m.metrics(), -1) {
+		if found[1] != resultOK {
+			classes = append(classes, found[1])
+		}
+	}
+	const own = "expired_on_arrival"
+	if !slices.Contains(classes, own) {
+		t.Errorf("the metrics tell the classes %q, want %s among them", classes, own)
+	}
+	doc := read("docs/monitoring.md")
+	for _, class := range append(classes, own) {
+		if !strings.Contains(doc, "`"+class+"`") {
+			t.Errorf("docs/monitoring.md does not name the class %s: say there what it means", class)
+		}
+	}
+	// It is no trouble of MojoAuth's, and is mended in the role.
+	if !strings.Contains(read("deploy/monitoring/alerts.yml"), own) {
+		t.Errorf("deploy/monitoring/alerts.yml has no alert that names %s", own)
+	}
+}

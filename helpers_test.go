@@ -261,7 +261,7 @@ func (m *testMount) kept() kept {
 	defer m.tokens.mu.RUnlock()
 	return kept{
 		slots:     len(m.tokens.slots),
-		narrowed:  m.tokens.narrowed.Len(),
+		narrowed:  m.tokens.narrowed.mount.Len(),
 		upstreams: len(m.tokens.applications),
 		accounts:  accounts,
 	}

@@ -4,11 +4,17 @@
 package mojoauth
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
 )
@@ -240,6 +246,107 @@ func TestConfigIsVerifiedBeforeItIsSaved(t *testing.T) {
 				t.Errorf("asked MojoAuth %d times, want once", got)
 			}
 		})
+	}
+}
+
+// Whoever may write a config may have any host asked. So verifications go one at a time
+// for a mount, and at most one a second; one that finds no turn may be refused.
+func TestVerificationsGoOneAtATime(t *testing.T) {
+	for name, latency := range map[string]time.Duration{"slow": 2 * time.Second, "quick": 0} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.mojo.set(func(s *standIn) { s.latency = latency })
+				var saved atomic.Int64
+				var wg sync.WaitGroup
+				for i := range 8 {
+					fields := testConfig(map[string]any{
+						"token_url":         fmt.Sprintf("https://project.auth.mojoauth.test/oauth2/token?x=%d", i),
+						"verify_connection": true,
+					})
+					wg.Go(func() {
+						resp, err := m.request(logical.UpdateOperation, fmt.Sprintf("config/c%d", i%4), fields)
+						switch {
+						case err != nil:
+							t.Errorf("got the error %v, want it saved or refused as a 400", err)
+						case !resp.IsError():
+							saved.Add(1)
+						case !strings.Contains(resp.Error().Error(), "was not saved"):
+							t.Errorf("got %q, want it to say that the config was not saved", resp.Error())
+						}
+					})
+				}
+				wg.Wait()
+				m.mojo.set(func(s *standIn) {
+					if s.peak != 1 {
+						t.Errorf("%d verifications were under way at once, want 1", s.peak)
+					}
+				})
+				sent := m.mojo.since(0)
+				for i := 1; i < len(sent); i++ {
+					if gap := sent[i].Sub(sent[i-1]); gap < time.Second {
+						t.Errorf("verification %d came %s after the one before, want at least 1s", i+1, gap)
+						break
+					}
+				}
+				if saved.Load() == 0 {
+					t.Error("no config was saved")
+				}
+				time.Sleep(time.Second)
+				m.write("config/late", testConfig(map[string]any{"verify_connection": true}))
+			})
+		})
+	}
+}
+
+// The endpoint takes the request and never says a word, and the client does not notice
+// that its context has ended.
+func TestVerificationIsAnsweredWithinOneDeadline(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		deaf := make(chan struct{})
+		defer close(deaf)
+		m.mojo.set(func(s *standIn) { s.deaf = deaf })
+		answer := make(chan string, 1)
+		began := time.Now()
+		go func() {
+			resp, err := m.HandleRequest(context.Background(), &logical.Request{
+				Operation: logical.CreateOperation, Path: "config", Storage: m.storage,
+				Data: testConfig(map[string]any{"verify_connection": true, "request_timeout": "2s"}),
+			})
+			answer <- fmt.Sprint(resp.Error(), err)
+		}()
+		select {
+		case text := <-answer:
+			if took := time.Since(began); took > 3*time.Second || !strings.Contains(text, "verify_connection=false") {
+				t.Errorf("after %s got %q, want within 3s that the config was not saved, and the way around", took, text)
+			}
+		case <-time.After(time.Hour):
+			t.Error("a write has no answer after an hour, want one within 3s")
+		}
+	})
+}
+
+// Vault asks whether an entry exists before it says which right a write needs. Who has
+// only the right to create must not overwrite what somebody wrote since.
+func TestCreateOverwritesNothing(t *testing.T) {
+	for _, c := range []struct {
+		path  string
+		first map[string]any
+		then  map[string]any
+	}{
+		{"config", testConfig(nil), testConfig(map[string]any{"client_id": "other"})},
+		{"config/named", testConfig(nil), testConfig(map[string]any{"client_id": "other"})},
+		{"roles/app", map[string]any{"audience": "first"}, map[string]any{"audience": "other"}},
+	} {
+		m := newTestMount(t)
+		m.write(c.path, c.first)
+		before := m.read(c.path)
+		resp, err := m.request(logical.CreateOperation, c.path, c.then)
+		if err != nil || !resp.IsError() {
+			t.Errorf("creating %s, which exists: got %v, %v; want it refused", c.path, resp, err)
+		}
+		if after := m.read(c.path); !reflect.DeepEqual(after, before) {
+			t.Errorf("creating %s, which exists, made it %v, was %v", c.path, after, before)
+		}
 	}
 }
 
