@@ -19,6 +19,289 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
+func TestFailureOfClientOrServerBacksOffTheConfig(t *testing.T) {
+	for _, failure := range []*mintError{
+		{class: classClientRefused, status: 401, oauthError: "invalid_client"},
+		{class: classServerError, status: 503},
+		{class: classThrottled, status: 429},
+		{class: classUnexpected, status: 200},
+		{class: classTLS},
+		{class: classNetwork},
+		{class: classTimeout, allowed: time.Second},
+	} {
+		t.Run(string(failure.class), func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.write("config/other", testConfig(nil))
+				m.configure("app", nil)
+				m.write("roles/second", nil)
+				m.write("roles/elsewhere", map[string]any{"config": "other"})
+				m.mojo.set(func(s *standIn) { s.fail = failure })
+				for range 10 {
+					for _, role := range []string{"app", "second"} {
+						began := time.Now()
+						if got := m.creds(role, nil); got.err == nil || !strings.Contains(got.err.Error(), "The next try is at") {
+							t.Errorf("got %v, want the remembered error", got)
+						}
+						if time.Since(began) != 0 {
+							t.Error("a remembered error was not told at once")
+						}
+					}
+				}
+				m.wantMints(1)
+				m.creds("elsewhere", nil)
+				m.wantMints(2) // another config is not concerned
+
+				time.Sleep(5 * time.Second)
+				for range 10 {
+					m.creds("app", nil)
+				}
+				m.wantMints(3)
+				if got := m.mojo.last().retries; got != 0 {
+					t.Errorf("the try after a failure was allowed %d retries, want none", got)
+				}
+				time.Sleep(5 * time.Second) // of 8 to 10
+				m.creds("app", nil)
+				m.wantMints(3)
+
+				m.mojo.set(func(s *standIn) { s.fail = nil })
+				m.write("config", map[string]any{"verify_connection": false}) // any write ends it
+				m.wantToken("app", 4)
+				m.wantToken("second", 5)
+			})
+		})
+	}
+}
+
+func TestRefusedRequestBacksOffAlone(t *testing.T) {
+	for _, code := range []string{"invalid_scope", "invalid_target", "invalid_request", "access_denied", ""} {
+		t.Run(code, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("bad", map[string]any{"scopes": "a,forbidden"})
+				m.write("roles/good", nil)
+				m.mojo.set(func(s *standIn) {
+					s.failFor = func(req tokenRequest) error {
+						if slices.Contains(req.scopes, "forbidden") {
+							return &mintError{class: classRequestRefused, status: 400, oauthError: code}
+						}
+						return nil
+					}
+				})
+				for range 10 {
+					if text := m.refused(logical.ReadOperation, "creds/bad", nil); !strings.Contains(text, "HTTP 400") {
+						t.Errorf("got %q", text)
+					}
+				}
+				m.wantMints(1)
+				m.wantToken("good", 2)
+				if got := m.creds("bad", map[string]any{"scopes": "a"}); got.err != nil {
+					t.Errorf("the same role with fewer scopes: %v", got.err)
+				}
+				m.wantMints(3)
+				m.write("roles/bad", map[string]any{"min_ttl": 0}) // any write tries again
+				m.refused(logical.ReadOperation, "creds/bad", nil)
+				m.wantMints(4)
+				time.Sleep(5 * time.Second)
+				m.refused(logical.ReadOperation, "creds/bad", nil)
+				m.wantMints(5)
+			})
+		})
+	}
+}
+
+func TestRetryAfterIsObeyed(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.mojo.set(func(s *standIn) {
+			s.fail = &mintError{class: classThrottled, status: 429, retryAfter: 20 * time.Second}
+		})
+		for range 199 {
+			wantStatus(t, m.creds("app", nil).err, http.StatusBadGateway, "HTTP 429", "The next try is at")
+			time.Sleep(100 * time.Millisecond)
+		}
+		m.wantMints(1)
+		time.Sleep(time.Second)
+		m.mojo.set(func(s *standIn) { s.fail = nil })
+		m.wantToken("app", 2)
+	})
+}
+
+// Roles whose mints were under way together when the trouble began fail once,
+// not each on their own.
+func TestBackoffCountsATroubleOnce(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.write("config", testConfig(nil))
+		m.mojo.set(func(s *standIn) { s.fail, s.latency = errDown, time.Second })
+		var wg sync.WaitGroup
+		for i := range 20 {
+			m.write(fmt.Sprintf("roles/r%d", i), nil)
+			wg.Go(func() { m.creds(fmt.Sprintf("r%d", i), nil) })
+		}
+		wg.Wait()
+		time.Sleep(5 * time.Second)
+		m.mojo.set(func(s *standIn) { s.fail, s.latency = nil, 0 })
+		m.wantToken("r0", 21)
+	})
+}
+
+// After a back-off one mint finds out whether the trouble is over.
+func TestOneProbeAfterABackoff(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.write("config", testConfig(nil))
+		for i := range 20 {
+			m.write(fmt.Sprintf("roles/r%d", i), nil)
+		}
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		m.creds("r0", nil)
+		time.Sleep(5 * time.Second)
+		m.mojo.set(func(s *standIn) { s.latency = time.Second })
+		var wg sync.WaitGroup
+		for i := range 20 {
+			wg.Go(func() { m.creds(fmt.Sprintf("r%d", i), nil) })
+		}
+		wg.Wait()
+		m.wantMints(2)
+	})
+}
+
+func TestColdReaderWaitsForTheProbe(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("a", nil)
+		m.write("roles/b", nil)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		m.creds("a", nil)
+		time.Sleep(5 * time.Second)
+		m.mojo.set(func(s *standIn) { s.fail, s.latency = nil, time.Second })
+		go m.creds("a", nil)
+		synctest.Wait()
+		m.wantToken("b", 3) // not the error that is about to be outdated
+	})
+}
+
+// What keeps a client from being made is told as it is, and tried again.
+func TestClientThatCannotBeMadeIsToldAndTriedAgain(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		broken := errors.New("no certificate authorities")
+		m.tokens.newClient = func(*configEntry) (minter, error) { return nil, broken }
+		if got := m.creds("app", nil); !errors.Is(got.err, broken) {
+			t.Errorf("got %v, want the reason", got.err)
+		}
+		if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); !errors.Is(err, broken) {
+			t.Errorf("rotating: got %v, want the reason", err)
+		}
+		m.tokens.newClient = m.mojo.client
+		m.write("config", map[string]any{"verify_connection": false})
+		m.wantToken("app", 1)
+	})
+}
+
+// What is written, here or on another node, also ends what the engine waits for by
+// itself.
+func TestWritesEndTheBackoffOfRefreshAhead(t *testing.T) {
+	long := func(class errorClass, code string) *mintError {
+		return &mintError{class: class, status: 429, oauthError: code, retryAfter: 10 * time.Minute}
+	}
+	for _, failure := range []*mintError{long(classThrottled, ""), long(classRequestRefused, "invalid_scope")} {
+		for name, write := range map[string]func(m *testMount){
+			"config": func(m *testMount) { m.write("config", map[string]any{"verify_connection": false}) },
+			"config elsewhere": func(m *testMount) {
+				m.elsewhere(func(o *testMount) { o.write("config", map[string]any{"verify_connection": false}) }, "config/default")
+			},
+			"role": func(m *testMount) { m.write("roles/app", map[string]any{"min_ttl": "1m"}) },
+			"role elsewhere": func(m *testMount) {
+				m.elsewhere(func(o *testMount) { o.write("roles/app", map[string]any{"min_ttl": "1m"}) }, "roles/app")
+			},
+		} {
+			if strings.HasPrefix(name, "role") && failure.class == classThrottled {
+				continue // that concerns the config
+			}
+			t.Run(name+" after "+string(failure.class), func(t *testing.T) {
+				bubble(t, func(m *testMount) {
+					m.configure("app", map[string]any{"scopes": "a,b"})
+					m.wantToken("app", 1)
+					m.creds("app", map[string]any{"scopes": "a"})
+					m.mojo.set(func(s *standIn) { s.fail = failure })
+					time.Sleep(45*time.Minute + 5*time.Second)
+					synctest.Wait()
+					failed := m.mojo.mints.Load()
+					m.mojo.set(func(s *standIn) { s.fail = nil })
+					write(m)
+					time.Sleep(2 * time.Second) // the engine's own tries are spread
+					synctest.Wait()
+					m.wantMints(failed + 2)
+				})
+			})
+		}
+	}
+}
+
+// The wait belongs to what was asked for then.
+func TestWritesEndTheRetryAfterOfRotateRole(t *testing.T) {
+	for path, data := range map[string]map[string]any{
+		"config":    {"verify_connection": false},
+		"roles/app": {"audience": "x"},
+	} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.mojo.set(func(s *standIn) {
+				s.fail = &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_target", retryAfter: time.Minute}
+			})
+			m.creds("app", nil)
+			m.refused(logical.UpdateOperation, "rotate-role/app", nil)
+			m.wantMints(1)
+			m.mojo.set(func(s *standIn) { s.fail = nil })
+			m.write(path, data)
+			m.do(logical.UpdateOperation, "rotate-role/app", nil)
+			m.wantMints(2)
+		})
+	}
+}
+
+func TestFailedMintsAreForgottenWhenNobodyReads(t *testing.T) {
+	for _, failure := range []*mintError{
+		errDown,
+		{class: classRequestRefused, status: 400, oauthError: "invalid_scope"},
+	} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", map[string]any{"scopes": "a,b"})
+			m.mojo.set(func(s *standIn) { s.fail = failure })
+			m.creds("app", nil)
+			m.creds("app", map[string]any{"scopes": "a"})
+			time.Sleep(time.Hour)
+			synctest.Wait()
+			if slots, narrowed := len(m.tokens.slots), m.tokens.narrowed.Len(); slots != 0 || narrowed != 0 {
+				t.Errorf("after %s: %d and %d slots are held, want none", failure.class, slots, narrowed)
+			}
+		})
+	}
+}
+
+// Freeing slots must not make back-offs short again: a reader a second gets one mint
+// after 5, 10, 20, and then every 30 seconds, each up to a fifth less.
+func TestBackoffOfARequestGoesOnDoubling(t *testing.T) {
+	for _, had := range []string{"no token", "a spent token"} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			if had == "a spent token" {
+				m.wantToken("app", 1)
+			}
+			m.mojo.set(func(s *standIn) {
+				s.fail = &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}
+			})
+			time.Sleep(59 * time.Minute)
+			synctest.Wait()
+			before := m.mojo.mints.Load()
+			for range 300 {
+				m.creds("app", nil)
+				time.Sleep(time.Second)
+			}
+			if got := m.mojo.mints.Load() - before; got < 9 || got > 15 {
+				t.Errorf("after %s: %d tokens were asked for in 5 minutes, want 9 to 15", had, got)
+			}
+		})
+	}
+}
+
 // What MojoAuth says of one role's request may name that role's audience. Readers of
 // other roles are told what kind of trouble there is, and no more.
 func TestDescriptionIsToldToReadersOfItsKeyOnly(t *testing.T) {

@@ -5,15 +5,384 @@ package mojoauth
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
 )
+
+func TestRoleWriteDropsTokensOnlyWhenItAsksForOthers(t *testing.T) {
+	fields := map[string]any{"audience": "https://a/", "scopes": "a,b", "extra_params": map[string]any{"x": "y"}}
+	for _, c := range []struct {
+		name  string
+		write map[string]any
+		drops bool
+	}{
+		{"the same again", fields, false},
+		{"nothing", nil, false},
+		{"min_ttl", map[string]any{"min_ttl": "1m"}, false},
+		{"max_ttl", map[string]any{"max_ttl": "30m"}, false},
+		{"generate_lease", map[string]any{"generate_lease": true}, false},
+		{"audience", map[string]any{"audience": "https://b/"}, true},
+		{"scopes", map[string]any{"scopes": "a"}, true},
+		{"extra_params", map[string]any{"extra_params": map[string]any{"x": "z"}}, true},
+		{"config", map[string]any{"config": "second"}, true},
+	} {
+		want := int64(1)
+		if c.drops {
+			want = 2
+		}
+		t.Run(c.name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.write("config/second", testConfig(nil))
+				m.configure("app", fields)
+				m.wantToken("app", 1)
+				m.write("roles/app", c.write)
+				m.wantToken("app", want)
+			})
+		})
+		t.Run(c.name+" on another node", func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.write("config/second", testConfig(nil))
+				m.configure("app", fields)
+				m.wantToken("app", 1)
+				m.elsewhere(func(other *testMount) { other.write("roles/app", c.write) }, "roles/app")
+				m.wantToken("app", want)
+				m.wantMints(want)
+			})
+		})
+	}
+	t.Run("deleted and made again", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", fields)
+			m.wantToken("app", 1)
+			m.do(logical.DeleteOperation, "roles/app", nil)
+			if n := len(m.tokens.slots); n != 0 {
+				t.Errorf("%d slots are left", n)
+			}
+			m.write("roles/app", fields)
+			m.wantToken("app", 2)
+			m.elsewhere(func(other *testMount) {
+				other.do(logical.DeleteOperation, "roles/app", nil)
+				other.write("roles/app", fields)
+			}, "roles/app")
+			m.wantToken("app", 3)
+		})
+	})
+}
+
+func TestConfigWriteDropsTokensOnlyOfAnotherClient(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		write map[string]any
+		drops bool
+	}{
+		{"the same again", map[string]any{"client_id": "client"}, false},
+		{"client_secret", map[string]any{"client_secret": "another-secret"}, false},
+		{"auth method", map[string]any{"token_endpoint_auth_method": "client_secret_basic"}, false},
+		{"max_retries", map[string]any{"max_retries": 5}, false},
+		{"client_id", map[string]any{"client_id": "other"}, true},
+		{"token_url", map[string]any{"token_url": "https://project.auth.mojoauth.test/oauth2/token?env=test"}, true},
+	} {
+		c.write["verify_connection"] = false
+		want := int64(1)
+		if c.drops {
+			want = 2
+		}
+		t.Run(c.name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				m.wantToken("app", 1)
+				m.write("config", c.write)
+				m.wantToken("app", want)
+			})
+		})
+		t.Run(c.name+" on another node", func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				m.wantToken("app", 1)
+				m.elsewhere(func(other *testMount) { other.write("config", c.write) }, "config/default")
+				m.wantToken("app", want)
+			})
+		})
+	}
+	t.Run("deleted and made again", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			m.do(logical.DeleteOperation, "config", nil)
+			m.refused(logical.ReadOperation, "creds/app", nil)
+			m.write("config", testConfig(nil))
+			m.wantToken("app", 2)
+		})
+	})
+}
+
+func TestSecretRollsOverWithoutAGap(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		m.write("config", map[string]any{"client_secret": "second-secret", "verify_connection": false})
+		m.wantToken("app", 1)
+		time.Sleep(45 * time.Minute)
+		synctest.Wait()
+		if got := m.wantToken("app", 2); !strings.HasSuffix(got.token, "second") {
+			t.Errorf("got %s: the next token was not minted with the new secret", got.token)
+		}
+	})
+}
+
+func TestMintInFlightIsKeptOnlyWhenItIsStillAskedFor(t *testing.T) {
+	// Each case begins with a mint of five seconds and changes something after
+	// one. first is what the reader gets who came before the change, later what
+	// one gets who came after it.
+	refused := &mintError{class: classClientRefused, status: 401, oauthError: "invalid_client"}
+	for _, c := range []struct {
+		name   string
+		fail   error
+		change func(m *testMount)
+		later  int64
+		mints  int64
+	}{
+		{"secret, and the mint succeeds", nil, func(m *testMount) {
+			m.write("config", map[string]any{"client_secret": "second-secret", "verify_connection": false})
+		}, 1, 1},
+		{"secret, and the mint fails", refused, func(m *testMount) {
+			m.write("config", map[string]any{"client_secret": "second-secret", "verify_connection": false})
+		}, 2, 2},
+		{"client_id", nil, func(m *testMount) {
+			m.write("config", map[string]any{"client_id": "other", "verify_connection": false})
+		}, 2, 2},
+		{"audience", nil, func(m *testMount) { m.write("roles/app", map[string]any{"audience": "b"}) }, 2, 2},
+		{"role made again", nil, func(m *testMount) {
+			m.do(logical.DeleteOperation, "roles/app", nil)
+			m.write("roles/app", nil)
+		}, 2, 2},
+		{"role elsewhere", nil, func(m *testMount) {
+			m.elsewhere(func(o *testMount) { o.write("roles/app", map[string]any{"audience": "b"}) }, "roles/app")
+		}, 2, 2},
+		{"client_id elsewhere", nil, func(m *testMount) {
+			m.elsewhere(func(o *testMount) {
+				o.write("config", map[string]any{"client_id": "other", "verify_connection": false})
+			}, "config/default")
+		}, 2, 2},
+		{"min_ttl", nil, func(m *testMount) { m.write("roles/app", map[string]any{"min_ttl": "30m"}) }, 1, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				m.mojo.set(func(s *standIn) { s.latency, s.fail = 5*time.Second, c.fail })
+				first, later := make(chan got, 1), make(chan got, 1)
+				go func() { first <- m.creds("app", nil) }()
+				time.Sleep(time.Second)
+				m.mojo.set(func(s *standIn) {
+					s.latency, s.fail = 5*time.Second, nil
+				})
+				c.change(m)
+				go func() { later <- m.creds("app", nil) }()
+				if got := <-first; got.err != nil {
+					t.Errorf("the first reader: %v", got.err)
+				}
+				want := fmt.Sprintf("token-%d-", c.later)
+				if got := <-later; got.err != nil || !strings.HasPrefix(got.token, want) {
+					t.Errorf("the later reader got %v, want %s…", got, want)
+				}
+				m.wantToken("app", c.later)
+				m.wantMints(c.mints)
+			})
+		})
+	}
+}
+
+// What was read from storage before a change must not be held after it.
+func TestWhatWasLoadedBeforeAChangeIsNotHeld(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"audience": "old"})
+		m.InvalidateKey(context.Background(), "roles/app")
+		hook := func(key string) {
+			if key == "roles/app" {
+				m.storage.afterGet.Store(nil)
+				m.elsewhere(func(o *testMount) { o.write("roles/app", map[string]any{"audience": "new"}) }, "roles/app")
+			}
+		}
+		m.storage.afterGet.Store(&hook)
+		m.creds("app", nil) // came before the change: either will do
+		m.creds("app", nil)
+		if got := m.mojo.last().audience; got != "new" {
+			t.Errorf("a reader after the change was asked for with audience %q", got)
+		}
+	})
+}
+
+// A reader must never be left with a number higher than that of what is held later:
+// its slot would take everybody else for outdated.
+func TestLaterEntriesHaveHigherNumbers(t *testing.T) {
+	for _, change := range []string{"forget", "put"} {
+		m := newTestMount(t)
+		m.write("roles/app", nil)
+		for range 20_000 {
+			m.roles.forget("app")
+			var early *held[roleEntry]
+			var wg sync.WaitGroup
+			wg.Go(func() { early, _ = m.roles.get(context.Background(), m.storage, "app") })
+			if change == "put" {
+				_, _ = m.roles.put(context.Background(), m.storage, "app", roleEntry{Config: "default"})
+			} else {
+				m.roles.forget("app")
+			}
+			later, _ := m.roles.get(context.Background(), m.storage, "app")
+			wg.Wait()
+			if early.seq > later.seq && early != later {
+				now, _ := m.roles.get(context.Background(), m.storage, "app")
+				if early.seq > now.seq {
+					t.Fatalf("%s: a reader got number %d, and %d is held", change, early.seq, now.seq)
+				}
+			}
+		}
+	}
+}
+
+func TestDroppedTokensAreFreed(t *testing.T) {
+	for name, change := range map[string]func(m *testMount){
+		"role's audience": func(m *testMount) { m.write("roles/app", map[string]any{"audience": "x"}) },
+		"rotated":         func(m *testMount) { m.do(logical.UpdateOperation, "rotate-role/app", nil) },
+		"role deleted":    func(m *testMount) { m.do(logical.DeleteOperation, "roles/app", nil) },
+		"client_id":       func(m *testMount) { m.write("config", map[string]any{"client_id": "x", "verify_connection": false}) },
+		"config deleted":  func(m *testMount) { m.do(logical.DeleteOperation, "config", nil) },
+	} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", map[string]any{"scopes": "a,b"})
+			m.creds("app", nil)
+			m.creds("app", map[string]any{"scopes": "a"})
+			if got := m.read("status")["cached_tokens"]; got != int64(2) {
+				t.Errorf("%s: %v tokens before, want 2", name, got)
+			}
+			change(m)
+			want := int64(0)
+			if name == "rotated" { // the new one
+				want = 1
+			}
+			if got := m.read("status")["cached_tokens"]; got != want {
+				t.Errorf("%s: %v tokens after, want %d", name, got, want)
+			}
+		})
+	}
+}
+
+// Tokens that another node has dropped are not counted, and their memory is freed.
+func TestTokensDroppedElsewhereAreFreed(t *testing.T) {
+	for name, c := range map[string]struct {
+		key    string
+		change func(o *testMount)
+	}{
+		"role's audience": {"roles/app", func(o *testMount) { o.write("roles/app", map[string]any{"audience": "x"}) }},
+		"fewer scopes":    {"roles/app", func(o *testMount) { o.write("roles/app", map[string]any{"scopes": "b"}) }},
+		"rotated":         {"roles/app", func(o *testMount) { o.do(logical.UpdateOperation, "rotate-role/app", nil) }},
+		"role deleted":    {"roles/app", func(o *testMount) { o.do(logical.DeleteOperation, "roles/app", nil) }},
+		"client_id": {"config/default", func(o *testMount) {
+			o.write("config", map[string]any{"client_id": "x", "verify_connection": false})
+		}},
+		"config deleted": {"config/default", func(o *testMount) { o.do(logical.DeleteOperation, "config", nil) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.write("config/second", testConfig(nil))
+				m.configure("app", map[string]any{"scopes": "a,b"})
+				m.write("roles/other", map[string]any{"config": "second"})
+				m.creds("app", nil)
+				m.creds("app", map[string]any{"scopes": "a"})
+				m.creds("other", nil)
+				m.elsewhere(c.change, c.key)
+				synctest.Wait()
+				if got := m.read("status")["cached_tokens"]; got != int64(1) {
+					t.Errorf("%v tokens are counted, want 1", got)
+				}
+				if slots, narrowed := len(m.tokens.slots), m.tokens.narrowed.Len(); slots != 1 || narrowed != 0 {
+					t.Errorf("%d and %d slots are held, want 1 and none", slots, narrowed)
+				}
+			})
+		})
+	}
+}
+
+// A change that cannot be looked up because storage fails is looked up later.
+func TestTokensDroppedElsewhereAreFreedAfterStorageFailed(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		broken := errors.New("disk on fire")
+		m.elsewhere(func(o *testMount) { o.do(logical.DeleteOperation, "roles/app", nil) })
+		m.storage.fail.Store(&broken)
+		m.InvalidateKey(context.Background(), "roles/app")
+		time.Sleep(time.Minute)
+		m.storage.fail.Store(nil)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if n := len(m.tokens.slots); n != 0 {
+			t.Errorf("%d slots are left, want none", n)
+		}
+	})
+}
+
+// unsureStorage, once it fails, fails each Put, and has applied it or not.
+type unsureStorage struct {
+	logical.Storage
+	fails, applies atomic.Bool
+}
+
+var errUnsure = errors.New("storage does not answer")
+
+func (s *unsureStorage) Put(ctx context.Context, e *logical.StorageEntry) error {
+	if !s.fails.Load() || s.applies.Load() {
+		if err := s.Storage.Put(ctx, e); err != nil {
+			return err
+		}
+	}
+	if s.fails.Load() {
+		return errUnsure
+	}
+	return nil
+}
+
+// A write that failed may have been applied all the same: what storage has counts.
+func TestFailedWritesCountAsStorageHasThem(t *testing.T) {
+	for path, data := range map[string]map[string]any{
+		"config":          {"client_id": "other", "verify_connection": false},
+		"roles/app":       {"audience": "x"},
+		"rotate-role/app": nil,
+	} {
+		for _, applies := range []bool{false, true} {
+			bubble(t, func(m *testMount) {
+				storage := &unsureStorage{Storage: m.storage.Storage}
+				m.storage.Storage = storage
+				m.configure("app", nil)
+				m.wantToken("app", 1)
+				storage.applies.Store(applies)
+				storage.fails.Store(true)
+				if resp, err := m.request(logical.UpdateOperation, path, data); !errors.Is(err, errUnsure) {
+					t.Errorf("%s: got %v, %v; want the storage's own error", path, resp, err)
+				}
+				storage.fails.Store(false)
+				synctest.Wait()
+				want := int64(1)
+				if applies {
+					want = m.mojo.mints.Load() + 1
+				}
+				m.wantToken("app", want)
+				if got := m.read("config")["client_id"] == "other"; got != (applies && path == "config") {
+					t.Errorf("%s, applied %v: client_id is the new one: %v", path, applies, got)
+				}
+			})
+		}
+	}
+}
 
 // A reader who waits while the role, or its config, is mended gets what it asks for as
 // it stands now, and not the failure of what it was.

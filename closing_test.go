@@ -5,12 +5,39 @@ package mojoauth
 
 import (
 	"context"
+	"errors"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
 )
+
+func TestCloseEndsEverything(t *testing.T) {
+	bubble(t, func(m *testMount) { // which fails if a goroutine is left
+		m.configure("app", map[string]any{"scopes": "a,b"})
+		m.wantToken("app", 1)
+		m.creds("app", map[string]any{"scopes": "a"})
+		m.write("roles/slow", nil)
+		m.mojo.set(func(s *standIn) { s.latency = time.Hour })
+		got := make(chan got, 1)
+		go func() { got <- m.creds("slow", nil) }()
+		synctest.Wait()
+		m.Cleanup(context.Background())
+		if a := <-got; !errors.Is(a.err, errClosed) {
+			t.Errorf("a waiting reader got %v", a)
+		}
+		n := m.mojo.mints.Load()
+		time.Sleep(2 * time.Hour)
+		synctest.Wait()
+		m.wantMints(n)
+		for _, query := range []map[string]any{nil, {"scopes": "b"}} {
+			if a := m.creds("app", query); !errors.Is(a.err, errClosed) {
+				t.Errorf("a read after the end got %v", a)
+			}
+		}
+	})
+}
 
 // Vault serves nobody while it waits for a mount to end. So the mount ends, even when
 // the client of a mint does not notice that its context has ended.

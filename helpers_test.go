@@ -10,10 +10,13 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -350,3 +353,99 @@ func (s *countingStorage) List(ctx context.Context, prefix string) ([]string, er
 
 // discardLog is for servers whose complaints a test expects.
 func discardLog() *log.Logger { return log.New(io.Discard, "", 0) }
+
+// Most tests run in a synctest bubble: time is the bubble's own, passes only when
+// everything waits, and Wait returns when nothing can go on without it.
+
+// bubble runs a test of a mount in a bubble, and ends the mount in it.
+func bubble(t *testing.T, test func(m *testMount)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		m := newTestMount(t)
+		test(m)
+	})
+}
+
+// got is what a read of creds got.
+type got struct {
+	token    string
+	ttl      int64
+	warnings []string
+	err      error
+}
+
+func (m *testMount) creds(role string, query map[string]any) got {
+	return m.credsCtx(context.Background(), role, query)
+}
+
+func (m *testMount) credsCtx(ctx context.Context, role string, query map[string]any) got {
+	resp, err := m.HandleRequest(ctx, &logical.Request{
+		Operation: logical.ReadOperation, Path: "creds/" + role, Data: query, Storage: m.storage,
+	})
+	switch {
+	case err != nil:
+		return got{err: err}
+	case resp.IsError():
+		return got{err: resp.Error()}
+	}
+	return got{token: resp.Data["access_token"].(string), ttl: resp.Data["ttl"].(int64), warnings: resp.Warnings}
+}
+
+// wantToken reads a token and checks its number, which the stand-in counts up,
+// and that no more were minted.
+func (m *testMount) wantToken(role string, number int64) got {
+	m.t.Helper()
+	got := m.creds(role, nil)
+	if got.err != nil {
+		m.t.Fatalf("reading %s: %v", role, got.err)
+	}
+	if want := fmt.Sprintf("token-%d-", number); !strings.HasPrefix(got.token, want) {
+		m.t.Errorf("got %s, want %s…", got.token, want)
+	}
+	return got
+}
+
+func (m *testMount) wantMints(n int64) {
+	m.t.Helper()
+	if got := m.mojo.mints.Load(); got != n {
+		m.t.Errorf("%d tokens were asked for, want %d", got, n)
+	}
+}
+
+// wantStatus checks that err carries that status as Vault sees it over gRPC,
+// where only a bare CodedError keeps it.
+func wantStatus(t *testing.T, err error, status int, parts ...string) {
+	t.Helper()
+	coded, ok := err.(logical.HTTPCodedError) //nolint:errorlint // that it is not wrapped is the point
+	if !ok || coded.Code() != status {
+		t.Errorf("got %v (%T), want a bare error of status %d", err, err, status)
+		return
+	}
+	for _, part := range parts {
+		if !strings.Contains(err.Error(), part) {
+			t.Errorf("got %q, want it to hold %q", err, part)
+		}
+	}
+}
+
+var errDown = &mintError{class: classServerError, status: http.StatusServiceUnavailable}
+
+// elsewhere lets another node of the cluster, with the same storage, do
+// something, and then tells this one which keys have changed.
+func (m *testMount) elsewhere(do func(other *testMount), keys ...string) {
+	m.t.Helper()
+	do(newTestNode(m.t, m.mojo, m.mojo.client, m.storage, logical.TestSystemView()))
+	for _, key := range keys {
+		m.InvalidateKey(context.Background(), key)
+	}
+}
+
+// storedRole is the role as storage has it.
+func (m *testMount) storedRole(name string) roleEntry {
+	m.t.Helper()
+	role, err := m.roles.load(context.Background(), m.storage, name)
+	if err != nil || role == nil {
+		m.t.Fatalf("loading role %s: %v, %v", name, role, err)
+	}
+	return role.entry
+}

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
 )
 
 const (
@@ -21,6 +23,76 @@ const (
 	narrowedOfAMount = 1024 // and a mount
 	narrowedMints    = 64   // mints for narrowed scopes that a config has under way at most
 )
+
+func TestNarrowedScopesHaveATokenForEachSet(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"scopes": "c,a,b"})
+		m.wantToken("app", 1)
+		for _, all := range []any{"", " , ", []string{}, "a,b,c", "b a c b"} {
+			if got := m.creds("app", map[string]any{"scopes": all}); !strings.HasPrefix(got.token, "token-1-") {
+				t.Errorf("scopes %q: got %v, want the role's own token", all, got)
+			}
+		}
+		for _, some := range []any{"a,b", "b a", []string{"b", "a", "a"}} {
+			if got := m.creds("app", map[string]any{"scopes": some}); !strings.HasPrefix(got.token, "token-2-") {
+				t.Errorf("scopes %q: got %v, want one token for that set", some, got)
+			}
+		}
+		if got := m.mojo.last().scopes; !slices.Equal(got, []string{"a", "b"}) {
+			t.Errorf("asked for the scopes %q", got)
+		}
+		text := m.refused(logical.ReadOperation, "creds/app", map[string]any{"scopes": "a,d"})
+		if !strings.Contains(text, `scopes holds "d", which role "app" does not have`) {
+			t.Errorf("got %q", text)
+		}
+		m.wantMints(2)
+
+		m.write("roles/none", nil)
+		m.refused(logical.ReadOperation, "creds/none", map[string]any{"scopes": "a"})
+		m.refused(logical.ReadOperation, "creds/app", map[string]any{"min_ttl": "soon"})
+		m.wantMints(2)
+
+		// A change of the role ends the narrowed tokens too.
+		m.write("roles/app", map[string]any{"audience": "x"})
+		m.creds("app", map[string]any{"scopes": "a,b"})
+		m.wantMints(3)
+		m.do(logical.DeleteOperation, "roles/app", nil)
+		if n := m.tokens.narrowed.Len(); n != 0 {
+			t.Errorf("%d narrowed slots are left of a deleted role", n)
+		}
+	})
+}
+
+func TestNarrowedScopesAreBounded(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		var scopes []string
+		for i := range 12 {
+			scopes = append(scopes, fmt.Sprintf("s%d", i))
+		}
+		m.configure("app", map[string]any{"scopes": scopes})
+		for set := 1; set < 1<<12-1; set++ {
+			var some []string
+			for i, scope := range scopes {
+				if set&(1<<i) != 0 {
+					some = append(some, scope)
+				}
+			}
+			if got := m.creds("app", map[string]any{"scopes": some}); got.err != nil {
+				t.Fatal(got.err)
+			}
+		}
+		if n := m.tokens.narrowed.Len(); n != maxNarrowed {
+			t.Errorf("%d narrowed tokens are held, want %d", n, maxNarrowed)
+		}
+		// What was evicted is not minted ahead.
+		n := m.mojo.mints.Load()
+		time.Sleep(46 * time.Minute)
+		synctest.Wait()
+		if got := m.mojo.mints.Load() - n; got > maxNarrowed {
+			t.Errorf("%d tokens were minted ahead, want at most %d", got, maxNarrowed)
+		}
+	})
+}
 
 // One who goes through the subsets of a role pushes out nobody else's tokens.
 func TestNarrowedTokensAreBoundedPerRole(t *testing.T) {

@@ -4,12 +4,437 @@
 package mojoauth
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"net/http"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
 )
+
+func TestCredsAnswerHasEveryKey(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"scopes": "b,a"})
+		got := m.read("creds/app") // checked against the response schema
+		now := time.Now()
+		for key, want := range map[string]any{
+			"access_token":        "token-1-client-canary",
+			"token_type":          "Bearer",
+			"scope":               "b a",
+			"expires_at":          now.Add(time.Hour).UTC().Format(time.RFC3339),
+			"expires_at_seconds":  now.Add(time.Hour).Unix(),
+			"rotation_period":     int64(2700),
+			"last_vault_rotation": now.UTC().Format(time.RFC3339),
+		} {
+			if got[key] != want {
+				t.Errorf("%s: got %v (%[2]T), want %v (%[3]T)", key, got[key], want)
+			}
+		}
+		// R is 15 min; J is 5 min.
+		if ttl, ok := got["ttl"].(int64); !ok || ttl < 2700 || ttl > 3000 {
+			t.Errorf("ttl: got %v (%[1]T), want 2700 to 3000", got["ttl"])
+		}
+		if len(got) != 8 {
+			t.Errorf("got %d keys, want 8: %v", len(got), got)
+		}
+	})
+}
+
+func TestCredsErrorNamesWhatIsMissing(t *testing.T) {
+	m := newTestMount(t)
+	if text := m.refused(logical.ReadOperation, "creds/app", nil); !strings.Contains(text, `role "app" does not exist`) {
+		t.Errorf("got %q", text)
+	}
+	m.write("roles/app", map[string]any{"config": "prod"})
+	if text := m.refused(logical.ReadOperation, "creds/app", nil); !strings.Contains(text, `config "prod", which role "app" names, does not exist`) {
+		t.Errorf("got %q", text)
+	}
+	m.wantMints(0)
+}
+
+func TestManyColdReadersCauseOneMint(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.mojo.set(func(s *standIn) { s.latency = time.Second })
+		const readers = 10_000
+		var answered, failed atomic.Int64
+		var wg sync.WaitGroup
+		for range readers {
+			wg.Go(func() {
+				if got := m.creds("app", nil); got.err != nil || !strings.HasPrefix(got.token, "token-1-") {
+					failed.Add(1)
+				}
+				answered.Add(1)
+			})
+		}
+		wg.Wait()
+		if failed.Load() != 0 || answered.Load() != readers {
+			t.Errorf("%d of %d readers got no or another token", failed.Load(), answered.Load())
+		}
+		m.wantMints(1)
+	})
+}
+
+func TestCachedReadTouchesNoStorage(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"scopes": "a,b"})
+		m.creds("app", nil)
+		m.creds("app", map[string]any{"scopes": "a"})
+		before := m.storage.operations.Load()
+		for range 100 {
+			m.creds("app", nil)
+			m.creds("app", map[string]any{"scopes": "a"})
+		}
+		if got := m.storage.operations.Load() - before; got != 0 {
+			t.Errorf("200 cached reads made %d storage operations, want 0", got)
+		}
+		m.wantMints(2)
+	})
+}
+
+// Not even a mint is in the way of a token that is good, nor a write that waits
+// for MojoAuth or for storage.
+func TestCachedReadWaitsForNobody(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.write("roles/slow", nil)
+		m.wantToken("app", 1)
+		m.mojo.set(func(s *standIn) { s.latency = time.Hour })
+		go m.creds("slow", nil)
+		go func() {
+			_, _ = m.request(logical.UpdateOperation, "config", map[string]any{"client_secret": canary})
+		}()
+		synctest.Wait()
+		began := time.Now()
+		m.wantToken("app", 1)
+		if waited := time.Since(began); waited != 0 {
+			t.Errorf("a cached read waited %s", waited)
+		}
+		time.Sleep(2 * time.Hour) // until the write has ended
+	})
+}
+
+func TestReaderWaitsTwoSecondsWhileTheOldTokenWouldDo(t *testing.T) {
+	// L is an hour: R 15 min, F 1 min.
+	toRefreshWindow := func(m *testMount) {
+		m.t.Helper()
+		m.configure("app", map[string]any{"min_ttl": "20m"}) // R is 20 min
+		m.wantToken("app", 1)
+		m.mojo.set(func(s *standIn) { s.fail = errDown }) // so that nothing is refreshed ahead
+		time.Sleep(41 * time.Minute)
+		synctest.Wait()
+		m.write("config", map[string]any{"verify_connection": false}) // ends the back-off
+	}
+
+	t.Run("the mint is quick", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			toRefreshWindow(m)
+			n := m.mojo.mints.Load()
+			m.mojo.set(func(s *standIn) { s.fail, s.latency = nil, 1500*time.Millisecond })
+			m.wantToken("app", n+1)
+			m.wantMints(n + 1)
+		})
+	})
+	t.Run("the mint is slow", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			toRefreshWindow(m)
+			n := m.mojo.mints.Load()
+			m.mojo.set(func(s *standIn) { s.fail, s.latency = nil, 5*time.Second })
+			began := time.Now()
+			var wg sync.WaitGroup
+			for range 50 {
+				wg.Go(func() {
+					got := m.wantToken("app", 1)
+					if waited := time.Since(began); waited != 2*time.Second {
+						t.Errorf("waited %s, want 2s", waited)
+					}
+					if got.ttl < 30 || got.ttl > 60 {
+						t.Errorf("got ttl %d with the old token, want 30 to 60", got.ttl)
+					}
+					if len(got.warnings) != 1 || !strings.Contains(got.warnings[0], "MojoAuth is slow") {
+						t.Errorf("got the warnings %q, want one that min_ttl is not met", got.warnings)
+					}
+				})
+			}
+			wg.Wait()
+			time.Sleep(3 * time.Second)
+			synctest.Wait()
+			m.wantToken("app", n+1) // what the readers did not wait for was kept
+			m.wantMints(n + 1)
+		})
+	})
+	t.Run("the mint fails", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			toRefreshWindow(m)
+			n := m.mojo.mints.Load()
+			for range 50 {
+				got := m.wantToken("app", 1)
+				if got.ttl < 30 || got.ttl > 60 {
+					t.Errorf("got ttl %d with the old token, want 30 to 60", got.ttl)
+				}
+				if len(got.warnings) != 1 || !strings.Contains(got.warnings[0], "HTTP 503") {
+					t.Errorf("got the warnings %q, want one that says why", got.warnings)
+				}
+			}
+			m.wantMints(n + 1) // and then a back-off
+		})
+	})
+}
+
+func TestSpentTokenIsNeverServed(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		time.Sleep(59*time.Minute - 1)
+		m.wantToken("app", 1) // F and a moment left
+		time.Sleep(time.Nanosecond)
+		got := m.creds("app", nil)
+		wantStatus(t, got.err, http.StatusBadGateway, `role "app"`, `config "default"`, "HTTP 503", "The next try is at")
+
+		m.mojo.set(func(s *standIn) { s.fail, s.latency = nil, 5*time.Second })
+		time.Sleep(time.Minute)
+		began := time.Now()
+		if got := m.creds("app", nil); got.err != nil || strings.HasPrefix(got.token, "token-1-") {
+			t.Errorf("got %v, want a new token", got)
+		}
+		if time.Since(began) > 5*time.Second {
+			t.Errorf("waited %s for a mint of 5s", time.Since(began))
+		}
+	})
+}
+
+func TestReaderWhoGivesUpDoesNotCancelTheMint(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.mojo.set(func(s *standIn) { s.latency = 5 * time.Second })
+		patient := make(chan got, 1)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		go func() { time.Sleep(time.Millisecond); patient <- m.creds("app", nil) }()
+		if got := m.credsCtx(ctx, "app", nil); !errors.Is(got.err, context.DeadlineExceeded) {
+			t.Errorf("who gave up got %v", got)
+		}
+		if got := <-patient; got.err != nil {
+			t.Errorf("who waited got %v", got.err)
+		}
+		m.wantMints(1)
+	})
+}
+
+func TestLifetimeNobodyTellsIsAssumedWithAWarning(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.mojo.set(func(s *standIn) { s.lifetime = 0 })
+		m.configure("app", nil)
+		resp := m.do(logical.ReadOperation, "creds/app", nil)
+		if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "5m0s is assumed. Set max_ttl") {
+			t.Errorf("got the warnings %q", resp.Warnings)
+		}
+		if got, want := resp.Data["expires_at_seconds"], time.Now().Add(5*time.Minute).Unix(); got != want {
+			t.Errorf("got expires_at_seconds %v, want %v", got, want)
+		}
+		m.write("roles/app", map[string]any{"max_ttl": "30m"}) // applies to the token that is held
+		resp = m.do(logical.ReadOperation, "creds/app", nil)
+		if len(resp.Warnings) != 0 || resp.Data["expires_at_seconds"] != time.Now().Add(30*time.Minute).Unix() {
+			t.Errorf("with max_ttl: got %v", resp)
+		}
+		m.wantMints(1)
+	})
+}
+
+func TestNarrowerGrantIsAWarning(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.mojo.set(func(s *standIn) { s.grant = "a" })
+		m.configure("app", map[string]any{"scopes": "a,b"})
+		resp := m.do(logical.ReadOperation, "creds/app", nil)
+		if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "without b") {
+			t.Errorf("got the warnings %q", resp.Warnings)
+		}
+		if resp := m.do(logical.ReadOperation, "creds/app", map[string]any{"scopes": "a"}); len(resp.Warnings) != 0 {
+			t.Errorf("got the warnings %q for what was granted", resp.Warnings)
+		}
+	})
+}
+
+func TestTimeoutIsAGatewayTimeout(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.mojo.set(func(s *standIn) { s.fail = &mintError{class: classTimeout, allowed: 10 * time.Second} })
+		wantStatus(t, m.creds("app", nil).err, http.StatusGatewayTimeout, "within the 10s", "The next try is at")
+	})
+}
+
+func TestStorageErrorsStayWhatTheyAre(t *testing.T) {
+	m := newTestMount(t)
+	broken := errors.New("disk on fire")
+	m.storage.fail.Store(&broken)
+	if got := m.creds("app", nil); !errors.Is(got.err, broken) {
+		t.Errorf("got %v, want the storage's own error", got.err)
+	}
+}
+
+func TestStoredEntryThatCannotBeReadIsNamed(t *testing.T) {
+	for _, key := range []string{"config/default", "roles/app"} {
+		m := newTestMount(t)
+		m.configure("app", nil)
+		if err := m.storage.Storage.Put(t.Context(), &logical.StorageEntry{Key: key, Value: []byte(`{"min_ttl":"`)}); err != nil {
+			t.Fatal(err)
+		}
+		m.InvalidateKey(t.Context(), key)
+		if got := m.creds("app", nil); got.err == nil || !strings.Contains(got.err.Error(), key) {
+			t.Errorf("got %v, want the key %s in it", got.err, key)
+		}
+	}
+}
+
+func TestMinTTLOfAReaderOnlyRaises(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		time.Sleep(20 * time.Minute) // 40 left
+		m.wantToken("app", 1)
+		if got := m.creds("app", map[string]any{"min_ttl": "30m"}); !strings.HasPrefix(got.token, "token-1-") {
+			t.Errorf("got %v: 40 minutes are enough for 30", got)
+		}
+		if got := m.creds("app", map[string]any{"min_ttl": "45m"}); !strings.HasPrefix(got.token, "token-2-") || len(got.warnings) != 0 {
+			t.Errorf("got %v, want a new token for 45 minutes", got)
+		}
+		m.wantToken("app", 2) // it is everybody's
+		got := m.creds("app", map[string]any{"min_ttl": "2h"})
+		if !strings.HasPrefix(got.token, "token-2-") || len(got.warnings) != 1 || !strings.Contains(got.warnings[0], "its whole lifetime is 1h0m0s") {
+			t.Errorf("got %v, want a warning that no token lives that long", got)
+		}
+		m.wantMints(2)
+		// It narrows, never widens: the role's stays the least.
+		m.write("roles/app", map[string]any{"min_ttl": "45m"})
+		time.Sleep(20 * time.Minute)
+		synctest.Wait()
+		if got := m.creds("app", map[string]any{"min_ttl": "1m"}); !strings.HasPrefix(got.token, "token-3-") {
+			t.Errorf("got %v, want the role's min_ttl kept", got)
+		}
+	})
+}
+
+func TestLeaseEndsBeforeItsTokenAndRevokesNothing(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"generate_lease": true})
+		m.wantToken("app", 1)
+		time.Sleep(30 * time.Minute)
+		resp := m.do(logical.ReadOperation, "creds/app", nil)
+		if resp.Secret == nil || resp.Secret.Renewable || resp.Secret.TTL != 25*time.Minute {
+			t.Fatalf("got the secret %+v, want a lease of 25 minutes, not renewable", resp.Secret)
+		}
+		if len(resp.Data) != 8 {
+			t.Errorf("got the data %v, want the same keys as without a lease", resp.Data)
+		}
+
+		// Revoking touches nothing, and works when everything is gone.
+		revoke := func() {
+			t.Helper()
+			before := m.storage.operations.Load()
+			_, err := m.HandleRequest(context.Background(), &logical.Request{
+				Operation: logical.RevokeOperation, Secret: resp.Secret, Data: resp.Data, Storage: m.storage,
+			})
+			if err != nil || m.storage.operations.Load() != before {
+				t.Errorf("revoking: %v, after %d storage operations", err, m.storage.operations.Load()-before)
+			}
+		}
+		revoke()
+		m.wantToken("app", 1)
+		m.do(logical.DeleteOperation, "roles/app", nil)
+		m.do(logical.DeleteOperation, "config", nil)
+		revoke()
+
+		// While no new token can be had, the lease on the old one is short.
+		m.configure("app", map[string]any{"generate_lease": true})
+		m.wantToken("app", 2)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		time.Sleep(50 * time.Minute)
+		resp = m.do(logical.ReadOperation, "creds/app", nil)
+		if got := resp.Secret.TTL; got < 30*time.Second || got > 60*time.Second {
+			t.Errorf("got a lease of %s on an old token, want 30s to 60s", got)
+		}
+	})
+}
+
+// 10,000 readers share a role and do as ttl says: they must not come in a crowd.
+func TestTTLSpreadsReaders(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		const readers = 10_000
+		m.configure("app", nil)
+		began := time.Now()
+		next := make(map[int64][]int) // second → readers
+		for i := range readers {
+			next[0] = append(next[0], i)
+		}
+		busiest := 0
+		for second := int64(0); second < 3*3600; second++ {
+			due := next[second]
+			if len(due) == 0 {
+				continue
+			}
+			delete(next, second)
+			time.Sleep(time.Until(began.Add(time.Duration(second) * time.Second)))
+			synctest.Wait()
+			if second > 0 {
+				busiest = max(busiest, len(due))
+			}
+			for range due {
+				got := m.creds("app", nil)
+				if got.err != nil {
+					t.Fatal(got.err)
+				}
+				next[second+got.ttl] = append(next[second+got.ttl], 0)
+			}
+		}
+		if busiest == 0 || busiest >= readers/100 {
+			t.Errorf("the busiest second saw %d of %d readers, want fewer than 1 %%", busiest, readers)
+		}
+		t.Logf("the busiest second saw %d of %d readers; %d tokens were minted in 3 hours", busiest, readers, m.mojo.mints.Load())
+	})
+}
+
+func TestTokenWhoseLifeIsOverOnArrivalIsAnError(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"max_ttl": "1s"})
+		m.mojo.set(func(s *standIn) { s.latency = 1500 * time.Millisecond })
+		for range 5 {
+			wantStatus(t, m.creds("app", nil).err, http.StatusBadGateway, "was over when it arrived", "Check max_ttl")
+		}
+		m.wantMints(1) // and a back-off
+		time.Sleep(5 * time.Second)
+		m.mojo.set(func(s *standIn) { s.latency = 0 })
+		m.wantToken("app", 2)
+	})
+}
+
+// Not in a bubble, where time stands still while somebody waits for a lock.
+func TestManyColdReadersCauseOneClient(t *testing.T) {
+	m := newTestMount(t)
+	var made atomic.Int64
+	m.tokens.newClient = func(config *configEntry) (minter, error) {
+		made.Add(1)
+		time.Sleep(10 * time.Millisecond) // as asking Vault for its version takes
+		return m.mojo.client(config)
+	}
+	m.write("config", testConfig(nil))
+	var wg sync.WaitGroup
+	for i := range 20 {
+		m.write(fmt.Sprintf("roles/r%d", i), nil)
+		wg.Go(func() { m.creds(fmt.Sprintf("r%d", i), nil) })
+	}
+	wg.Wait()
+	m.wantMints(20)
+	if got := made.Load(); got != 1 {
+		t.Errorf("%d clients were made for one config, want 1", got)
+	}
+}
 
 // Whatever a token endpoint does, a read is answered within request_timeout plus a
 // second. The endpoint here takes a request and never says a word, and the client does

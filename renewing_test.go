@@ -4,11 +4,123 @@
 package mojoauth
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 )
+
+func TestTokenInUseIsRenewedBeforeItIsAskedFor(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		time.Sleep(45*time.Minute - 1)
+		synctest.Wait()
+		m.wantMints(1)
+		time.Sleep(time.Nanosecond)
+		synctest.Wait()
+		m.wantMints(2) // at R, without a reader
+		m.mojo.set(func(s *standIn) { s.latency = time.Hour })
+		began := time.Now()
+		m.wantToken("app", 2)
+		if time.Since(began) != 0 {
+			t.Error("the reader waited")
+		}
+	})
+}
+
+func TestIdleRoleLapses(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		time.Sleep(46 * time.Minute)
+		synctest.Wait()
+		m.wantMints(2) // once ahead, since the first was read
+		time.Sleep(48 * time.Hour)
+		synctest.Wait()
+		m.wantMints(2)
+		if n := len(m.tokens.slots); n != 0 {
+			t.Errorf("%d slots are left of an idle role, want none", n)
+		}
+		m.wantToken("app", 3)
+	})
+}
+
+func TestRefreshAheadTriesAgainAfterEachBackoff(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		time.Sleep(45 * time.Minute)
+		synctest.Wait()
+		m.wantMints(2)
+		time.Sleep(35 * time.Second) // 5, 10, 20 s, each up to a fifth less
+		synctest.Wait()
+		if got := m.mojo.mints.Load(); got < 5 || got > 6 {
+			t.Errorf("%d tokens were asked for, want 5 or 6", got)
+		}
+		m.mojo.set(func(s *standIn) { s.fail = nil })
+		time.Sleep(30 * time.Second)
+		synctest.Wait()
+		n := m.mojo.mints.Load()
+		m.wantToken("app", n) // there without a reader having waited
+		m.wantMints(n)
+
+		// Past the floor nothing is tried without a reader.
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		time.Sleep(60 * time.Minute)
+		synctest.Wait()
+		n = m.mojo.mints.Load()
+		time.Sleep(24 * time.Hour)
+		synctest.Wait()
+		m.wantMints(n)
+	})
+}
+
+func TestRefreshAheadOfManyRolesIsNoBurst(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.write("config", testConfig(nil))
+		const roles = 200
+		for i := range roles {
+			m.write(fmt.Sprintf("roles/r%d", i), nil)
+			m.creds(fmt.Sprintf("r%d", i), nil)
+		}
+		m.mojo.set(func(s *standIn) { s.latency = time.Second })
+		time.Sleep(45*time.Minute + 500*time.Millisecond)
+		synctest.Wait()
+		if got := m.mojo.mints.Load() - roles; got > maxAhead {
+			t.Errorf("%d mints were under way at once without a reader, want at most %d", got, maxAhead)
+		}
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		m.wantMints(2 * roles)
+	})
+}
+
+func TestTokenThatIsFirstReadInABackoffIsRenewed(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("a", nil)
+		m.write("roles/b", nil)
+		m.creds("a", nil)
+		m.creds("b", nil)
+		time.Sleep(46 * time.Minute)
+		synctest.Wait()
+		m.wantMints(4) // both ahead, and neither read since
+		time.Sleep(46 * time.Minute)
+		synctest.Wait()
+		m.mojo.set(func(s *standIn) {
+			s.fail = &mintError{class: classThrottled, status: 429, retryAfter: 2 * time.Minute}
+		})
+		m.creds("a", nil)
+		m.creds("b", nil)
+		m.wantMints(5)
+		m.mojo.set(func(s *standIn) { s.fail = nil })
+		time.Sleep(2*time.Minute + 2*time.Second)
+		synctest.Wait()
+		m.wantMints(7) // each by itself
+	})
+}
 
 // Of two tokens the one that ends later stays. An answer that brings no later end
 // renews nothing, and its key backs off as after a failure.

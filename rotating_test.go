@@ -7,6 +7,9 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"reflect"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -15,6 +18,160 @@ import (
 
 	"github.com/hashicorp/vault/sdk/logical"
 )
+
+func TestRotateRole(t *testing.T) {
+	rotate := func(m *testMount) (*logical.Response, error) {
+		return m.request(logical.UpdateOperation, "rotate-role/app", nil)
+	}
+	t.Run("replaces the token on every node", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", map[string]any{"scopes": "a,b"})
+			m.wantToken("app", 1)
+			m.creds("app", map[string]any{"scopes": "a"}) // 2
+			time.Sleep(time.Minute)
+			var resp *logical.Response
+			m.elsewhere(func(o *testMount) { resp = o.do(logical.UpdateOperation, "rotate-role/app", nil) }, "roles/app") // 3
+			if len(resp.Data) != 3 || resp.Data["last_vault_rotation"] != formatTime(time.Now()) || resp.Data["expires_at_seconds"] != time.Now().Add(time.Hour).Unix() {
+				t.Errorf("got %v", resp.Data)
+			}
+			m.wantToken("app", 4)
+			m.do(logical.UpdateOperation, "rotate-role/app", nil) // 5
+			m.wantToken("app", 5)
+			m.creds("app", map[string]any{"scopes": "a"})
+			m.wantMints(6)
+			if got := m.read("roles/app")["scopes"]; !slices.Equal(got.([]string), []string{"a", "b"}) {
+				t.Errorf("the role has changed: %v", got)
+			}
+		})
+	})
+	t.Run("drops nothing when the mint fails", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			m.mojo.set(func(s *standIn) { s.fail = errDown })
+			_, err := rotate(m)
+			wantStatus(t, err, http.StatusBadGateway, "HTTP 503")
+			m.wantToken("app", 1)
+			// A failure back-off is ignored.
+			m.mojo.set(func(s *standIn) { s.fail = nil })
+			if _, err := rotate(m); err != nil {
+				t.Error(err)
+			}
+			m.wantToken("app", 3)
+		})
+	})
+	t.Run("obeys Retry-After", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.mojo.set(func(s *standIn) {
+				s.fail = &mintError{class: classThrottled, status: 429, retryAfter: time.Minute}
+			})
+			m.creds("app", nil)
+			_, err := rotate(m)
+			wantStatus(t, err, http.StatusBadGateway, "HTTP 429", "The next try is at")
+			m.wantMints(1)
+		})
+	})
+	t.Run("obeys a Retry-After for the role alone", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.mojo.set(func(s *standIn) {
+				s.fail = &mintError{class: classRequestRefused, status: 429, oauthError: "invalid_request", retryAfter: time.Minute}
+			})
+			m.creds("app", nil)
+			if resp, err := rotate(m); err != nil || !resp.IsError() {
+				t.Errorf("got %v, %v", resp, err)
+			}
+			m.wantMints(1)
+		})
+	})
+	t.Run("starts a mint of its own", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.mojo.set(func(s *standIn) { s.latency = 10 * time.Second })
+			reader := make(chan got, 1)
+			go func() { reader <- m.creds("app", nil) }()
+			time.Sleep(time.Second)
+			m.mojo.set(func(s *standIn) { s.latency = time.Second })
+			if _, err := rotate(m); err != nil {
+				t.Fatal(err)
+			}
+			m.wantToken("app", 2)
+			if got := <-reader; !strings.HasPrefix(got.token, "token-1-") {
+				t.Errorf("who came before got %v", got)
+			}
+			m.wantToken("app", 2) // the older mint's token was not kept
+			m.wantMints(2)
+		})
+	})
+	t.Run("of a role that is changed meanwhile", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.mojo.set(func(s *standIn) { s.latency = 10 * time.Second })
+			done := make(chan *logical.Response, 1)
+			go func() { resp, _ := rotate(m); done <- resp }()
+			time.Sleep(time.Second)
+			m.write("roles/app", map[string]any{"audience": "x"})
+			if resp := <-done; !resp.IsError() || !strings.Contains(resp.Error().Error(), "was changed while") {
+				t.Errorf("got %v", resp)
+			}
+		})
+	})
+	t.Run("of what is not there", func(t *testing.T) {
+		m := newTestMount(t)
+		if text := m.refused(logical.UpdateOperation, "rotate-role/app", nil); !strings.Contains(text, `role "app" does not exist`) {
+			t.Errorf("got %q", text)
+		}
+	})
+	t.Run("is forwarded", func(t *testing.T) {
+		m := newTestMount(t)
+		props := m.Route("rotate-role/app").Operations[logical.UpdateOperation].Properties()
+		if !props.ForwardPerformanceStandby || !props.ForwardPerformanceSecondary {
+			t.Error("it is not")
+		}
+	})
+}
+
+// The rotation that was started last decides, whichever ends first.
+func TestEarlierRotationDoesNotUndoALaterOne(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.mojo.set(func(s *standIn) { s.latency = 10 * time.Second })
+		earlier := make(chan *logical.Response, 1)
+		go func() { earlier <- m.do(logical.UpdateOperation, "rotate-role/app", nil) }()
+		time.Sleep(time.Second)
+		m.mojo.set(func(s *standIn) { s.latency = time.Second })
+		later := m.do(logical.UpdateOperation, "rotate-role/app", nil)
+		m.wantToken("app", 2)
+		if got := <-earlier; !reflect.DeepEqual(got.Data, later.Data) {
+			t.Errorf("the earlier rotation answers %v, want what the later one did: %v", got.Data, later.Data)
+		}
+		m.wantToken("app", 2)
+		m.wantMints(2)
+	})
+}
+
+func TestRotateRoleKeepsTheTokenWhenTheNewOneIsOver(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		stored := m.storedRole("app")
+		m.mojo.set(func(s *standIn) { s.latency = 4 * time.Second })
+		done := make(chan error, 1)
+		go func() {
+			_, err := m.request(logical.UpdateOperation, "rotate-role/app", nil)
+			done <- err
+		}()
+		time.Sleep(time.Second)
+		m.write("roles/app", map[string]any{"max_ttl": "2s"})
+		wantStatus(t, <-done, http.StatusBadGateway, `role "app"`, "was over when it arrived", "Check max_ttl")
+		if got := m.storedRole("app"); got.TokenGeneration != stored.TokenGeneration {
+			t.Error("the older tokens were dropped")
+		}
+		m.write("roles/app", map[string]any{"max_ttl": "1h"})
+		m.wantToken("app", 1)
+	})
+}
 
 // Who rotates a token does not read it. Whether it is renewed is decided by whether
 // somebody reads the role.
