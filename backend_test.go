@@ -14,6 +14,8 @@ import (
 	"go.uber.org/goleak"
 )
 
+// What holds for a mount as a whole.
+
 func TestMain(m *testing.M) {
 	// Started by an import of the SDK, once for the process.
 	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"))

@@ -19,6 +19,8 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
+// What a failed mint holds up, for whom, and for how long.
+
 func TestFailureOfClientOrServerBacksOffTheConfig(t *testing.T) {
 	for _, failure := range []*mintError{
 		{class: classClientRefused, status: 401, oauthError: "invalid_client"},
@@ -179,17 +181,24 @@ func TestColdReaderWaitsForTheProbe(t *testing.T) {
 
 // What keeps a client from being made is told as it is, and tried again.
 func TestClientThatCannotBeMadeIsToldAndTriedAgain(t *testing.T) {
-	bubble(t, func(m *testMount) {
-		m.configure("app", nil)
+	synctest.Test(t, func(t *testing.T) {
 		broken := errors.New("no certificate authorities")
-		m.tokens.newClient = func(*configEntry) (minter, error) { return nil, broken }
+		fails := true
+		mojo := &standIn{lifetime: time.Hour}
+		m := newTestMountWith(t, mojo, func(config *configEntry) (minter, error) {
+			if fails {
+				return nil, broken
+			}
+			return mojo.client(config)
+		})
+		m.configure("app", nil)
 		if got := m.creds("app", nil); !errors.Is(got.err, broken) {
 			t.Errorf("got %v, want the reason", got.err)
 		}
 		if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); !errors.Is(err, broken) {
 			t.Errorf("rotating: got %v, want the reason", err)
 		}
-		m.tokens.newClient = m.mojo.client
+		fails = false
 		m.write("config", map[string]any{"verify_connection": false})
 		m.wantToken("app", 1)
 	})
@@ -269,8 +278,8 @@ func TestFailedMintsAreForgottenWhenNobodyReads(t *testing.T) {
 			m.creds("app", map[string]any{"scopes": "a"})
 			time.Sleep(time.Hour)
 			synctest.Wait()
-			if slots, narrowed := len(m.tokens.slots), m.tokens.narrowed.Len(); slots != 0 || narrowed != 0 {
-				t.Errorf("after %s: %d and %d slots are held, want none", failure.class, slots, narrowed)
+			if got := m.kept(); got.slots != 0 || got.narrowed != 0 {
+				t.Errorf("after %s: %+v is kept, want no slots", failure.class, got)
 			}
 		})
 	}

@@ -18,6 +18,9 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
+// What writes of roles and configs, here and on other nodes, do to tokens that are
+// held and to readers who wait.
+
 func TestRoleWriteDropsTokensOnlyWhenItAsksForOthers(t *testing.T) {
 	fields := map[string]any{"audience": "https://a/", "scopes": "a,b", "extra_params": map[string]any{"x": "y"}}
 	for _, c := range []struct {
@@ -64,7 +67,7 @@ func TestRoleWriteDropsTokensOnlyWhenItAsksForOthers(t *testing.T) {
 			m.configure("app", fields)
 			m.wantToken("app", 1)
 			m.do(logical.DeleteOperation, "roles/app", nil)
-			if n := len(m.tokens.slots); n != 0 {
+			if n := m.kept().slots; n != 0 {
 				t.Errorf("%d slots are left", n)
 			}
 			m.write("roles/app", fields)
@@ -304,8 +307,8 @@ func TestTokensDroppedElsewhereAreFreed(t *testing.T) {
 				if got := m.read("status")["cached_tokens"]; got != int64(1) {
 					t.Errorf("%v tokens are counted, want 1", got)
 				}
-				if slots, narrowed := len(m.tokens.slots), m.tokens.narrowed.Len(); slots != 1 || narrowed != 0 {
-					t.Errorf("%d and %d slots are held, want 1 and none", slots, narrowed)
+				if got := m.kept(); got.slots != 1 || got.narrowed != 0 {
+					t.Errorf("%+v is kept, want one slot", got)
 				}
 			})
 		})
@@ -325,7 +328,7 @@ func TestTokensDroppedElsewhereAreFreedAfterStorageFailed(t *testing.T) {
 		m.storage.fail.Store(nil)
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if n := len(m.tokens.slots); n != 0 {
+		if n := m.kept().slots; n != 0 {
 			t.Errorf("%d slots are left, want none", n)
 		}
 	})

@@ -13,6 +13,8 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
+// What the end of a mount ends, and how soon.
+
 func TestCloseEndsEverything(t *testing.T) {
 	bubble(t, func(m *testMount) { // which fails if a goroutine is left
 		m.configure("app", map[string]any{"scopes": "a,b"})

@@ -443,9 +443,13 @@ func (m *testMount) elsewhere(do func(other *testMount), keys ...string) {
 // storedRole is the role as storage has it.
 func (m *testMount) storedRole(name string) roleEntry {
 	m.t.Helper()
-	role, err := m.roles.load(context.Background(), m.storage, name)
-	if err != nil || role == nil {
-		m.t.Fatalf("loading role %s: %v, %v", name, role, err)
+	stored, err := m.storage.Storage.Get(context.Background(), rolePrefix+name)
+	if err != nil || stored == nil {
+		m.t.Fatalf("loading role %s: %v, %v", name, stored, err)
 	}
-	return role.entry
+	var role roleEntry
+	if err := stored.DecodeJSON(&role); err != nil {
+		m.t.Fatal(err)
+	}
+	return role
 }

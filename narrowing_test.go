@@ -18,6 +18,9 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
+// Reads of fewer scopes than the role's: what one caller may cause by going through
+// them.
+
 const (
 	narrowedOfARole  = 128  // tokens for narrowed scopes that a role holds at most
 	narrowedOfAMount = 1024 // and a mount
@@ -57,7 +60,7 @@ func TestNarrowedScopesHaveATokenForEachSet(t *testing.T) {
 		m.creds("app", map[string]any{"scopes": "a,b"})
 		m.wantMints(3)
 		m.do(logical.DeleteOperation, "roles/app", nil)
-		if n := m.tokens.narrowed.Len(); n != 0 {
+		if n := m.kept().narrowed; n != 0 {
 			t.Errorf("%d narrowed slots are left of a deleted role", n)
 		}
 	})
@@ -65,31 +68,22 @@ func TestNarrowedScopesHaveATokenForEachSet(t *testing.T) {
 
 func TestNarrowedScopesAreBounded(t *testing.T) {
 	bubble(t, func(m *testMount) {
-		var scopes []string
-		for i := range 12 {
-			scopes = append(scopes, fmt.Sprintf("s%d", i))
-		}
+		scopes := manyScopes(12)
 		m.configure("app", map[string]any{"scopes": scopes})
-		for set := 1; set < 1<<12-1; set++ {
-			var some []string
-			for i, scope := range scopes {
-				if set&(1<<i) != 0 {
-					some = append(some, scope)
-				}
-			}
+		for _, some := range subsets(scopes, 1<<12) {
 			if got := m.creds("app", map[string]any{"scopes": some}); got.err != nil {
-				t.Fatal(got.err)
+				m.t.Fatal(got.err)
 			}
 		}
-		if n := m.tokens.narrowed.Len(); n != maxNarrowed {
-			t.Errorf("%d narrowed tokens are held, want %d", n, maxNarrowed)
+		if n := m.kept().narrowed; n != narrowedOfARole {
+			t.Errorf("%d narrowed tokens are held, want %d", n, narrowedOfARole)
 		}
 		// What was evicted is not minted ahead.
 		n := m.mojo.mints.Load()
 		time.Sleep(46 * time.Minute)
 		synctest.Wait()
-		if got := m.mojo.mints.Load() - n; got > maxNarrowed {
-			t.Errorf("%d tokens were minted ahead, want at most %d", got, maxNarrowed)
+		if got := m.mojo.mints.Load() - n; got > narrowedOfARole {
+			t.Errorf("%d tokens were minted ahead, want at most %d", got, narrowedOfARole)
 		}
 	})
 }

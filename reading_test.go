@@ -18,6 +18,9 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
+// What a read of creds gets: which token, how long it may take, and what it is told
+// when there is none.
+
 func TestCredsAnswerHasEveryKey(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"scopes": "b,a"})
@@ -416,13 +419,13 @@ func TestTokenWhoseLifeIsOverOnArrivalIsAnError(t *testing.T) {
 
 // Not in a bubble, where time stands still while somebody waits for a lock.
 func TestManyColdReadersCauseOneClient(t *testing.T) {
-	m := newTestMount(t)
 	var made atomic.Int64
-	m.tokens.newClient = func(config *configEntry) (minter, error) {
+	mojo := &standIn{lifetime: time.Hour}
+	m := newTestMountWith(t, mojo, func(config *configEntry) (minter, error) {
 		made.Add(1)
 		time.Sleep(10 * time.Millisecond) // as asking Vault for its version takes
-		return m.mojo.client(config)
-	}
+		return mojo.client(config)
+	})
 	m.write("config", testConfig(nil))
 	var wg sync.WaitGroup
 	for i := range 20 {

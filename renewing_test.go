@@ -11,6 +11,8 @@ import (
 	"time"
 )
 
+// When the engine mints the next token of a role, and which of two tokens stays.
+
 func TestTokenInUseIsRenewedBeforeItIsAskedFor(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
@@ -40,7 +42,7 @@ func TestIdleRoleLapses(t *testing.T) {
 		time.Sleep(48 * time.Hour)
 		synctest.Wait()
 		m.wantMints(2)
-		if n := len(m.tokens.slots); n != 0 {
+		if n := m.kept().slots; n != 0 {
 			t.Errorf("%d slots are left of an idle role, want none", n)
 		}
 		m.wantToken("app", 3)

@@ -19,6 +19,8 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
+// What rotate-role replaces, and what it leaves.
+
 func TestRotateRole(t *testing.T) {
 	rotate := func(m *testMount) (*logical.Response, error) {
 		return m.request(logical.UpdateOperation, "rotate-role/app", nil)
