@@ -179,8 +179,8 @@ func TestColdReaderWaitsForTheProbe(t *testing.T) {
 	})
 }
 
-// What keeps a client from being made is told as it is, and tried again.
-func TestClientThatCannotBeMadeIsToldAndTriedAgain(t *testing.T) {
+// What keeps a client from being made is in the error, and tried again after a write.
+func TestClientThatCannotBeMadeIsTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		broken := errors.New("no certificate authorities")
 		fails := true
@@ -192,10 +192,10 @@ func TestClientThatCannotBeMadeIsToldAndTriedAgain(t *testing.T) {
 			return mojo.client(config)
 		})
 		m.configure("app", nil)
-		if got := m.creds("app", nil); !errors.Is(got.err, broken) {
+		if got := m.creds("app", nil); got.err == nil || !strings.Contains(got.err.Error(), broken.Error()) {
 			t.Errorf("got %v, want the reason", got.err)
 		}
-		if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); !errors.Is(err, broken) {
+		if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); err == nil || !strings.Contains(err.Error(), broken.Error()) {
 			t.Errorf("rotating: got %v, want the reason", err)
 		}
 		fails = false

@@ -81,6 +81,7 @@ func TestClosingWaitsFiveSecondsAtMost(t *testing.T) {
 					t.Error("closing has not ended after an hour, want it within 5s")
 				}
 				if name == "a renewal" {
+					<-answered
 					return
 				}
 				select {

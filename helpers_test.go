@@ -262,12 +262,17 @@ func (m *testMount) kept() kept {
 	m.telemetry.mu.Unlock()
 	m.tokens.mu.RLock()
 	defer m.tokens.mu.RUnlock()
-	return kept{
-		slots:     len(m.tokens.slots),
-		narrowed:  m.tokens.narrowed.mount.Len(),
-		upstreams: len(m.tokens.applications),
-		accounts:  accounts,
+	k := kept{upstreams: len(m.tokens.upstreams), accounts: accounts}
+	for _, of := range m.tokens.slots {
+		for key := range of {
+			if key.narrowed == "" {
+				k.slots++
+			} else {
+				k.narrowed++
+			}
+		}
 	}
+	return k
 }
 
 // patiently is a read that gives up after an hour, and how long it took.

@@ -274,9 +274,8 @@ func TestStatusTotalsOutliveTheirConfigs(t *testing.T) {
 	})
 }
 
-// Names are listed first and counted after: a config that is written in between is
-// not among them, and must not lose its account.
-func TestAccountOfANewConfigStays(t *testing.T) {
+// An account is kept as long as its config, whoever asks.
+func TestAccountOfAConfigEndsWithIt(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -286,11 +285,10 @@ func TestAccountOfANewConfigStays(t *testing.T) {
 		if got := m.telemetry.snapshot([]string{"default"})["default"].results[resultOK]; got != 1 {
 			t.Errorf("%d mints are counted, want 1", got)
 		}
-		// Deleted on another node: nobody tells.
-		time.Sleep(time.Hour)
-		m.telemetry.snapshot(nil)
-		if n := len(m.telemetry.configs); n != 0 {
-			t.Errorf("%d accounts are kept of configs that are gone", n)
+		m.elsewhere(func(other *testMount) { other.do(logical.DeleteOperation, "config", nil) }, "config/default")
+		synctest.Wait()
+		if got := m.kept().accounts; got != 0 {
+			t.Errorf("%d accounts are kept of configs that are gone", got)
 		}
 	})
 }

@@ -296,7 +296,7 @@ func (b *backend) tokenResponse(sp *spec, minTTL time.Duration, answer *served) 
 		resp.AddWarning(fmt.Sprintf("The token has %s left, and MojoAuth returns the same one when asked for another.", answer.left.Round(time.Second)))
 	}
 	if answer.assumed {
-		resp.AddWarning(fmt.Sprintf("MojoAuth reported no lifetime; assuming %s. Set max_ttl of role %q to the lifetime of its tokens.", assumedLifetime, sp.role.name))
+		resp.AddWarning(fmt.Sprintf("MojoAuth reported no lifetime; assuming %dm. Set max_ttl of role %q to the lifetime of its tokens.", assumedLifetime/time.Minute, sp.role.name))
 	} else if answer.schedule.lifetime < shortestKeepable {
 		resp.AddWarning(fmt.Sprintf("The token's lifetime is %s: no reader can keep up with that. Have MojoAuth issue tokens that live longer, or raise max_ttl of role %q.", answer.schedule.lifetime, sp.role.name))
 	}

@@ -236,7 +236,7 @@ func TestLifetimeNobodyTellsIsAssumedWithAWarning(t *testing.T) {
 		m.mojo.set(func(s *standIn) { s.lifetime = 0 })
 		m.configure("app", nil)
 		resp := m.do(logical.ReadOperation, "creds/app", nil)
-		if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "5m0s is assumed. Set max_ttl") {
+		if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "assuming 5m. Set max_ttl") {
 			t.Errorf("got the warnings %q", resp.Warnings)
 		}
 		if got, want := resp.Data["expires_at_seconds"], time.Now().Add(5*time.Minute).Unix(); got != want {
@@ -256,7 +256,7 @@ func TestNarrowerGrantIsAWarning(t *testing.T) {
 		m.mojo.set(func(s *standIn) { s.grant = "a" })
 		m.configure("app", map[string]any{"scopes": "a,b"})
 		resp := m.do(logical.ReadOperation, "creds/app", nil)
-		if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "without b") {
+		if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "b missing") {
 			t.Errorf("got the warnings %q", resp.Warnings)
 		}
 		if resp := m.do(logical.ReadOperation, "creds/app", map[string]any{"scopes": "a"}); len(resp.Warnings) != 0 {
@@ -403,12 +403,12 @@ func TestTTLSpreadsReaders(t *testing.T) {
 	})
 }
 
-func TestTokenWhoseLifeIsOverOnArrivalIsAnError(t *testing.T) {
+func TestTokenThatHasExpiredOnArrivalIsAnError(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"max_ttl": "1s"})
 		m.mojo.set(func(s *standIn) { s.latency = 1500 * time.Millisecond })
 		for range 5 {
-			wantStatus(t, m.creds("app", nil).err, http.StatusBadGateway, "was over when it arrived", "Check max_ttl")
+			wantStatus(t, m.creds("app", nil).err, http.StatusBadGateway, "had expired when it arrived", "Check max_ttl")
 		}
 		m.wantMints(1) // and a back-off
 		time.Sleep(5 * time.Second)

@@ -114,7 +114,7 @@ func TestRotateRole(t *testing.T) {
 			go func() { resp, _ := rotate(m); done <- resp }()
 			time.Sleep(time.Second)
 			m.write("roles/app", map[string]any{"audience": "x"})
-			if resp := <-done; !resp.IsError() || !strings.Contains(resp.Error().Error(), "was changed while") {
+			if resp := <-done; !resp.IsError() || !strings.Contains(resp.Error().Error(), "was written while") {
 				t.Errorf("got %v", resp)
 			}
 		})
@@ -166,7 +166,7 @@ func TestRotateRoleKeepsTheTokenWhenTheNewOneIsOver(t *testing.T) {
 		}()
 		time.Sleep(time.Second)
 		m.write("roles/app", map[string]any{"max_ttl": "2s"})
-		wantStatus(t, <-done, http.StatusBadGateway, `role "app"`, "was over when it arrived", "Check max_ttl")
+		wantStatus(t, <-done, http.StatusBadGateway, `role "app"`, "had expired when it arrived", "Check max_ttl")
 		if got := m.storedRole("app"); got.TokenGeneration != stored.TokenGeneration {
 			t.Error("the older tokens were dropped")
 		}
