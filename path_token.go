@@ -38,7 +38,7 @@ func (b *backend) pathCreds() []*framework.Path {
 			},
 			Fields: map[string]*framework.FieldSchema{
 				"role": {
-					Type:        framework.TypeLowerCaseString,
+					Type:        framework.TypeString,
 					Required:    true,
 					Description: "Name of the role to read an access token of.",
 				},
@@ -84,7 +84,7 @@ func (b *backend) pathRotateRole() []*framework.Path {
 			},
 			Fields: map[string]*framework.FieldSchema{
 				"role": {
-					Type:        framework.TypeLowerCaseString,
+					Type:        framework.TypeString,
 					Required:    true,
 					Description: "Name of the role whose token is to be replaced.",
 				},
@@ -231,11 +231,12 @@ func narrow(g *grant, d *framework.FieldData) (minTTL time.Duration, problem str
 	if !ok {
 		return minTTL, ""
 	}
-	asked := splitScopes(sent.([]string))
-	for _, scope := range asked {
-		if !slices.Contains(g.role.entry.Scopes, scope) {
-			return 0, fmt.Sprintf("scopes holds %q, which role %q does not have: ask for some of %q, or for none to get all", scope, g.role.name, g.role.entry.Scopes)
-		}
+	asked, err := parseScopes(sent.([]string))
+	if err != nil {
+		return 0, err.Error()
+	}
+	if outside, ok := subsetOf(g.role.entry.Scopes, asked); !ok {
+		return 0, fmt.Sprintf("scopes holds %q, which role %q does not have: ask for some of %q, or for none to get all", outside, g.role.name, g.role.entry.Scopes)
 	}
 	if len(asked) == 0 || len(asked) == len(g.role.entry.Scopes) {
 		return minTTL, "" // all of them, since neither holds one twice
