@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strconv"
 	"strings"
@@ -453,6 +454,8 @@ func validateTokenURL(raw string) error {
 		return errors.New("token_url is not a full URL: send one without spaces, " + example)
 	}
 	switch {
+	case !isHost(u):
+		return errors.New("token_url has a host that is neither a name (letters, digits, -, _ and dots) nor an IP address: send the token endpoint's, " + example)
 	case u.User != nil:
 		return errors.New("token_url holds user information before an @: send it without; credentials belong in client_id and client_secret")
 	case strings.Contains(raw, "#"):
@@ -470,6 +473,18 @@ func validateTokenURL(raw string) error {
 		}
 	}
 	return nil
+}
+
+// isHost tells whether a URL's host is a name or an IP address. url.Parse also takes
+// hosts that nothing can be dialed at.
+func isHost(u *url.URL) bool {
+	if strings.HasPrefix(u.Host, "[") {
+		ip, err := netip.ParseAddr(u.Hostname())
+		return err == nil && ip.Is6() && ip.Zone() == ""
+	}
+	return !strings.ContainsFunc(u.Hostname(), func(r rune) bool {
+		return (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && r != '-' && r != '_' && r != '.'
+	})
 }
 
 func isLoopback(host string) bool {

@@ -26,7 +26,7 @@ func FuzzTokenURL(f *testing.F) {
 		"http://localhost:8080/", "http://[::1]:80", "http://127.0.0.1@evil.test/", "http://localhost%00.evil.test/",
 		"https://a:b@c/", "https://c/#", "https:/c", "https:c", "//c", "HTTPS://C:443/", "https://c:0/", "https://c:99999/",
 		"https://[::ffff:127.0.0.1]/", "http://[::ffff:127.0.0.1%25eth0]/", "https://\u212b/", "https://c\\@d/",
-		"https://log\u0130n.test/", "https://log%C4%B0n.test/", "http://localho\u017ft/", "https://c\u3002d/", "https://xn--c/",
+		"https://log\u0130n.test/", "https://log%C4%B0n.test/", "http://localho\u017ft/", "https://c\u3002d/", "https://xn--c/", "https://]", "https://[c]/", "https://c.:/",
 	} {
 		f.Add(seed)
 	}
