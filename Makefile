@@ -102,8 +102,10 @@ release-snapshot: $(GORELEASER) bin/sbom ## Make a release in dist/ and publish 
 	$(GORELEASER) check
 	@VERSION=$(VERSION) GPG_FINGERPRINT=$(GPG_FINGERPRINT) scripts/release.sh snapshot
 
-release: $(GORELEASER) bin/sbom ## Publish the tag that is checked out, as a draft; needs GITHUB_TOKEN, GPG_FINGERPRINT
-	@scripts/release.sh publish
+release: $(GORELEASER) bin/sbom ## Make TAG a release, as a draft; needs gh, GITHUB_TOKEN, GPG_FINGERPRINT
+	@GITHUB_TOKEN= GPG_FINGERPRINT= scripts/release.sh build "$(TAG)"
+	@GITHUB_TOKEN= scripts/release.sh sign "$(TAG)"
+	@scripts/release.sh publish "$(TAG)"
 
 clean: ## Remove what was built
 	rm -rf bin dist

@@ -92,7 +92,7 @@ func TestConfigWriteDropsTokensOnlyOfAnotherClient(t *testing.T) {
 		{"auth method", map[string]any{"token_endpoint_auth_method": "client_secret_basic"}, false},
 		{"max_retries", map[string]any{"max_retries": 5}, false},
 		{"client_id", map[string]any{"client_id": "other"}, true},
-		{"token_url", map[string]any{"token_url": "https://project.auth.mojoauth.test/oauth2/token?env=test"}, true},
+		{"token_url", map[string]any{"token_url": "https://project.auth.mojoauth.test/oauth2/token?env=test", "client_secret": canary}, true},
 	} {
 		c.write["verify_connection"] = false
 		want := int64(1)

@@ -76,6 +76,9 @@ func TestNullCountsAsNotSent(t *testing.T) {
 		m.write(path, fields)
 		before := m.read(path)
 		for field := range fields {
+			if field == "client_secret" || field == "verify_connection" {
+				continue // of these by themselves, below
+			}
 			data := map[string]any{field: nil, "verify_connection": false}
 			m.write(path, data)
 			if after := m.read(path); !reflect.DeepEqual(after, before) {
@@ -99,5 +102,53 @@ func TestNullCountsAsNotSent(t *testing.T) {
 	}
 	if got := m.creds("app", map[string]any{"scopes": nil, "min_ttl": nil}); got.err != nil {
 		t.Errorf("a read with null for its fields: %v", got.err)
+	}
+}
+
+// A policy that requires client_secret is satisfied by a null, for Vault sees a
+// parameter that was sent. If it counted as not sent, the stored secret would go on.
+func TestNullForTheSecretIsRefused(t *testing.T) {
+	m := newTestMount(t)
+	for _, path := range []string{"config", "config/new"} {
+		for range 2 { // a create, then an update
+			text := m.refused(logical.UpdateOperation, path, testConfig(map[string]any{"client_secret": nil}))
+			if !strings.Contains(text, "client_secret is null") || !strings.Contains(text, "leave it out") {
+				t.Errorf("%s: got %q, want why and the remedy", path, text)
+			}
+			m.write(path, testConfig(nil))
+		}
+	}
+}
+
+// Null is no way to save without asking MojoAuth.
+func TestNullForVerifyConnectionVerifies(t *testing.T) {
+	m := newTestMount(t)
+	for _, path := range []string{"config", "config", "config/new"} {
+		asked := m.mojo.mints.Load()
+		m.write(path, testConfig(map[string]any{"verify_connection": nil}))
+		if got := m.mojo.mints.Load() - asked; got != 1 {
+			t.Errorf("%s: MojoAuth was asked %d times, want once", path, got)
+		}
+	}
+}
+
+// Policies decide before fields are looked at: what a field holds is no business of
+// the existence check, which comes before them and whose errors Vault logs.
+func TestExistenceCheckReadsNoFields(t *testing.T) {
+	m := newTestMount(t)
+	m.configure("app", nil)
+	for path, exists := range map[string]bool{"config": true, "config/other": false, "roles/app": true, "roles/other": false} {
+		for _, data := range []map[string]any{
+			{"client_secret": nil, "verify_connection": nil},
+			{"client_secret": []any{canary}, "scopes": map[string]any{"x": canary}, "name": "other"},
+			{"scopes": strings.Repeat(",", 1<<20), "client_secret": strings.Repeat("x", 1<<20)},
+		} {
+			checked, got, err := m.HandleExistenceCheck(t.Context(), &logical.Request{
+				Operation: logical.UpdateOperation, Path: path, Data: data, Storage: m.storage,
+			})
+			if !checked || got != exists || err != nil {
+				t.Errorf("%s: got %v, %v, %v; want true, %v and no error", path, checked, got, err, exists)
+			}
+		}
 	}
 }

@@ -12,10 +12,12 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -60,9 +62,9 @@ type configEntry struct {
 func (b *backend) pathConfig() []*framework.Path {
 	named := map[string]*framework.FieldSchema{
 		"name": {
-			Type:        framework.TypeLowerCaseString,
+			Type:        framework.TypeString,
 			Required:    true,
-			Description: `Name of the config, as roles name it in their field "config".`,
+			Description: `Name of the config, in lower case, as roles name it in their field "config".`,
 		},
 	}
 	for name, schema := range configFields() {
@@ -116,19 +118,21 @@ func configFields() map[string]*framework.FieldSchema {
 			Type: framework.TypeString,
 			Description: `URL of the token endpoint, for example
 https://your-app.mojoauth.com/oauth2/token. A query string such as ?env=test is
-kept. It must be https; http only for a loopback host. Required. To change its
-scheme, host or port, send client_secret again.`,
+kept. It must be https; http only for a loopback host. Its host is in ASCII: send
+the xn-- form of another. Required. At most 2 KiB. To change it, send client_secret
+in the same request.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Token URL"},
 		},
 		"client_id": {
 			Type:         framework.TypeString,
-			Description:  "Client ID of the MojoAuth machine-to-machine application. Required.",
+			Description:  "Client ID of the MojoAuth machine-to-machine application. Required. At most 1 KiB.",
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Client ID"},
 		},
 		"client_secret": {
 			Type: framework.TypeString,
-			Description: `Client secret of the application. Required. It is stored in Vault and never
-returned. When it is not sent, an update keeps it. One line end after it is cut off.`,
+			Description: `Client secret of the application. Required. At most 4 KiB. It is stored in Vault
+and never returned. When it is not sent, an update keeps it; null is refused. One
+line end after it is cut off.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Client secret", Sensitive: true},
 		},
 		"token_endpoint_auth_method": {
@@ -143,7 +147,7 @@ client_secret_basic (in the Authorization header).`,
 			Type: framework.TypeString,
 			Description: `PEM certificates of authorities to trust for this endpoint, in addition to
 the system's. Send an empty value to remove them. Verification cannot be
-switched off.`,
+switched off. At most 64 KiB. To change it, send client_secret in the same request.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "CA certificate", EditType: "file"},
 		},
 		"request_timeout": {
@@ -339,8 +343,16 @@ func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, 
 	if err := config.validate(); err != nil {
 		return nil, err
 	}
-	if old != nil && !secretSent && !sameOrigin(old.entry.TokenURL, config.TokenURL) {
-		return nil, errors.New("token_url moves to another scheme, host or port: send client_secret again, so that only who knows it can have it sent there")
+	if old != nil && !secretSent {
+		// Compared as they are: two spellings of one host may turn out to be two.
+		for _, field := range []struct{ name, was, becomes string }{
+			{"token_url", old.entry.TokenURL, config.TokenURL},
+			{"ca_cert", old.entry.CACert, config.CACert},
+		} {
+			if field.was != field.becomes {
+				return nil, fmt.Errorf("%s changes: send client_secret in the same request, so someone who doesn't know the secret can't redirect it", field.name)
+			}
+		}
 	}
 	if old == nil || old.entry.TokenURL != config.TokenURL || old.entry.ClientID != config.ClientID {
 		config.TokenGeneration = rand.Text()
@@ -358,6 +370,16 @@ func cutLineEnd(text string) string {
 
 // validate checks the whole config.
 func (c *configEntry) validate() error {
+	for _, field := range []struct{ name, value string }{
+		{"token_url", c.TokenURL},
+		{"client_id", c.ClientID},
+		{"client_secret", c.ClientSecret},
+		{"ca_cert", c.CACert},
+	} {
+		if err := checkText(field.name, field.value); err != nil {
+			return err
+		}
+	}
 	if err := validateTokenURL(c.TokenURL); err != nil {
 		return err
 	}
@@ -398,11 +420,16 @@ func validateTokenURL(raw string) error {
 	if raw == "" {
 		return errors.New("token_url is required: send the token endpoint's full URL, " + example)
 	}
+	if strings.ContainsFunc(hostIn(raw), func(r rune) bool { return r >= utf8.RuneSelf || r == '%' }) {
+		return errors.New("token_url has a host that is not plain ASCII: send the host's ASCII form, in which each label beyond ASCII begins with xn--, and nothing percent-encoded")
+	}
 	u, err := url.Parse(raw)
 	if err != nil || u.Hostname() == "" || u.Opaque != "" || strings.ContainsFunc(raw, func(r rune) bool { return r == ' ' || isControl(r) }) {
 		return errors.New("token_url is not a full URL: send one without spaces, " + example)
 	}
 	switch {
+	case !isHost(u):
+		return errors.New("token_url has a host that is neither a name (letters, digits, -, _ and dots) nor an IP address: send the token endpoint's, " + example)
 	case u.User != nil:
 		return errors.New("token_url holds user information before an @: send it without; credentials belong in client_id and client_secret")
 	case strings.Contains(raw, "#"):
@@ -422,6 +449,18 @@ func validateTokenURL(raw string) error {
 	return nil
 }
 
+// isHost tells whether a URL's host is a name or an IP address. url.Parse also takes
+// hosts that nothing can be dialed at.
+func isHost(u *url.URL) bool {
+	if strings.HasPrefix(u.Host, "[") {
+		ip, err := netip.ParseAddr(u.Hostname())
+		return err == nil && ip.Is6() && ip.Zone() == ""
+	}
+	return !strings.ContainsFunc(u.Hostname(), func(r rune) bool {
+		return (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && r != '-' && r != '_' && r != '.'
+	})
+}
+
 func isLoopback(host string) bool {
 	if strings.EqualFold(host, "localhost") {
 		return true
@@ -430,19 +469,14 @@ func isLoopback(host string) bool {
 	return ip != nil && ip.IsLoopback()
 }
 
-// sameOrigin compares scheme, host and port (RFC 6454 §4) of two valid URLs.
-func sameOrigin(a, b string) bool { return origin(a) == origin(b) }
-
-func origin(raw string) string {
-	u, err := url.Parse(raw)
-	if err != nil {
-		return raw
+// hostIn is the host of a URL, with its port, as it is written there: url.Parse
+// decodes it.
+func hostIn(raw string) string {
+	_, host, _ := strings.Cut(raw, "//")
+	if end := strings.IndexAny(host, "/?#"); end >= 0 {
+		host = host[:end]
 	}
-	port := u.Port()
-	if port == "" {
-		port = map[string]string{"https": "443", "http": "80"}[u.Scheme]
-	}
-	return u.Scheme + "://" + net.JoinHostPort(strings.ToLower(u.Hostname()), port)
+	return host[strings.LastIndexByte(host, '@')+1:]
 }
 
 func validateCACert(bundle string) error {

@@ -5,9 +5,15 @@ package mojoauth
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"maps"
+	"math/big"
 	"reflect"
 	"slices"
 	"strings"
@@ -39,7 +45,7 @@ func TestConfigRoundTrip(t *testing.T) {
 	if got := m.read("config/default"); !maps.Equal(got, want) {
 		t.Errorf("bare config is not config/default: got %v", got)
 	}
-	m.write("config/Other", testConfig(nil))
+	m.write("config/other", testConfig(nil))
 	if got, want := m.do(logical.ListOperation, "config/", nil).Data["keys"], []string{"default", "other"}; !slices.Equal(got.([]string), want) {
 		t.Errorf("list: got %v, want %v", got, want)
 	}
@@ -92,6 +98,10 @@ func TestConfigRefusesBadFields(t *testing.T) {
 		{"opaque", "token_url", "https:mojoauth.test", "token_url is not a full URL"},
 		{"space", "token_url", "https://mojoauth.test/to ken", "token_url is not a full URL"},
 		{"line end", "token_url", "https://mojoauth.test/token\n", "token_url is not a full URL"},
+		{"bracket for a host", "token_url", "https://]/", "token_url has a host that is neither"},
+		{"brackets around a name", "token_url", "https://[mojoauth.test]/", "token_url is not a full URL"},
+		{"quote in the host", "token_url", `https://mojo"auth.test/`, "token_url has a host that is neither"},
+		{"comma in the host", "token_url", "https://a.test,b.test/", "token_url has a host that is neither"},
 		{"http", "token_url", "http://mojoauth.test/token", "send an https URL"},
 		{"http that looks like loopback", "token_url", "http://localhost.mojoauth.test/", "send an https URL"},
 		{"scheme", "token_url", "ftp://mojoauth.test/token", `scheme "ftp"`},
@@ -167,32 +177,92 @@ func TestConfigAcceptsURLs(t *testing.T) {
 	}
 }
 
-func TestConfigChangedOriginNeedsSecret(t *testing.T) {
+// Someone who does not know the client secret cannot have it sent anywhere else, nor
+// have Vault believe another server.
+func TestSecretIsNotRedirectedByWhoDoesNotSendIt(t *testing.T) {
 	const old = "https://project.auth.mojoauth.test/oauth2/token"
-	for moved, refused := range map[string]bool{
-		"https://evil.test/oauth2/token":                       true,
-		"https://project.auth.mojoauth.test:8443/oauth2/token": true,
-		"http://127.0.0.1/oauth2/token":                        true,
-		"https://project.auth.mojoauth.test./oauth2/token":     true,
-		"https://project.auth.mojoauth.test:443/oauth2/token":  false,
-		"https://PROJECT.auth.mojoauth.test/oauth2/token":      false,
-		"https://project.auth.mojoauth.test/v2/token?env=test": false,
+	certificates := testCertificates(t, 2)
+	cases := []struct {
+		name    string
+		before  string // the ca_cert that is there
+		change  map[string]any
+		refused string // the field that needs the secret, "" when none does
+	}{
+		{"host", "", map[string]any{"token_url": "https://evil.test/oauth2/token"}, "token_url"},
+		{"host that looks the same", "", map[string]any{"token_url": "https://project.auth.mojoauth.test./oauth2/token"}, "token_url"},
+		{"port", "", map[string]any{"token_url": "https://project.auth.mojoauth.test:8443/oauth2/token"}, "token_url"},
+		{"default port", "", map[string]any{"token_url": "https://project.auth.mojoauth.test:443/oauth2/token"}, "token_url"},
+		{"scheme", "", map[string]any{"token_url": "http://127.0.0.1/oauth2/token"}, "token_url"},
+		{"case of the host", "", map[string]any{"token_url": "https://PROJECT.auth.mojoauth.test/oauth2/token"}, "token_url"},
+		{"path", "", map[string]any{"token_url": "https://project.auth.mojoauth.test/v2/token"}, "token_url"},
+		{"query", "", map[string]any{"token_url": old + "?env=test"}, "token_url"},
+		{"trust where there was none", "", map[string]any{"ca_cert": certificates[0]}, "ca_cert"},
+		{"other trust", certificates[0], map[string]any{"ca_cert": certificates[1]}, "ca_cert"},
+		{"more trust", certificates[0], map[string]any{"ca_cert": certificates[0] + certificates[1]}, "ca_cert"},
+		{"trust removed", certificates[0], map[string]any{"ca_cert": ""}, "ca_cert"},
+		{"secret sent as null", "", map[string]any{"token_url": "https://evil.test/", "client_secret": nil}, "client_secret"},
+		{"secret sent empty", "", map[string]any{"token_url": "https://evil.test/", "client_secret": ""}, "client_secret"},
+		{"same URL", "", map[string]any{"token_url": old}, ""},
+		{"same trust", certificates[0], map[string]any{"ca_cert": certificates[0]}, ""},
+		{"same trust with white space around", certificates[0], map[string]any{"ca_cert": "\n" + certificates[0] + "\n\n"}, ""},
+		{"no trust again", "", map[string]any{"ca_cert": ""}, ""},
+		{"both again", certificates[0], map[string]any{"token_url": old, "ca_cert": certificates[0]}, ""},
+		{"null for both", certificates[0], map[string]any{"token_url": nil, "ca_cert": nil}, ""},
+		{"something else", certificates[0], map[string]any{"client_id": "other"}, ""},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			m := newTestMount(t)
+			m.write("config", testConfig(map[string]any{"token_url": old, "ca_cert": c.before}))
+			before := m.read("config")
+			c.change["verify_connection"] = false
+			if c.refused == "" {
+				m.write("config", c.change)
+				return
+			}
+			text := m.refused(logical.UpdateOperation, "config", c.change)
+			if !strings.Contains(text, c.refused+" ") || !strings.Contains(text, "client_secret") {
+				t.Errorf("got %q, want %s and the remedy", text, c.refused)
+			}
+			if got := m.read("config"); !maps.Equal(got, before) {
+				t.Errorf("it was saved all the same: got %v, was %v", got, before)
+			}
+			c.change["client_secret"] = canary
+			m.write("config", c.change)
+		})
+	}
+}
+
+// A host beyond ASCII has an ASCII form, and what looks like another host may not be
+// taken for it: the lower case of U+0130 is i, but https://log\u0130n.test leads to
+// xn--login-bgd.test.
+func TestTokenURLHasAnASCIIHost(t *testing.T) {
+	for _, u := range []string{
+		"https://log\u0130n.mojoauth.test/oauth2/token",
+		"https://log%C4%B0n.mojoauth.test/oauth2/token",
+		"https://m\u00fcnchen.test/",
+		"https://m%c3%bcnchen.test/",
+		"https://\u212b/",
+		"https://mojoauth\uff0etest/",
+		"http://localho\u017ft/",
+		"http://[::1%25\u00fc]/",
+		"https://mojoauth.test\u3002evil.test:443/",
+		"https://a%25b.test/",
+		"https://[fe80::1%25eth0]/",
 	} {
 		m := newTestMount(t)
-		m.write("config", testConfig(nil))
-		change := map[string]any{"token_url": moved, "verify_connection": false}
-		if !refused {
-			m.write("config", change)
-			continue
+		text := m.refused(logical.UpdateOperation, "config", testConfig(map[string]any{"token_url": u}))
+		if !strings.Contains(text, "token_url ") || !strings.Contains(text, "xn--") {
+			t.Errorf("%+q: got %q, want token_url and a word on xn--", u, text)
 		}
-		if text := m.refused(logical.UpdateOperation, "config", change); !strings.Contains(text, "send client_secret again") {
-			t.Errorf("%s: got %q, want the remedy", moved, text)
-		}
-		if got := m.read("config")["token_url"]; got != old {
-			t.Errorf("%s: saved all the same", moved)
-		}
-		change["client_secret"] = canary
-		m.write("config", change)
+	}
+	for _, u := range []string{
+		"https://xn--mnchen-3ya.test/",
+		"https://mojoauth.test/t\u00f6ken?q=\u00fc", // sent percent-encoded
+		"https://mojoauth.test/a%25b?c=%C4%B0",
+	} {
+		m := newTestMount(t)
+		m.write("config", testConfig(map[string]any{"token_url": u}))
 	}
 }
 
@@ -392,4 +462,23 @@ func TestConfigWritesAreForwarded(t *testing.T) {
 	if props := m.Route("creds/x").Operations[logical.ReadOperation].Properties(); props.ForwardPerformanceStandby || props.ForwardPerformanceSecondary {
 		t.Error("reads of creds are forwarded; they should be served where they arrive")
 	}
+}
+
+// testCertificates makes n certificates, each as PEM.
+func testCertificates(t testing.TB, n int) []string {
+	t.Helper()
+	var bundle []string
+	for i := range n {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		template := &x509.Certificate{SerialNumber: big.NewInt(int64(i + 1)), IsCA: true, BasicConstraintsValid: true}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bundle = append(bundle, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+	}
+	return bundle
 }

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -83,12 +82,12 @@ func (b *backend) pathRoles() []*framework.Path {
 func roleFields() map[string]*framework.FieldSchema {
 	return map[string]*framework.FieldSchema{
 		"name": {
-			Type:        framework.TypeLowerCaseString,
+			Type:        framework.TypeString,
 			Required:    true,
-			Description: "Name of the role; its tokens are read from creds/<name>.",
+			Description: "Name of the role, in lower case; its tokens are read from creds/<name>.",
 		},
 		"config": {
-			Type:    framework.TypeLowerCaseString,
+			Type:    framework.TypeString,
 			Default: defaultConfigName,
 			Description: `Name of the config whose application the tokens are for. It may be written
 after the role.`,
@@ -97,19 +96,20 @@ after the role.`,
 		"audience": {
 			Type: framework.TypeString,
 			Description: `Audience (the API) that tokens are asked for, sent to MojoAuth as it is. None is
-sent when it is empty.`,
+sent when it is empty. At most 2 KiB.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Audience"},
 		},
 		"scopes": {
 			Type: framework.TypeCommaStringSlice,
 			Description: `Scopes that tokens are asked for, separated by commas or spaces. Give a role no
-more than its readers need.`,
+more than its readers need. At most 100, and at most 4 KiB together.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Scopes"},
 		},
 		"extra_params": {
 			Type: framework.TypeKVPairs,
 			Description: `Further form fields to send to the token endpoint, as name=value. They are not
-secret: whoever may read the role sees them.`,
+secret: whoever may read the role sees them. At most 32, and at most 4 KiB
+together, names and values.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Extra parameters"},
 		},
 		"min_ttl": {
@@ -293,18 +293,25 @@ func mergeRole(old *held[roleEntry], d *framework.FieldData) (*roleEntry, error)
 	return &role, nil
 }
 
-// configNamePattern is what the path config/<name> accepts.
-var configNamePattern = regexp.MustCompile("^" + framework.GenericNameRegex("name") + "$")
-
 func (r *roleEntry) validate() error {
-	if !configNamePattern.MatchString(r.Config) {
-		return fmt.Errorf("config %q cannot be the name of a config: send letters, digits, _, - and dots, beginning and ending with a letter, a digit or _", r.Config)
+	if err := validateName("config", r.Config); err != nil {
+		return err
+	}
+	if err := checkText("audience", r.Audience); err != nil {
+		return err
 	}
 	if err := validateScopes(r.Scopes); err != nil {
 		return err
 	}
 	if strings.ContainsFunc(r.Audience, isControl) {
 		return errors.New("audience holds a control character, often the line end of a file it was read from: send it without")
+	}
+	size := 0
+	for name, value := range r.ExtraParams {
+		size += len(name) + len(value)
+	}
+	if err := boundOf("extra_params").exceeded("extra_params", size, len(r.ExtraParams)); err != nil {
+		return err
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.ExtraParams)) {
 		lower := strings.ToLower(name)
@@ -320,13 +327,21 @@ func (r *roleEntry) validate() error {
 	return nil
 }
 
+// parseScopes reads scopes as they were sent, by a role's writer or in a query.
+func parseScopes(sent []string) ([]string, error) {
+	scopes := splitScopes(sent)
+	return scopes, validateScopes(scopes)
+}
+
 // splitScopes takes scopes apart at commas and white space, and drops empty
 // ones and duplicates. The order is kept.
 func splitScopes(given []string) []string {
 	var scopes []string
+	seen := make(map[string]struct{})
 	for _, s := range given {
-		for _, scope := range strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' || r == '\t' || r == '\n' || r == '\r' }) {
-			if !slices.Contains(scopes, scope) {
+		for scope := range strings.FieldsFuncSeq(s, func(r rune) bool { return r == ',' || r == ' ' || r == '\t' || r == '\n' || r == '\r' }) {
+			if _, twice := seen[scope]; !twice {
+				seen[scope] = struct{}{}
 				scopes = append(scopes, scope)
 			}
 		}
@@ -334,8 +349,31 @@ func splitScopes(given []string) []string {
 	return scopes
 }
 
-// validateScopes checks the characters that a scope may have (RFC 6749 §3.3).
+// subsetOf tells whether all that are asked for are among the scopes. outside is the
+// first that is not.
+func subsetOf(scopes, asked []string) (outside string, ok bool) {
+	have := make(map[string]struct{}, len(scopes))
+	for _, scope := range scopes {
+		have[scope] = struct{}{}
+	}
+	for _, scope := range asked {
+		if _, ok := have[scope]; !ok {
+			return scope, false
+		}
+	}
+	return "", true
+}
+
+// validateScopes checks how many scopes there are, and the characters that one may
+// have (RFC 6749 §3.3).
 func validateScopes(scopes []string) error {
+	size := 0
+	for _, scope := range scopes {
+		size += len(scope)
+	}
+	if err := boundOf("scopes").exceeded("scopes", size, len(scopes)); err != nil {
+		return err
+	}
 	for _, scope := range scopes {
 		if strings.ContainsFunc(scope, func(r rune) bool { return r < 0x21 || r > 0x7e || r == '"' || r == '\\' }) {
 			return fmt.Errorf("scopes holds %q, which no scope may be: use visible ASCII characters without \" and \\", scope)

@@ -14,8 +14,8 @@ import (
 
 func TestRoleRoundTrip(t *testing.T) {
 	m := newTestMount(t)
-	resp := m.write("roles/App", map[string]any{
-		"config":       "Prod",
+	resp := m.write("roles/app", map[string]any{
+		"config":       "prod",
 		"audience":     "https://api.example.org/",
 		"scopes":       "read:a, read:b read:a",
 		"extra_params": map[string]any{"resource": "x y"},
@@ -68,7 +68,7 @@ func TestRoleRefusesBadFields(t *testing.T) {
 		value any
 		want  string
 	}{
-		{"config", "config", "a/b", `config "a/b" cannot be the name`},
+		{"config", "config", "a/b", `config "a/b" is not a valid name`},
 		{"scope with a quote", "scopes", `read:"a"`, "no scope may be"},
 		{"scope with a backslash", "scopes", `read\a`, "no scope may be"},
 		{"scope beyond ASCII", "scopes", "läsen", "no scope may be"},

@@ -38,7 +38,7 @@ func (b *backend) pathCreds() []*framework.Path {
 			},
 			Fields: map[string]*framework.FieldSchema{
 				"role": {
-					Type:        framework.TypeLowerCaseString,
+					Type:        framework.TypeString,
 					Required:    true,
 					Description: "Name of the role to read an access token of.",
 				},
@@ -84,7 +84,7 @@ func (b *backend) pathRotateRole() []*framework.Path {
 			},
 			Fields: map[string]*framework.FieldSchema{
 				"role": {
-					Type:        framework.TypeLowerCaseString,
+					Type:        framework.TypeString,
 					Required:    true,
 					Description: "Name of the role whose token is to be replaced.",
 				},
@@ -254,11 +254,12 @@ func narrow(sp *spec, d *framework.FieldData) (minTTL time.Duration, err error) 
 	if !ok {
 		return minTTL, nil
 	}
-	asked := splitScopes(sent.([]string))
-	for _, scope := range asked {
-		if !slices.Contains(sp.role.entry.Scopes, scope) {
-			return 0, problemf("scopes holds %q, which role %q does not have: request a subset of %q, or omit scopes", scope, sp.role.name, sp.role.entry.Scopes)
-		}
+	asked, err := parseScopes(sent.([]string))
+	if err != nil {
+		return 0, problem(err.Error())
+	}
+	if outside, ok := subsetOf(sp.role.entry.Scopes, asked); !ok {
+		return 0, problemf("scopes holds %q, which role %q does not have: request a subset of %q, or omit scopes", outside, sp.role.name, sp.role.entry.Scopes)
 	}
 	if len(asked) == 0 || len(asked) == len(sp.role.entry.Scopes) {
 		return minTTL, nil // all of them, since neither holds one twice

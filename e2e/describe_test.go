@@ -18,7 +18,7 @@ func TestDescriptions(t *testing.T) {
 	for path, words := range map[string][]string{
 		"":             {"MojoAuth", "config", "roles/<name>", "creds/<name>"},
 		"config":       {"token_url", "client_secret", "verify_connection", "Updates merge"},
-		"config/other": {"token_url", "client_secret", "name (lowercase string)"},
+		"config/other": {"token_url", "client_secret", "name (string)", "lower case"},
 		"config/":      {`Listing "config/"`},
 		"roles/app":    {"audience", "scopes", "extra_params", "generate_lease", "Updates merge"},
 		"roles/":       {"List"},

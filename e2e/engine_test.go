@@ -209,7 +209,7 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 
 	// The secret does not go where who does not know it wants it.
 	_, err = logical.Write("mojoauth/config", map[string]any{"token_url": "http://127.0.0.1:1/token", "verify_connection": false})
-	w.wantError(err, 400, "token_url", "send client_secret again")
+	w.wantError(err, 400, "token_url", "send client_secret in the same request")
 
 	w.write("roles/badscope", role(map[string]any{"scopes": "delete:everything"}))
 	_, err = logical.Read("mojoauth/creds/badscope")

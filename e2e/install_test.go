@@ -18,10 +18,9 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// The README's way from a release's archive to a token works word for word, but for the
-// names that are the reader's own.
-func TestReadmeInstallation(t *testing.T) {
-	t.Parallel()
+// readmeInstallation is what the README has one type to install the plugin.
+func readmeInstallation(t *testing.T) string {
+	t.Helper()
 	for _, tool := range []string{"bash", "curl", "gpg", "gpgv", "unzip", "sha256sum"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			if os.Getenv("CI") != "" {
@@ -42,11 +41,31 @@ func TestReadmeInstallation(t *testing.T) {
 	section, _, _ = strings.Cut(section, "\n## ")
 	var script strings.Builder
 	for _, block := range regexp.MustCompile("(?ms)^ *```sh\n(.*?)^ *```$").FindAllStringSubmatch(section, -1) {
-		if !strings.Contains(block[1], "make build") { // the other way to get the binary
+		// The other way to get the binary, and what GitHub alone can answer.
+		if !strings.Contains(block[1], "make build") && !strings.Contains(block[1], "gh attestation verify") {
 			script.WriteString(regexp.MustCompile("(?m)^   ").ReplaceAllString(block[1], ""))
 		}
 	}
+	return script.String()
+}
 
+// replaced puts the reader's own names into a text of the README.
+func replaced(t *testing.T, text string, own map[string]string) string {
+	t.Helper()
+	for name, value := range own {
+		if !strings.Contains(text, name) {
+			t.Errorf("the README does not say %q any more", name)
+		}
+		text = strings.ReplaceAll(text, name, value)
+	}
+	return text
+}
+
+// The README's way from a release's archive to a token works word for word, but for the
+// names that are the reader's own.
+func TestReadmeInstallation(t *testing.T) {
+	t.Parallel()
+	script := readmeInstallation(t)
 	dir := t.TempDir()
 	plugins := filepath.Join(dir, "plugins")
 	if err := os.Mkdir(plugins, 0o700); err != nil {
@@ -54,27 +73,22 @@ func TestReadmeInstallation(t *testing.T) {
 	}
 	version := strings.TrimPrefix(pluginVersion, "v")
 	platform := runtime.GOOS + "_" + runtime.GOARCH
-	publish(t, filepath.Join(dir, "repository"), version, platform)
+	fingerprint := publish(t, filepath.Join(dir, "repository"), version, platform)
 
 	reports := demoClient(clientID, canary)
 	reports.Audiences, reports.Scopes = []string{"https://api.example.com/"}, []string{"read:reports"}
 	oauth := startOAuthFor(t, reports)
 	vault := harness.StartVault(t, vaultBinary, plugins)
 
-	text := script.String()
-	for own, value := range map[string]string{
+	text := replaced(t, script, map[string]string{
 		"VERSION=0.1.0": "VERSION=" + version,
+		"FINGERPRINT=<fingerprint>             # of the release key":     "FINGERPRINT=" + fingerprint,
 		"PLATFORM=linux_amd64                  # of the Vault servers":   "PLATFORM=" + platform,
 		"PLUGIN_DIR=/etc/vault.d/plugins       # their plugin_directory": "PLUGIN_DIR=" + plugins,
 		"REPOSITORY=https://github.com/mojoauth/$NAME":                   "REPOSITORY=file://" + filepath.Join(dir, "repository"),
 		"token_url=https://your-app.mojoauth.com/oauth2/token":           "token_url=" + oauth.TokenURL(),
 		"client_id=<client ID>":                                          "client_id=" + clientID,
-	} {
-		if !strings.Contains(text, own) {
-			t.Errorf("the README does not say %q any more", own)
-		}
-		text = strings.ReplaceAll(text, own, value)
-	}
+	})
 
 	work := filepath.Join(dir, "work")
 	if err := os.Mkdir(work, 0o700); err != nil {
@@ -100,12 +114,58 @@ func TestReadmeInstallation(t *testing.T) {
 	}
 }
 
+// An archive that somebody else signed is not unpacked, though their key lies in the
+// repository beside the real one.
+func TestReadmeVerification(t *testing.T) {
+	t.Parallel()
+	script := readmeInstallation(t)
+	verification, _, ok := strings.Cut(script, "SHA256=$(")
+	if !ok {
+		t.Fatal("the README does not note the binary's checksum any more")
+	}
+	version := strings.TrimPrefix(pluginVersion, "v")
+	platform := runtime.GOOS + "_" + runtime.GOARCH
+	genuine, forged := filepath.Join(t.TempDir(), "genuine"), filepath.Join(t.TempDir(), "forged")
+	fingerprint := publish(t, genuine, version, platform)
+	publish(t, forged, version, platform)
+	key := func(repository string) string {
+		return filepath.Join(repository, "raw", "v"+version, "release-key.asc")
+	}
+	both := ""
+	for _, repository := range []string{genuine, forged} {
+		content, err := os.ReadFile(key(repository))
+		if err != nil {
+			t.Fatal(err)
+		}
+		both += string(content)
+	}
+	if err := os.WriteFile(key(forged), []byte(both), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for repository, unpacked := range map[string]bool{genuine: true, forged: false} {
+		work := t.TempDir()
+		cmd := exec.CommandContext(t.Context(), "bash", "-uo", "pipefail", "-c", replaced(t, verification, map[string]string{
+			"VERSION=0.1.0": "VERSION=" + version,
+			"FINGERPRINT=<fingerprint>             # of the release key":   "FINGERPRINT=" + fingerprint,
+			"PLATFORM=linux_amd64                  # of the Vault servers": "PLATFORM=" + platform,
+			"REPOSITORY=https://github.com/mojoauth/$NAME":                 "REPOSITORY=file://" + repository,
+		}))
+		cmd.Dir = work
+		cmd.Env = append(os.Environ(), "GNUPGHOME="+work)
+		out, err := cmd.CombinedOutput()
+		if _, missing := os.Stat(filepath.Join(work, pluginName)); (missing == nil) != unpacked || (err == nil) != unpacked {
+			t.Errorf("%s: unpacked %v (%v), want %v\n%s", filepath.Base(repository), missing == nil, err, unpacked, out)
+		}
+	}
+}
+
 // publish makes a release like those that goreleaser makes, of the plugin under test and
-// signed with a key of its own, in a directory that looks like the repository's page.
-func publish(t *testing.T, repository, version, platform string) {
+// signed with a key of its own, in a directory that looks like the repository's page. It
+// answers the key's fingerprint.
+func publish(t *testing.T, repository, version, platform string) (fingerprint string) {
 	t.Helper()
 	release := filepath.Join(repository, "releases", "download", "v"+version)
-	raw := filepath.Join(repository, "raw", "main")
+	raw := filepath.Join(repository, "raw", "v"+version)
 	keys := t.TempDir()
 	for _, dir := range []string{release, raw} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -144,18 +204,25 @@ func publish(t *testing.T, repository, version, platform string) {
 	if err := os.WriteFile(sums, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	gpg := func(args ...string) {
+	gpg := func(args ...string) string {
 		t.Helper()
 		cmd := exec.Command("gpg", append([]string{"--batch", "--quiet", "--homedir", keys, "--passphrase", "", "--pinentry-mode", "loopback"}, args...)...)
-		if out, err := cmd.CombinedOutput(); err != nil {
+		out, err := cmd.CombinedOutput()
+		if err != nil {
 			t.Fatalf("gpg %v: %v\n%s", args, err, out)
 		}
+		return string(out)
 	}
 	gpg("--quick-gen-key", "Test <test@example.org>", "ed25519", "sign", "1d")
 	gpg("--armor", "--export", "--output", filepath.Join(raw, "release-key.asc"))
 	gpg("--detach-sign", "--output", sums+".sig", sums)
+	match := regexp.MustCompile(`(?m)^fpr:::::::::([0-9A-F]{40}):`).FindStringSubmatch(gpg("--with-colons", "--list-keys"))
+	if match == nil {
+		t.Fatal("gpg tells no fingerprint")
+	}
 	// Else the agent that gpg has started outlives the test.
 	if out, err := exec.Command("gpgconf", "--homedir", keys, "--kill", "all").CombinedOutput(); err != nil {
 		t.Errorf("gpgconf: %v\n%s", err, out)
 	}
+	return match[1]
 }

@@ -4,6 +4,8 @@
 package e2e
 
 import (
+	"crypto/sha256"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,29 +15,41 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
+// register runs scripts/register.sh with the root token of that Vault.
+func register(t *testing.T, vault *harness.Vault, args ...string) (output string, err error) {
+	t.Helper()
+	root, err := harness.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(filepath.Join(root, "scripts", "register.sh"), args...)
+	cmd.Env = append(os.Environ(), vault.Environment()...)
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+func sha256Of(t *testing.T, file string) string {
+	t.Helper()
+	content, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("%x", sha256.Sum256(content))
+}
+
 // scripts/register.sh takes a new binary to a running Vault, and upgrades a mount
 // that is there without losing what it keeps.
 func TestRegisterScript(t *testing.T) {
 	t.Parallel()
 	w := &world{TB: t, oauth: startOAuth(t), vault: harness.StartVault(t, vaultBinary, pluginDir)}
-	root, err := harness.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	script := func(version string, mount ...string) (output string, err error) {
+	upgrade := func(version string, sum func(binary string) string) {
 		t.Helper()
-		binary, err := harness.BuildPlugin(pluginDir, version)
+		name, err := harness.BuildPlugin(pluginDir, version)
 		if err != nil {
 			t.Fatal(err)
 		}
-		cmd := exec.Command(filepath.Join(root, "scripts", "register.sh"), append([]string{filepath.Join(pluginDir, binary)}, mount...)...)
-		cmd.Env = append(os.Environ(), w.vault.Environment()...)
-		out, err := cmd.CombinedOutput()
-		return string(out), err
-	}
-	register := func(version string) {
-		t.Helper()
-		if out, err := script(version); err != nil {
+		binary := filepath.Join(pluginDir, name)
+		if out, err := register(t, w.vault, sum(binary), binary); err != nil {
 			t.Fatalf("register.sh: %v\n%s", err, out)
 		}
 		harness.Eventually(t, "the new version runs", func() error {
@@ -46,16 +60,84 @@ func TestRegisterScript(t *testing.T) {
 			t.Errorf("version %v runs, want v%s", got, version)
 		}
 	}
-	register("2.0.0")
+	inFile := func(binary string) string {
+		sums := filepath.Join(t.TempDir(), "SHA256SUMS")
+		text := fmt.Sprintf("%064x  other\n%s *%s\n", 1, sha256Of(t, binary), filepath.Base(binary))
+		if err := os.WriteFile(sums, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return sums
+	}
+	upgrade("2.0.0", func(binary string) string { return sha256Of(t, binary) })
 	w.write("config", w.config(nil))
 	w.write("roles/app", role(nil))
 	w.token("app")
-	register("2.1.0")
+	upgrade("2.1.0", inFile)
 	w.token("app")
-	register("2.0.0") // and back
+	upgrade("2.0.0", func(binary string) string { return strings.ToUpper(sha256Of(t, binary)) }) // and back
 	w.token("app")
 
-	if out, err := script("2.1.0", "sys"); err == nil || !strings.Contains(out, "at sys/ is an engine of the type system") {
+	binary := filepath.Join(pluginDir, pluginBinary)
+	if out, err := register(t, w.vault, sha256Of(t, binary), binary, "sys"); err == nil || !strings.Contains(out, "at sys/ is an engine of the type system") {
 		t.Errorf("another engine's mount: %v\n%s", err, out)
+	}
+}
+
+// A binary runs only when it is the one that was verified, and then without the
+// token that is there to register it.
+func TestRegisterScriptRunsNothingUnverified(t *testing.T) {
+	t.Parallel()
+	vault := harness.StartVault(t, vaultBinary, pluginDir)
+	dir := t.TempDir()
+	binary, ran := filepath.Join(dir, "plugin"), filepath.Join(dir, "ran")
+	program := fmt.Sprintf("#!/bin/sh\n/usr/bin/env >%q\necho plugin v9.9.9\n", ran)
+	if err := os.WriteFile(binary, []byte(program), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256Of(t, binary)
+	sums := func(lines string) string {
+		file := filepath.Join(t.TempDir(), "SHA256SUMS")
+		if err := os.WriteFile(file, []byte(lines), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	other := fmt.Sprintf("%064x", 1)
+	for what, c := range map[string]struct {
+		args []string
+		text string
+	}{
+		"no sum":                   {[]string{binary}, "SUM BINARY"},
+		"no sum, with a mount":     {[]string{binary, "mojoauth"}, "is not a program"},
+		"another sum":              {[]string{other, binary}, "not run, and not registered"},
+		"a short sum":              {[]string{sum[:63], binary}, "64 hexadecimal digits"},
+		"no sum at all":            {[]string{"", binary}, "neither a SHA-256 nor a file"},
+		"a file without its sum":   {[]string{sums(sum + "  other\n"), binary}, "has no sum of plugin"},
+		"a file with another sum":  {[]string{sums(other + "  plugin\n"), binary}, "not run, and not registered"},
+		"a file with two sums":     {[]string{sums(sum + "  plugin\n" + other + "  plugin\n"), binary}, "does not have one SHA-256"},
+		"a file without such sums": {[]string{sums("x  plugin\n"), binary}, "does not have one SHA-256"},
+	} {
+		out, err := register(t, vault, c.args...)
+		if err == nil || !strings.Contains(out, c.text) {
+			t.Errorf("%s: got %v, want it refused with %q\n%s", what, err, c.text, out)
+		}
+		if _, err := os.Stat(ran); err == nil {
+			t.Fatalf("%s: the binary was run", what)
+		}
+	}
+	if _, err := vault.Sys().MountConfig("mojoauth"); err == nil {
+		t.Error("it was enabled")
+	}
+
+	// This one is run, and then fails to be enabled: it is no plugin.
+	if out, err := register(t, vault, sum, binary); err == nil {
+		t.Errorf("a program that is no plugin was enabled\n%s", out)
+	}
+	env, err := os.ReadFile(ran)
+	if err != nil {
+		t.Fatalf("the verified binary was not run: %v", err)
+	}
+	if text := string(env); strings.Contains(text, "VAULT") || strings.Contains(text, "HOME=") || strings.Contains(text, vault.Token()) {
+		t.Errorf("the binary saw the environment:\n%s", text)
 	}
 }

@@ -4,6 +4,8 @@
 #   VERSION=0.1.0-dev scripts/image.sh          of this source
 #   scripts/image.sh ARCHIVE.zip                of the binary in a release's archive
 #
+# Verify an archive first, as the README shows.
+#
 # It needs buildah, podman or docker, the first that is there, or the one that ENGINE
 # names; buildah needs neither a daemon nor a network. IMAGE_ARCH is amd64 or arm64, by
 # default this machine's, and IMAGE the image's name.
@@ -22,7 +24,7 @@ archive=
 case $# in
 0) ;;
 1) archive=$(CDPATH='' cd -- "$(dirname -- "$1")" && pwd)/$(basename -- "$1") ;;
-*) sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+*) sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 cd "$root"
 
@@ -48,7 +50,16 @@ if [ -n "$archive" ]; then
 		$(basename "$archive" .zip)
 	TXT
 	[ "$os" = linux ] || die "$archive is not for linux"
+	# It may come from anybody: a link in it would have what follows write and read
+	# outside of the directory.
+	contents=$(unzip -Z1 "$archive" | LC_ALL=C sort) || die "$archive cannot be read"
+	[ "$contents" = "LICENSE.txt
+$name" ] || die "$archive does not hold LICENSE.txt and $name alone"
+	[ "$(unzip -Z "$archive" | grep -c '^-')" -eq 2 ] || die "$archive holds something else than files"
 	unzip -q "$archive" -d "$context"
+	for file in LICENSE.txt "$name"; do
+		[ -f "$context/$file" ] && [ ! -h "$context/$file" ] || die "$file in $archive is not a file"
+	done
 else
 	version=${VERSION:?is not set}
 	arch=${IMAGE_ARCH:-$(go env GOHOSTARCH)}

@@ -2,42 +2,69 @@
 # Registers a plugin binary in a running Vault, and enables it or upgrades the
 # mount that is there.
 #
-#   VAULT_ADDR=... VAULT_TOKEN=... scripts/register.sh BINARY [MOUNT]
+#   VAULT_ADDR=... VAULT_TOKEN=... scripts/register.sh SUM BINARY [MOUNT]
 #
-# BINARY is a file in the plugin_directory of the Vault server, as seen from
-# here; MOUNT is where to enable it, by default mojoauth. The token needs sudo on
-# sys/plugins/catalog/secret/vault-plugin-secrets-mojoauth, and may manage mounts.
-# The version is the one that the binary tells.
+# SUM is the SHA-256 that the binary has to have, from where it was built or
+# verified: 64 hexadecimal digits, or a file as sha256sum writes it, with the
+# binary's name in it. BINARY is a file in the plugin_directory of the Vault
+# server, as seen from here; MOUNT is where to enable it, by default mojoauth. The
+# token needs sudo on sys/plugins/catalog/secret/vault-plugin-secrets-mojoauth, and
+# may manage mounts.
+#
+# The version is the one that the binary tells. It is asked only when its sum is
+# right, and sees nothing of this environment.
 set -eu
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-[ $# -ge 1 ] && [ $# -le 2 ] || usage
-binary=$1
-mount=${2:-mojoauth}
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+die() { printf 'register.sh: %s\n' "$*" >&2; exit 1; }
+[ $# -ge 2 ] && [ $# -le 3 ] || usage
+binary=$2
+mount=${3:-mojoauth}
 mount=${mount%/}
 name=vault-plugin-secrets-mojoauth
 vault=${VAULT_BIN:-vault}
 
-[ -x "$binary" ] || { echo "register.sh: $binary is not a program" >&2; exit 1; }
-version=$("$binary" -version | awk '{ print $2 }')
+case $binary in */*) ;; *) binary=./$binary ;; esac # not one on PATH
+[ -f "$binary" ] && [ -x "$binary" ] || die "$2 is not a program"
+file=$(basename "$binary")
+
+case $1 in
+*[!0-9a-fA-F]* | '')
+	[ -f "$1" ] || die "$1 is neither a SHA-256 nor a file of them"
+	# A name may have a * before it, for a binary file.
+	expected=$(awk -v file="$file" '{ name = $2; sub(/^\*/, "", name); if (name == file) print $1 }' "$1")
+	[ -n "$expected" ] || die "$1 has no sum of $file"
+	;;
+*) expected=$1 ;;
+esac
+expected=$(printf %s "$expected" | tr A-F a-f)
+case $expected in
+*[!0-9a-f]*) die "$1 does not have one SHA-256 of $file" ;;
+esac
+[ ${#expected} -eq 64 ] || die "a SHA-256 has 64 hexadecimal digits, $expected has ${#expected}"
+
 if command -v sha256sum >/dev/null; then
-	sum=$(sha256sum "$binary")
+	sum=$(sha256sum <"$binary")
 else
-	sum=$(shasum -a 256 "$binary")
+	sum=$(shasum -a 256 <"$binary")
 fi
 sum=${sum%% *}
+[ "$sum" = "$expected" ] || die "$binary has the SHA-256 $sum, not $expected: it is not run, and not registered"
+
+version=$(env -i "$binary" -version | awk '{ print $2 }')
+case $version in
+v[0-9]*) ;;
+*) die "$binary does not tell its version" ;;
+esac
 
 # The table's first columns are the path and the type.
 type=$("$vault" secrets list | awk -v path="$mount/" '$1 == path { print $2 }')
 case $type in
 '' | "$name") ;;
-*)
-	echo "register.sh: at $mount/ is an engine of the type $type: name another MOUNT" >&2
-	exit 1
-	;;
+*) die "at $mount/ is an engine of the type $type: name another MOUNT" ;;
 esac
 
-"$vault" plugin register -sha256="$sum" -version="$version" -command="$(basename "$binary")" secret "$name"
+"$vault" plugin register -sha256="$expected" -version="$version" -command="$file" secret "$name"
 if [ -n "$type" ]; then
 	"$vault" secrets tune -plugin-version="$version" "$mount/"
 	# Not `vault plugin reload -mounts`: of 1.21.0 it asks for a path that is not there.

@@ -1,24 +1,30 @@
 #!/bin/sh
-# Makes a release with goreleaser, as .goreleaser.yaml describes it. `make
-# release-snapshot` and `make release` call it, after building the tools.
+# Makes a release, step by step. The workflow "release" runs each step where nothing
+# is that the step does not need: what builds has no key, and what signs runs gpg and
+# nothing that was downloaded. `make release` runs all steps here.
 #
 #   VERSION=0.1.0-dev scripts/release.sh snapshot
-#   GITHUB_TOKEN=... GPG_FINGERPRINT=... scripts/release.sh publish
+#   scripts/release.sh check v0.1.0
+#   scripts/release.sh build v0.1.0
+#   GPG_FINGERPRINT=... scripts/release.sh sign v0.1.0
+#   GITHUB_TOKEN=... scripts/release.sh publish v0.1.0
 #   scripts/release.sh notes 0.1.0
 #
-# snapshot makes everything in dist/ and publishes nothing. publish does so for the
-# tag that is checked out, vX.Y.Z, and uploads it as a draft. notes prints a version's
-# part of CHANGELOG.md.
-#
-# GPG_FINGERPRINT is the key that signs the sums. A snapshot does without. What is
-# published has to be signed with the key in release-key.asc, which users check it with.
+# snapshot makes everything in dist/ and publishes nothing; GPG_FINGERPRINT is the key
+# that signs it, if any. The others make a release of a tag, vX.Y.Z, which is always
+# named. check says whether one can be made of it: it is what is checked out, and lies
+# on main. build makes the files in dist/ with goreleaser, as .goreleaser.yaml
+# describes them. sign signs their sums with the key in release-key.asc, which users
+# check them with. publish uploads all that as a draft, with gh. notes prints a
+# version's part of CHANGELOG.md.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cd "$root"
+name=vault-plugin-secrets-mojoauth
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'release.sh: %s\n' "$*" >&2; exit 1; }
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 # notes VERSION: what is between "## VERSION" and the next "## ", without blank lines
 # around it.
@@ -30,11 +36,54 @@ notes() {
 }
 
 # goreleaser finds the sbom program on the PATH.
-make_release() {
+make_files() {
 	started=$(date +%s)
-	PATH=$root/bin:$PATH bin/goreleaser release --clean "$@"
+	PATH=$root/bin:$PATH bin/goreleaser release --clean --skip=publish "$@"
 	say "In dist/, after $(($(date +%s) - started)) seconds:"
-	(cd dist && ls -- *.zip *.cdx.json *_SHA256SUMS*)
+	(cd dist && ls -- *.zip *.cdx.json *_SHA256SUMS)
+}
+
+# check TAG: sets version.
+check() {
+	tag=$1
+	printf '%s\n' "$tag" | grep -Eqx 'v[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.]+)?' || die "the tag is $tag, want vX.Y.Z"
+	version=${tag#v}
+	commit=$(git rev-parse --quiet --verify "refs/tags/$tag^{commit}") || die "there is no tag $tag"
+	[ "$commit" = "$(git rev-parse HEAD)" ] || die "$tag is not what is checked out"
+	git merge-base --is-ancestor "$commit" refs/remotes/origin/main ||
+		die "$tag does not lie on origin/main: a release is made of what was reviewed there"
+	[ -z "$(git status --porcelain)" ] || die "there are changes that are not committed"
+	[ -f release-key.asc ] || die "release-key.asc is not there: users check the signature with it"
+	[ "$(keys pub)" = 1 ] || die "release-key.asc does not hold one key"
+	[ -n "$(notes "$version")" ] || die "CHANGELOG.md has no part \"## $version\""
+}
+
+# keys KIND: how many records of that kind release-key.asc has.
+keys() { gpg --batch --with-colons --show-keys release-key.asc | awk -F: -v kind="$1" '$1 == kind { n++ } END { print n + 0 }'; }
+
+# sums VERSION: checks that dist/ holds what its sums say, and nothing else.
+sums() {
+	sums=dist/${name}_$1_SHA256SUMS
+	[ -f "$sums" ] || die "$sums is not there: run scripts/release.sh build v$1 first"
+	(cd dist && sha256sum --check --quiet --strict "${sums#dist/}") || die "a file in dist/ is not the one in $sums"
+	listed=$(awk '{ sub(/^\*/, "", $2); print $2 }' "$sums" | LC_ALL=C sort)
+	there=$(cd dist && for file in *.zip *.cdx.json; do printf '%s\n' "$file"; done | LC_ALL=C sort)
+	[ "$listed" = "$there" ] || die "dist/ does not hold just the files in $sums"
+}
+
+# signed VERSION: checks that the sums are signed with the key in release-key.asc.
+signed() {
+	work=$(mktemp -d)
+	trap 'rm -rf "$work"' EXIT
+	gpg --batch --quiet --dearmor --output "$work/key.gpg" release-key.asc
+	gpgv --quiet --keyring "$work/key.gpg" "dist/${name}_$1_SHA256SUMS.sig" "dist/${name}_$1_SHA256SUMS" ||
+		die "the sums are not signed with the key in release-key.asc"
+}
+
+sign() {
+	signature=dist/${name}_$1_SHA256SUMS.sig
+	rm -f "$signature"
+	gpg --batch --local-user "$GPG_FINGERPRINT" --output "$signature" --detach-sign "dist/${name}_$1_SHA256SUMS"
 }
 
 case ${1:-} in
@@ -49,31 +98,48 @@ snapshot)
 	if [ -n "$(git status --porcelain)" ]; then
 		say "There are changes that are not committed: they are in this snapshot, too"
 	fi
-	if [ -n "${GPG_FINGERPRINT:-}" ]; then
-		set -- --snapshot
-	else
-		say "No GPG_FINGERPRINT: the sums will not be signed"
-		set -- --snapshot --skip=sign
-	fi
 	say "Making version $VERSION for 8 platforms: about 10 minutes on 2 cores, one when Go's build cache has it"
-	make_release "$@"
+	make_files --snapshot
+	if [ -n "${GPG_FINGERPRINT:-}" ]; then
+		sign "$VERSION"
+	else
+		say "No GPG_FINGERPRINT: the sums are not signed"
+	fi
 	;;
-publish)
-	[ $# = 1 ] || usage
-	tag=$(git describe --tags --exact-match 2>/dev/null) || die "no tag is checked out"
-	version=${tag#v}
-	[ "$tag" != "$version" ] || die "the tag is $tag, want v$tag"
-	: "${GITHUB_TOKEN:?is not set}" "${GPG_FINGERPRINT:?is not set}"
-	[ -f release-key.asc ] || die "release-key.asc is not there: users check the signature with it"
+check)
+	[ $# = 2 ] || usage
+	check "$2"
+	say "$tag can be released"
+	;;
+build)
+	[ $# = 2 ] || usage
+	check "$2"
+	say "Making $tag for 8 platforms"
+	# goreleaser would look for a tag by itself, and there may be two.
+	export GORELEASER_CURRENT_TAG="$tag" VERSION="$version"
+	make_files
+	;;
+sign)
+	[ $# = 2 ] || usage
+	check "$2"
+	: "${GPG_FINGERPRINT:?is not set}"
 	gpg --batch --with-colons --show-keys release-key.asc | awk -F: '$1 == "fpr" { print $10 }' |
 		grep -qx "$GPG_FINGERPRINT" || die "$GPG_FINGERPRINT is not the key in release-key.asc"
-	mkdir -p bin
-	notes "$version" >bin/release-notes.md
-	[ -s bin/release-notes.md ] || die "CHANGELOG.md has no part \"## $version\""
-	# goreleaser's own default; a snapshot's version comes from here.
-	export VERSION="$version"
-	say "Making $tag for 8 platforms and uploading it as a draft"
-	make_release --release-notes=bin/release-notes.md
+	sums "$version"
+	sign "$version"
+	signed "$version"
+	say "Signed $sums"
+	;;
+publish)
+	[ $# = 2 ] || usage
+	check "$2"
+	: "${GITHUB_TOKEN:?is not set}"
+	sums "$version"
+	signed "$version"
+	set -- --draft --verify-tag --title "$tag" --notes-file -
+	case $version in *-*) set -- "$@" --prerelease ;; esac
+	say "Uploading $tag as a draft"
+	notes "$version" | gh release create "$tag" --repo "mojoauth/$name" "$@" dist/*.zip dist/*.cdx.json "$sums" "$sums.sig"
 	;;
 *) usage ;;
 esac

@@ -82,13 +82,16 @@ func TestNames(t *testing.T) {
 		project.ProjectName:                      "vault-plugin-secrets-mojoauth",
 		project.Archives[0].NameTemplate:         "{{ .ProjectName }}_{{ .Version }}_{{ .Os }}_{{ .Arch }}",
 		project.Checksum.NameTemplate:            "{{ .ProjectName }}_{{ .Version }}_SHA256SUMS",
-		project.Signs[0].Signature:               "${artifact}.sig",
 		project.Archives[0].Formats[0]:           "zip",
 		project.Archives[0].Files[0].Destination: "LICENSE.txt",
 	} {
 		if got != want {
 			t.Errorf("got %q, want %q", got, want)
 		}
+	}
+	// Neither the key nor the right to publish is anywhere near goreleaser.
+	if len(project.Signs) != 0 || project.Release.Disable != "true" {
+		t.Errorf("goreleaser signs %d times and has release.disable %q, want scripts/release.sh to sign and to publish", len(project.Signs), project.Release.Disable)
 	}
 	build := project.Builds[0]
 	for _, platform := range []string{"linux", "darwin", "windows", "freebsd"} {

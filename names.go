@@ -1,0 +1,76 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// This file says what configs and roles may be called, and looks at the name in
+// every path before a handler does.
+
+// longestName is in characters.
+const longestName = 128
+
+// namePattern is what the framework matches in a path.
+var namePattern = regexp.MustCompile("^" + framework.GenericNameRegex("name") + "$")
+
+// namedPaths are the paths that end in a name.
+var namedPaths = []struct {
+	prefix string
+	field  string // what the path's pattern calls the name
+	exists bool   // whether the path has an existence check
+}{
+	{credsPrefix, "role", false},
+	{rotatePrefix, "role", false},
+	{rolePrefix, "name", true},
+	{configPrefix, "name", true},
+}
+
+// checkName looks at the name in the path of a request. problem is what is wrong
+// with it. exists tells whether the path has an existence check.
+func checkName(req *logical.Request) (problem string, exists bool) {
+	switch req.Operation {
+	case logical.HelpOperation: // "roles/:name" is described, too
+		return "", false
+	case logical.RenewOperation, logical.RevokeOperation: // of a lease that may be older than the rules
+		return "", false
+	}
+	for _, path := range namedPaths {
+		name, ok := strings.CutPrefix(req.Path, path.prefix)
+		if !ok || name == "" || strings.Contains(name, "/") {
+			continue
+		}
+		if err := validateName(path.field, name); err != nil {
+			return err.Error(), path.exists
+		}
+	}
+	return "", false
+}
+
+// validateName checks the name of a config or role, which was sent in that field.
+//
+// Capitals are refused and not folded: Vault's policies compare paths as they are
+// sent, so creds/Reports would pass a deny on creds/reports.
+func validateName(field, name string) error {
+	switch {
+	case utf8.RuneCountInString(name) > longestName:
+		return fmt.Errorf("%s is longer than %d characters: use a shorter one", field, longestName)
+	case strings.Contains(name, ".."):
+		return fmt.Errorf(`%s %q contains "..", which Vault's storage does not accept: use a name without it`, field, name)
+	case strings.ContainsFunc(name, isCapital):
+		return fmt.Errorf("%s %q contains a capital letter: use %q, since names are in lower case", field, name, strings.ToLower(name))
+	case !namePattern.MatchString(name):
+		return fmt.Errorf("%s %q is not a valid name: use lower-case letters, digits, _, - and dots, and begin and end with a letter, a digit or _", field, name)
+	}
+	return nil
+}
+
+func isCapital(r rune) bool { return 'A' <= r && r <= 'Z' }

@@ -1,0 +1,160 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// namedOperations are the operations of every path that ends in a name.
+var namedOperations = []struct {
+	prefix string
+	op     logical.Operation
+}{
+	{"config/", logical.UpdateOperation},
+	{"config/", logical.ReadOperation},
+	{"config/", logical.DeleteOperation},
+	{"roles/", logical.UpdateOperation},
+	{"roles/", logical.ReadOperation},
+	{"roles/", logical.DeleteOperation},
+	{"creds/", logical.ReadOperation},
+	{"rotate-role/", logical.UpdateOperation},
+}
+
+// Vault's policies compare paths as they are sent. If the engine folded capitals,
+// creds/Reports would pass a deny on creds/reports.
+func TestNamesThatAreRefused(t *testing.T) {
+	m := newTestMount(t)
+	m.configure("reports", nil)
+	m.write("config/reports", testConfig(nil))
+	for _, c := range []struct{ name, want string }{
+		{"Reports", "lower case"},
+		{"reportS", "lower case"},
+		{"REPORTS", "lower case"},
+		{"a..b", `".."`},
+		{"a...b", `".."`},
+		{strings.Repeat("a", 129), "128 characters"},
+		{strings.Repeat("a", 1<<20), "128"},
+		{strings.Repeat("A", 129), "128 characters"},
+		{"-a", "letter"},
+		{"a.", "letter"},
+		{"a b", "letter"},
+		{"repört", "letter"},
+		{"reports\u017f", "letter"},
+	} {
+		for _, on := range namedOperations {
+			text := m.refused(on.op, on.prefix+c.name, nil)
+			if !strings.Contains(text, c.want) {
+				t.Errorf("%s %s%.20s: got %q, want it to hold %s", on.op, on.prefix, c.name, text, c.want)
+			}
+			if len(text) > 400 {
+				t.Errorf("%s %s%.20s: the text is %d bytes long", on.op, on.prefix, c.name, len(text))
+			}
+		}
+		text := m.refused(logical.UpdateOperation, "roles/mine", map[string]any{"config": c.name})
+		if !strings.Contains(text, c.want) || !strings.Contains(text, "config") {
+			t.Errorf("config %.20s of a role: got %q, want it to hold %s", c.name, text, c.want)
+		}
+		if len(text) > 400 {
+			t.Errorf("config %.20s of a role: the text is %d bytes long", c.name, len(text))
+		}
+	}
+	if got := m.mojo.mints.Load(); got != 0 {
+		t.Errorf("%d tokens were asked for", got)
+	}
+	if got := m.do(logical.ListOperation, "config/", nil).Data["keys"].([]string); len(got) != 2 {
+		t.Errorf("the configs are %q, want default and reports", got)
+	}
+}
+
+// A name that folds to another by Unicode's rules is not that name: the Kelvin
+// sign's lower case is k.
+func TestNameInRoleIsNotFolded(t *testing.T) {
+	m := newTestMount(t)
+	m.write("config/k", testConfig(nil))
+	m.refused(logical.UpdateOperation, "roles/mine", map[string]any{"config": "\u212a"})
+}
+
+// A path that ends in a name, and is not among those whose names are looked at, is
+// one that somebody forgot.
+func TestEveryNamedPathIsChecked(t *testing.T) {
+	m := newTestMount(t)
+	checked := 0
+	for _, path := range m.Paths {
+		prefix, _, named := strings.Cut(strings.TrimPrefix(path.Pattern, "^"), "(?P<")
+		if !named {
+			continue
+		}
+		checked++
+		for op := range path.Operations {
+			if text := m.refused(op, prefix+"Reports", nil); !strings.Contains(text, "lower case") {
+				t.Errorf("%s %sReports: got %q", op, prefix, text)
+			}
+			if m.Route(prefix+"Reports") != path {
+				t.Errorf("%sReports is not routed to %s: Vault would know no such path", prefix, path.Pattern)
+			}
+		}
+	}
+	if checked != len(namedPaths) {
+		t.Errorf("%d paths end in a name, %d are looked at", checked, len(namedPaths))
+	}
+}
+
+func TestNamesThatAreAccepted(t *testing.T) {
+	for _, name := range []string{"a", "0", "_", "a-b", "a.b.c", "a_b", "my--role", strings.Repeat("a", 128)} {
+		m := newTestMount(t)
+		m.write("config/"+name, testConfig(nil))
+		m.write("roles/"+name, map[string]any{"config": name})
+		if got := m.read("roles/" + name)["config"]; got != name {
+			t.Errorf("%s: the role names the config %v", name, got)
+		}
+		if m.read("config/"+name) == nil {
+			t.Errorf("%s: the config is not there", name)
+		}
+		if got := m.read("creds/" + name)["access_token"]; got == nil {
+			t.Errorf("%s: no token", name)
+		}
+		m.do(logical.UpdateOperation, "rotate-role/"+name, nil)
+		m.do(logical.DeleteOperation, "roles/"+name, nil)
+		m.do(logical.DeleteOperation, "config/"+name, nil)
+	}
+}
+
+// Vault asks for existence before it asks the policies, and logs what that fails
+// with: who may do nothing is told nothing, and fills no log.
+func TestExistenceCheckOfBadNameIsSilent(t *testing.T) {
+	m := newTestMount(t)
+	for path, checked := range map[string]bool{
+		"config/Reports": true, "roles/a..b": true, "roles/a b": true,
+		"rotate-role/Reports": false, "creds/Reports": false,
+	} {
+		found, exists, err := m.HandleExistenceCheck(t.Context(), &logical.Request{
+			Operation: logical.UpdateOperation, Path: path, Storage: m.storage,
+		})
+		if found != checked || exists || err != nil {
+			t.Errorf("%s: got %v, %v, %v; want %v, false and no error", path, found, exists, err, checked)
+		}
+	}
+}
+
+// A lease may be older than the rules for names: it can be revoked all the same.
+func TestLeaseOfAnyNameIsRevoked(t *testing.T) {
+	m := newTestMount(t)
+	m.configure("app", map[string]any{"generate_lease": true})
+	secret := m.do(logical.ReadOperation, "creds/app", nil).Secret
+	for _, op := range []logical.Operation{logical.RevokeOperation, logical.RenewOperation} {
+		resp, err := m.HandleRequest(t.Context(), &logical.Request{
+			Operation: op, Path: "creds/App", Storage: m.storage, Secret: secret, Data: map[string]any{"access_token": "x"},
+		})
+		if op == logical.RevokeOperation && (err != nil || resp.IsError()) {
+			t.Errorf("%s: got %v, %v", op, resp, err)
+		}
+		if resp.IsError() && strings.Contains(resp.Error().Error(), "lower case") {
+			t.Errorf("%s: the name was judged: %v", op, resp.Error())
+		}
+	}
+}
