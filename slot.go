@@ -204,7 +204,7 @@ func (s *slot) land(f *flight, tok *token, err error) (news *mintError) {
 
 // overOnArrival is the failure of a mint whose token may not be served any more.
 func overOnArrival(lifetime time.Duration) *mintError {
-	return &mintError{class: classUnexpected, reason: "the token's life of " + lifetime.String() + " was over when it arrived"}
+	return &mintError{class: classExpiredOnArrival, reason: "the token's life of " + lifetime.String() + " was over when it arrived"}
 }
 
 // adopt makes g what the slot goes by, unless it knows a newer grant: then it is

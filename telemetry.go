@@ -30,7 +30,7 @@ const resultOK = "ok"
 // counter that begins with its first event hides that event from increase().
 var results = []string{
 	resultOK, string(classClientRefused), string(classRequestRefused), string(classThrottled), string(classServerError),
-	string(classUnexpected), string(classTLS), string(classNetwork), string(classTimeout),
+	string(classUnexpected), string(classExpiredOnArrival), string(classTLS), string(classNetwork), string(classTimeout),
 }
 
 // telemetry is one node's account of one mount.
