@@ -39,8 +39,9 @@ test-live: ## Get a token of the real MojoAuth; needs the MOJOAUTH_* variables
 	go test -count=1 -run '^TestLive' -v .
 
 fuzz: ## Fuzz each target for a minute, or FUZZTIME
-	@for target in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do \
-		echo "==> $$target"; go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) . || exit; done
+	@for package in . ./internal/redact; do \
+		for target in $$(go test -list '^Fuzz' $$package | grep '^Fuzz'); do \
+			echo "==> $$target"; go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) $$package || exit; done; done
 
 $(GOLANGCI): tools/lint/go.mod tools/lint/go.sum
 	@echo "Building golangci-lint; the first time this takes about 3 minutes on 2 cores."

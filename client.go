@@ -5,42 +5,45 @@ package mojoauth
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
+	"encoding/json"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
+	"net/http/httptrace"
+	"net/textproto"
 	"net/url"
-	"strconv"
 	"time"
 
 	"github.com/hashicorp/go-cleanhttp"
-	"github.com/hashicorp/go-retryablehttp"
 	"golang.org/x/oauth2"
 	"golang.org/x/oauth2/clientcredentials"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/redact"
 )
 
-// This file asks MojoAuth for one token. From the outside in, a request passes
+// This file asks MojoAuth for one token. From the outside in:
 //
+//	mint                tries, until one brings a token or there is no use or time
 //	clientcredentials   the protocol (RFC 6749 §4.4)
-//	answerReader        failures become mintErrors, tokens one plain shape
-//	retryablehttp       tries again what may pass
-//	wire                one request and its whole, bounded answer
-//	cleanhttp           connections and TLS
+//	try                 one request and its whole, bounded answer
+//	mintTransport       connections that end with the mint
 //
 // answer.go says what an answer means; nothing here knows a cache or Vault.
 
 const (
-	// maxAnswerBytes bounds the body and, separately, the header of an answer.
-	maxAnswerBytes = 64 << 10
+	// The pause before a further try within one mint doubles from shortestPause
+	// to longestPause, and is jittered.
+	shortestPause = 250 * time.Millisecond
+	longestPause  = 2 * time.Second
 
-	// The pause before a further try within one mint doubles from retryWaitMin
-	// to retryWaitMax, and is jittered.
-	retryWaitMin = 250 * time.Millisecond
-	retryWaitMax = 2 * time.Second
+	// maxInterim bounds how many interim answers come before the one that counts.
+	maxInterim = 5
 )
 
 // tokenRequest is what one token is asked for.
@@ -51,74 +54,35 @@ type tokenRequest struct {
 	retries  int               // tries after the first; 0 for none
 }
 
-// token is an access token as MojoAuth granted it.
-type token struct {
-	accessToken string
-	tokenType   string
-	scope       string // granted, as MojoAuth said or, when it did not, as asked for
-
-	// mintedAt is when the request that was answered with the token was sent:
-	// its life counts from there, so that a slow answer never lengthens it.
-	mintedAt time.Time
-	// told is the lifetime that the answer told, 0 when it told none.
-	told time.Duration
-}
-
 // tokenClient asks the token endpoint of one config for tokens. It is safe for
 // concurrent use.
 type tokenClient struct {
 	config    *configEntry
-	http      *http.Client
-	transport *http.Transport // nil in tests that bring their own
-	redact    redactor
-	timeout   time.Duration
+	userAgent string // may be empty
+	secrets   *redact.Redactor
+
+	// transport makes what the requests of one mint go through. What it opens is
+	// closed when ctx ends.
+	transport func(ctx context.Context) http.RoundTripper
 }
 
 // newTokenClient prepares a client for the config, which must be valid.
-// userAgent may be empty.
 func newTokenClient(config *configEntry, userAgent string) (*tokenClient, error) {
-	transport := cleanhttp.DefaultPooledTransport()
-	transport.MaxResponseHeaderBytes = maxAnswerBytes
-	transport.Proxy = proxyFor(http.ProxyFromEnvironment)
-	transport.OnProxyConnectResponse = refusedByProxy
-	transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
-	if config.CACert != "" {
-		roots, err := x509.SystemCertPool()
-		if err != nil {
-			return nil, fmt.Errorf("reading the system's certificate authorities: %w", err)
-		}
-		roots.AppendCertsFromPEM([]byte(config.CACert))
-		transport.TLSClientConfig.RootCAs = roots
+	settings, err := newTransport(config.CACert)
+	if err != nil {
+		return nil, err
 	}
-	c := newTokenClientOver(config, &wire{next: transport, userAgent: userAgent})
-	c.transport = transport
-	return c, nil
+	return newTokenClientOver(config, userAgent, func(ctx context.Context) http.RoundTripper {
+		return mintTransport(ctx, settings)
+	}), nil
 }
 
-// newTokenClientOver builds the client on something else than TCP, for tests.
-func newTokenClientOver(config *configEntry, next http.RoundTripper) *tokenClient {
-	retrying := &retryablehttp.Client{
-		HTTPClient:   &http.Client{Transport: next, CheckRedirect: refuseRedirect},
-		RetryWaitMin: retryWaitMin,
-		RetryWaitMax: retryWaitMax,
-		RetryMax:     maxMaxRetries, // checkRetry decides by the request's own number
-		CheckRetry:   checkRetry,
-		Backoff:      retryWait,
-		ErrorHandler: retryablehttp.PassthroughErrorHandler,
-	}
-	reader := &answerReader{next: &retryablehttp.RoundTripper{Client: retrying}}
+func newTokenClientOver(config *configEntry, userAgent string, transport func(context.Context) http.RoundTripper) *tokenClient {
 	return &tokenClient{
-		config:  config,
-		http:    &http.Client{Transport: reader, CheckRedirect: refuseRedirect},
-		redact:  newRedactor(config.ClientID, config.ClientSecret),
-		timeout: config.RequestTimeout,
-	}
-}
-
-// close drops idle connections.
-func (c *tokenClient) close() {
-	if c.transport != nil {
-		c.transport.CloseIdleConnections()
+		config:    config,
+		userAgent: userAgent,
+		secrets:   redact.New(config.ClientSecret, forwardingTexts...),
+		transport: transport,
 	}
 }
 
@@ -126,30 +90,71 @@ func (c *tokenClient) close() {
 // request_timeout with all tries. Any error is a *mintError, but for the end of
 // ctx, which is returned as it is.
 func (c *tokenClient) mint(ctx context.Context, req tokenRequest) (*token, error) {
-	ex := &exchange{retries: req.retries, redact: c.redact}
-	timed, cancel := context.WithTimeout(context.WithValue(ctx, exchangeKey{}, ex), c.timeout)
+	deadline := time.Now().Add(c.config.RequestTimeout)
+	timed, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
+	transport := c.transport(timed)
 
-	tok, err := c.protocol(req).Token(context.WithValue(timed, oauth2.HTTPClient, c.http))
-	switch {
-	case err == nil:
-		return c.granted(tok, req, ex)
-	case ctx.Err() != nil:
-		return nil, ctx.Err()
-	}
-	var failed *mintError
-	if errors.As(err, &failed) {
-		return nil, failed
-	}
-	if timed.Err() != nil {
-		// What failed before counts, unless the last try was still waiting for an
-		// answer and there was none before.
-		if ex.failed != nil && (ex.failed.status != 0 || !ex.trying) {
-			return nil, ex.failed
+	var before *mintError // why the last try failed
+	for tries := 1; ; tries++ {
+		tok, failed := c.try(timed, transport, req)
+		switch {
+		case failed == nil:
+			return tok, nil
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case failed.status == 0 && !time.Now().Before(deadline):
+			return nil, c.outOfTime(before)
+		case !failed.retryable() || tries > req.retries:
+			return nil, failed
 		}
-		return nil, &mintError{class: classTimeout, allowed: c.timeout}
+		if !pause(timed, tries, failed.retryAfter) {
+			return nil, failed
+		}
+		before = failed
 	}
-	return nil, classifyTransport(err)
+}
+
+// outOfTime is the failure of a mint whose last try was still waiting when the
+// time was over: an answer that came before, or else that there was none.
+func (c *tokenClient) outOfTime(before *mintError) *mintError {
+	if before != nil && before.status != 0 {
+		return before
+	}
+	return &mintError{class: classTimeout, allowed: c.config.RequestTimeout}
+}
+
+// pause waits before the next try, and reports whether there is time for one. What
+// the server asks for by Retry-After counts, else a doubling wait of which a random
+// half is taken off, so that nodes that failed together do not return together.
+func pause(ctx context.Context, tries int, asked time.Duration) bool {
+	wait := asked
+	if wait == 0 {
+		longest := min(longestPause, shortestPause<<min(tries-1, 10))
+		wait = longest/2 + rand.N(longest/2)
+	}
+	// A pause that does not fit would only spend the reader's time.
+	if deadline, ok := ctx.Deadline(); ok && time.Now().Add(wait).After(deadline) {
+		return false
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return true
+}
+
+// try asks once.
+func (c *tokenClient) try(ctx context.Context, transport http.RoundTripper, req tokenRequest) (*token, *mintError) {
+	t := &try{client: c, transport: transport}
+	via := context.WithValue(ctx, oauth2.HTTPClient, &http.Client{Transport: t})
+	if _, err := c.protocol(req).Token(via); err != nil {
+		return nil, noConnection(err)
+	}
+	t.token.scope = cmp.Or(t.token.scope, joinScopes(req.scopes))
+	return t.token, nil
 }
 
 // protocol is the client credentials grant for this request. Credentials sent
@@ -177,28 +182,124 @@ func (c *tokenClient) protocol(req tokenRequest) *clientcredentials.Config {
 	}
 }
 
-// granted turns the protocol's token into ours.
-func (c *tokenClient) granted(tok *oauth2.Token, req tokenRequest, ex *exchange) (*token, error) {
-	expiresIn, _ := tok.Extra("expires_in").(float64)
-	told := toldLifetime(time.Duration(expiresIn)*time.Second, tok.AccessToken, ex.sentAt)
-	if told < 0 {
-		return nil, &mintError{
-			class:  classUnexpected,
-			status: ex.status,
-			reason: "the token's exp claim had already passed when the token was asked for; compare the clocks of this host and MojoAuth",
+// try is one request to the token endpoint: the http.RoundTripper that x/oauth2
+// sends it through, and the token that came back. All that leaves it is a token or
+// a *mintError, so that no body and no redirect reaches anybody.
+type try struct {
+	client    *tokenClient
+	transport http.RoundTripper
+	token     *token
+}
+
+func (t *try) RoundTrip(req *http.Request) (*http.Response, error) {
+	a, err := t.send(req)
+	if err != nil {
+		return nil, noConnection(err)
+	}
+	tok, failed := readAnswer(a, t.client.secrets)
+	if failed != nil {
+		return nil, failed
+	}
+	t.token = tok
+	return plainAnswer(req, tok)
+}
+
+// send sends the request and reads the answer whole, so that a connection lost
+// in the middle of a body counts as a failed request, and can be tried again.
+func (t *try) send(req *http.Request) (*answer, error) {
+	req = req.Clone(httptrace.WithClientTrace(req.Context(), interimTrace()))
+	req.Header.Set("Accept", "application/json")
+	if t.client.userAgent != "" {
+		req.Header.Set("User-Agent", t.client.userAgent)
+	}
+	sentAt := time.Now()
+	resp, err := t.transport.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	a := &answer{status: resp.StatusCode, header: resp.Header, sentAt: sentAt}
+	if a.status != http.StatusSwitchingProtocols { // there the body is the bare connection
+		// Go's transport has undone a gzip encoding, so the bound holds for what
+		// the body would be in memory.
+		a.body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswerBytes+1))
+	}
+	a.receivedAt = time.Now()
+	return a, err
+}
+
+// interimTrace lets interim answers pass that mean nothing (100 Continue and 103
+// Early Hints), a few of them: it is Go's rule that who looks at them counts them.
+func interimTrace() *httptrace.ClientTrace {
+	seen := 0
+	return &httptrace.ClientTrace{Got1xxResponse: func(status int, _ textproto.MIMEHeader) error {
+		seen++
+		if status != http.StatusContinue && status != http.StatusEarlyHints || seen > maxInterim {
+			return (&answer{status: status}).failure(classUnexpected, interimStatus)
 		}
+		return nil
+	}}
+}
+
+// plainAnswer is an answer as x/oauth2 wants it, whatever MojoAuth's looked like.
+// What it holds beside the token has been read already.
+func plainAnswer(req *http.Request, tok *token) (*http.Response, error) {
+	body, err := json.Marshal(map[string]string{"access_token": tok.accessToken})
+	if err != nil {
+		return nil, err
 	}
-	scope, _ := tok.Extra("scope").(string)
-	if scope == "" {
-		scope = joinScopes(req.scopes)
-	}
-	return &token{
-		accessToken: tok.AccessToken,
-		tokenType:   tok.Type(),
-		scope:       scope,
-		mintedAt:    ex.sentAt,
-		told:        told,
+	return &http.Response{
+		Status:        "200 OK",
+		StatusCode:    http.StatusOK,
+		Proto:         "HTTP/1.1",
+		ProtoMajor:    1,
+		ProtoMinor:    1,
+		Header:        http.Header{"Content-Type": {"application/json"}},
+		Body:          io.NopCloser(bytes.NewReader(body)),
+		ContentLength: int64(len(body)),
+		Request:       req,
 	}, nil
+}
+
+// newTransport makes the settings of all connections to one token endpoint, whose
+// certificate may also be signed by the authorities in caCert.
+func newTransport(caCert string) (*http.Transport, error) {
+	// One request to a connection: what an endpoint sends unasked while none is
+	// under way, Go's standard logger would print.
+	transport := cleanhttp.DefaultTransport()
+	transport.MaxResponseHeaderBytes = maxAnswerBytes
+	transport.Proxy = proxyFor(http.ProxyFromEnvironment)
+	transport.OnProxyConnectResponse = refusedByProxy
+	transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
+	if caCert != "" {
+		roots, err := x509.SystemCertPool()
+		if err != nil {
+			return nil, fmt.Errorf("reading the system's certificate authorities: %w", err)
+		}
+		roots.AppendCertsFromPEM([]byte(caCert))
+		transport.TLSClientConfig.RootCAs = roots
+	}
+	// No HTTP/2: with GODEBUG=http2debug=2, Go would print the secret.
+	transport.ForceAttemptHTTP2 = false
+	transport.Protocols = new(http.Protocols)
+	transport.Protocols.SetHTTP1(true)
+	return transport, nil
+}
+
+// mintTransport makes the transport of one mint, whose connections are closed when
+// ctx ends. Of Go's own transport that is not true: it goes on dialing, and once an
+// endpoint has answered HTTP 101, nothing but a closed connection ends a read.
+func mintTransport(ctx context.Context, settings *http.Transport) *http.Transport {
+	transport := settings.Clone()
+	transport.DialContext = func(_ context.Context, network, address string) (net.Conn, error) {
+		conn, err := settings.DialContext(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		context.AfterFunc(ctx, func() { _ = conn.Close() })
+		return conn, nil
+	}
+	return transport
 }
 
 // proxyFor asks for a proxy where it gets to see nothing but the host's name: for
@@ -220,149 +321,4 @@ func refusedByProxy(_ context.Context, _ *url.URL, _ *http.Request, answer *http
 		return nil
 	}
 	return &mintError{class: classNetwork, reason: fmt.Sprintf("the proxy of this host answered HTTP %d", answer.StatusCode)}
-}
-
-// refuseRedirect makes a redirect an answer in itself: a 307 or 308 would send
-// the client secret to wherever it points.
-func refuseRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-
-// exchange is what the layers of one mint tell each other. One goroutine at a
-// time works on a mint, so that it needs no lock.
-type exchange struct {
-	redact  redactor
-	retries int        // tries after the first that are allowed
-	tries   int        // tries made
-	trying  bool       // a try is under way, or was when the time was over
-	sentAt  time.Time  // when the last try was sent
-	status  int        // of the answer that had the token
-	failed  *mintError // why the last try that ended in time failed
-}
-
-type exchangeKey struct{}
-
-func exchangeFrom(ctx context.Context) *exchange {
-	if ex, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
-		return ex
-	}
-	return &exchange{}
-}
-
-// wire sends one request and reads the answer whole, so that a connection lost
-// in the middle of a body counts as a failed request, and can be tried again.
-type wire struct {
-	next      http.RoundTripper
-	userAgent string
-}
-
-func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
-	ex := exchangeFrom(req.Context())
-	ex.tries++
-	ex.trying = true
-	ex.sentAt = time.Now()
-
-	req = req.Clone(req.Context())
-	req.Header.Set("Accept", "application/json")
-	if w.userAgent != "" {
-		req.Header.Set("User-Agent", w.userAgent)
-	}
-	resp, err := w.next.RoundTrip(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	// Go's transport has undone a gzip encoding, so the bound holds for what
-	// the body would be in memory.
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswerBytes+1))
-	if err != nil {
-		return nil, err
-	}
-	resp.Body = &wholeBody{Reader: bytes.NewReader(body), bytes: body}
-	resp.ContentLength = int64(len(body))
-	return resp, nil
-}
-
-// wholeBody is a response body that is in memory already.
-type wholeBody struct {
-	*bytes.Reader
-	bytes []byte
-}
-
-func (*wholeBody) Close() error { return nil }
-
-// wholeAnswer is the answer that wire read.
-func wholeAnswer(resp *http.Response) answer {
-	a := answer{status: resp.StatusCode, header: resp.Header, receivedAt: time.Now()}
-	if body, ok := resp.Body.(*wholeBody); ok {
-		a.body = body.bytes
-	}
-	return a
-}
-
-// checkRetry tells whether a further try may help: retryablehttp.CheckRetry.
-func checkRetry(ctx context.Context, resp *http.Response, err error) (bool, error) {
-	if ctx.Err() != nil {
-		return false, ctx.Err()
-	}
-	ex := exchangeFrom(ctx)
-	ex.trying = false
-	var failed *mintError
-	if err != nil {
-		failed = classifyTransport(err)
-	} else {
-		_, failed = readAnswer(wholeAnswer(resp), ex.sentAt, ex.redact)
-	}
-	ex.failed = failed
-	if failed == nil || !failed.retryable() || ex.tries > ex.retries {
-		return false, nil
-	}
-	// A pause that does not fit would only spend the caller's time.
-	if deadline, ok := ctx.Deadline(); ok && time.Now().Add(failed.retryAfter).After(deadline) {
-		return false, nil
-	}
-	return true, nil
-}
-
-// retryWait is the pause before the next try: retryablehttp.Backoff. What the
-// server asks for by Retry-After counts, else a doubling wait of which a random
-// half is taken off, so that nodes that failed together do not return together.
-func retryWait(shortest, longest time.Duration, attempt int, resp *http.Response) time.Duration {
-	if resp != nil {
-		if wait := retryAfter(resp.Header, time.Now()); wait > 0 {
-			return wait
-		}
-	}
-	wait := min(longest, shortest<<min(attempt, 10))
-	return wait/2 + rand.N(wait/2)
-}
-
-// answerReader reads what came back after all tries, for the protocol above:
-// a failure leaves as a *mintError, which holds no body; a token in the plain
-// shape that x/oauth2 reads, whatever shape MojoAuth gave it.
-type answerReader struct {
-	next http.RoundTripper
-}
-
-func (r *answerReader) RoundTrip(req *http.Request) (*http.Response, error) {
-	ex := exchangeFrom(req.Context())
-	resp, err := r.next.RoundTrip(req)
-	if err != nil {
-		return nil, err
-	}
-	granted, failed := readAnswer(wholeAnswer(resp), ex.sentAt, ex.redact)
-	if failed != nil {
-		return nil, failed
-	}
-	ex.status = resp.StatusCode
-	body := granted.json()
-	return &http.Response{
-		Status:        strconv.Itoa(http.StatusOK) + " " + http.StatusText(http.StatusOK),
-		StatusCode:    http.StatusOK,
-		Proto:         resp.Proto,
-		ProtoMajor:    resp.ProtoMajor,
-		ProtoMinor:    resp.ProtoMinor,
-		Header:        http.Header{"Content-Type": {"application/json"}},
-		Body:          io.NopCloser(bytes.NewReader(body)),
-		ContentLength: int64(len(body)),
-		Request:       req,
-	}, nil
 }

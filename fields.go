@@ -104,7 +104,8 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*log
 	if problem != "" {
 		return logical.ErrorResponse(problem), nil
 	}
-	return b.Backend.HandleRequest(ctx, req)
+	resp, err := b.Backend.HandleRequest(ctx, req)
+	return withoutForwarding(resp, err)
 }
 
 // readFields is the request without the fields that are null, which count as not

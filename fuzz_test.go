@@ -5,6 +5,7 @@ package mojoauth
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"net/http"
@@ -28,6 +29,9 @@ func FuzzAnswer(f *testing.F) {
 	f.Add(200, "", `{"access_token":"`+jwt(`{"exp":1e18}`)+`","expires_in":-0}`)
 	f.Add(200, "", `{"error":"invalid_scope","error_description":"`+canary+`"}`)
 	f.Add(400, "", `{"error_code":900,"message":"bad","description":"no `+canary+`"}`)
+	f.Add(400, "", `{"error":"node is not","error_description":"`+canary[:20]+`","access_token":"t"}`)
+	f.Add(403, "", `{"message":"please forward to the active node","description":"`+strings.ToUpper(canary)+`"}`)
+	f.Add(200, "", `{"access_token":"t","token_type":"a\nb","scope":"a\"b\n c"}`)
 	f.Add(401, "", `{"ErrorCode":"1","message":{},"error":{"code":5}}`)
 	f.Add(403, "", `{"error":"access_denied"}`)
 	f.Add(429, "Wed, 21 Oct 2099 07:28:00 GMT", ``)
@@ -42,22 +46,27 @@ func FuzzAnswer(f *testing.F) {
 			TokenURL: "https://mojoauth.test/", ClientID: "client", ClientSecret: canary,
 			TokenEndpointAuthMethod: authMethodPost, RequestTimeout: 10 * time.Second,
 		}
-		client := newTokenClientOver(config, &wire{next: roundTripper(func(r *http.Request) (*http.Response, error) {
-			return &http.Response{
-				StatusCode: status, Header: header, Request: r,
-				Body: io.NopCloser(bytes.NewReader([]byte(body))),
-			}, nil
-		})})
+		client := newTokenClientOver(config, "", func(context.Context) http.RoundTripper {
+			return roundTripper(func(r *http.Request) (*http.Response, error) {
+				return &http.Response{
+					StatusCode: status, Header: header, Request: r,
+					Body: io.NopCloser(bytes.NewReader([]byte(body))),
+				}, nil
+			})
+		})
 		tok, err := client.mint(t.Context(), tokenRequest{scopes: []string{"a"}})
 		if err == nil {
-			if tok.accessToken == "" || strings.ContainsFunc(tok.accessToken, func(r rune) bool { return r < 0x20 || r > 0x7e }) {
+			if tok.accessToken == "" || strings.ContainsFunc(tok.accessToken, func(r rune) bool { return r <= 0x20 || r > 0x7e }) {
 				t.Errorf("got the token %q", tok.accessToken)
 			}
 			if tok.told < 0 || tok.told > longestLifetime || tok.told > 0 && tok.told < time.Nanosecond {
 				t.Errorf("got the lifetime %s", tok.told)
 			}
-			if tok.tokenType == "" || tok.scope == "" {
-				t.Errorf("got type %q and scope %q", tok.tokenType, tok.scope)
+			if tok.tokenType == "" || len(tok.tokenType) > maxTokenType || strings.ContainsFunc(tok.tokenType, func(r rune) bool { return r <= 0x20 || r > 0x7e }) {
+				t.Errorf("got the type %q", tok.tokenType)
+			}
+			if tok.scope == "" || len(tok.scope) > maxScope || strings.ContainsFunc(tok.scope, func(r rune) bool { return r < 0x20 || r > 0x7e || r == '"' || r == '\\' }) {
+				t.Errorf("got the scope %q", tok.scope)
 			}
 			return
 		}
@@ -66,13 +75,16 @@ func FuzzAnswer(f *testing.F) {
 			t.Fatalf("got the error %v (%T), want a *mintError", err, err)
 		}
 		text := failed.Error()
-		if strings.Contains(text, canary) {
-			t.Errorf("the error holds the client secret: %q", text)
+		if holdsHalfOf(text, canary) {
+			t.Errorf("the error holds half of the client secret: %q", text)
+		}
+		if forwardsElsewhere(text) {
+			t.Errorf("Vault would forward on the error %q", text)
 		}
 		if strings.ContainsFunc(text, unicode.IsControl) {
 			t.Errorf("the error holds control characters: %q", text)
 		}
-		if len([]rune(text)) > 3*longestDescription {
+		if len([]rune(text)) > 3*256 {
 			t.Errorf("the error is %d characters long", len([]rune(text)))
 		}
 		if failed.retryAfter < 0 || failed.retryAfter > longestRetryAfter {
@@ -82,6 +94,17 @@ func FuzzAnswer(f *testing.F) {
 			t.Errorf("got class %q and status %d for %d", failed.class, failed.status, status)
 		}
 	})
+}
+
+// holdsHalfOf reports whether text holds half of the secret in a row, in any case.
+func holdsHalfOf(text, secret string) bool {
+	half := (len(secret) + 1) / 2
+	for start := 0; start+half <= len(secret); start++ {
+		if strings.Contains(strings.ToLower(text), strings.ToLower(secret[start:start+half])) {
+			return true
+		}
+	}
+	return false
 }
 
 func abs(n int) int {

@@ -197,8 +197,6 @@ func (s *standIn) since(n int64) []time.Time {
 	return slices.Clone(s.sent[n:])
 }
 
-func (*standInClient) close() {}
-
 func (c *standInClient) mint(ctx context.Context, req tokenRequest) (*token, error) {
 	s := c.mojo
 	n := s.mints.Add(1)

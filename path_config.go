@@ -535,7 +535,6 @@ func (b *backend) tryClient(ctx context.Context, config *configEntry) error {
 	if err != nil {
 		return err
 	}
-	defer client.close()
 	_, err = client.mint(ctx, tokenRequest{retries: config.MaxRetries})
 	return err
 }

@@ -315,8 +315,6 @@ func (c *tokenCache) upstream(config *held[configEntry]) (*upstream, error) {
 		return old, nil
 	case c.configs.current(config.name) != config:
 		return nil, errOutdated
-	case old != nil:
-		c.work.Go(old.close) // not under the lock
 	}
 	up = &upstream{config: config, newClient: c.newClient, telemetry: c.telemetry, logger: c.logger, random: c.random}
 	c.upstreams[config.name] = up
@@ -327,14 +325,10 @@ func (c *tokenCache) upstream(config *held[configEntry]) (*upstream, error) {
 // detach forgets the upstream of a config, but one that was made of the entry now.
 func (c *tokenCache) detach(name string, now *held[configEntry]) {
 	c.mu.Lock()
-	up := c.upstreams[name]
-	if up == nil || up.config == now {
-		c.mu.Unlock()
-		return
+	defer c.mu.Unlock()
+	if up := c.upstreams[name]; up != nil && up.config != now {
+		delete(c.upstreams, name)
 	}
-	delete(c.upstreams, name)
-	c.mu.Unlock()
-	c.spawn(up.close)
 }
 
 // isCurrent reports whether the upstream's config has not been written since.
@@ -364,9 +358,6 @@ func (c *tokenCache) mint(up *upstream, l leave, spec *spec, past history) (*cac
 		return nil, err
 	}
 	tok, err := up.mint(c.ctx, l, spec, past)
-	if !c.isCurrent(up) {
-		up.close()
-	}
 	if err != nil && c.ctx.Err() != nil {
 		return nil, errClosed
 	}
@@ -513,7 +504,6 @@ func (c *tokenCache) spawn(work func()) bool {
 func (c *tokenCache) close() {
 	c.mu.Lock()
 	c.closed = true
-	upstreams := maps.Clone(c.upstreams)
 	c.mu.Unlock()
 	c.cancel()
 	for _, s := range c.all() {
@@ -529,11 +519,7 @@ func (c *tokenCache) close() {
 	select {
 	case <-ended:
 	case <-late.C:
-		c.logger().Warn("closing does not wait longer for requests to MojoAuth that are under way", "waited", closingTime)
-		return // a client whose mint hangs may not be closable either
-	}
-	for _, up := range upstreams {
-		up.close()
+		c.logger().Warn("closing doesn't wait longer for what is under way", "waited", closingTime)
 	}
 }
 

@@ -19,20 +19,10 @@ import (
 // minter asks MojoAuth for tokens with one config: a tokenClient.
 type minter interface {
 	mint(ctx context.Context, req tokenRequest) (*token, error)
-	close()
 }
 
 // clientFactory makes the minter of a config.
 type clientFactory func(*configEntry) (minter, error)
-
-// Classes of failures that are the engine's own findings.
-const (
-	// classInternal: no request could be made.
-	classInternal errorClass = "internal"
-	// classNothingNewer: MojoAuth gave a token that does not end later than the
-	// cached one. That is no failed mint, and only its key is backed off.
-	classNothingNewer errorClass = "nothing_newer"
-)
 
 const (
 	// maxNarrowedMints bounds the mints for narrowed scopes that are under way
@@ -207,15 +197,6 @@ func (u *upstream) minter() (minter, error) {
 		u.client = client
 	}
 	return u.client, nil
-}
-
-// close drops what the client keeps open. Mints that are under way go on.
-func (u *upstream) close() {
-	u.making.Lock()
-	defer u.making.Unlock()
-	if u.client != nil {
-		u.client.close()
-	}
 }
 
 // mint asks for one token and accounts for how it went. past is what the key's slot

@@ -7,6 +7,8 @@ package main
 
 import (
 	"fmt"
+	"io"
+	"log"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -29,6 +31,7 @@ func main() {
 	if err := meta.FlagSet().Parse(os.Args[1:]); err != nil {
 		fatal(err)
 	}
+	silenceStandardLogger()
 	defer runtime.KeepAlive(tuneGC())
 	go endWithVault(os.Getppid())
 
@@ -42,6 +45,14 @@ func main() {
 		fatal(err)
 	}
 }
+
+// silenceStandardLogger keeps what Go's net/http prints out of Vault's log, where all
+// that a plugin writes to stderr ends up: bytes that a token endpoint sends unasked,
+// which may hold the client secret, and with GODEBUG=http2debug=2 whole requests.
+// Nothing of ours is lost: hclog has a writer of its own, through which the plugin
+// and go-plugin tell Vault what there is to tell, and what ends the process (a panic,
+// fatal) is not printed by this logger.
+func silenceStandardLogger() { log.SetOutput(io.Discard) }
 
 // tuneGC has the garbage collector run rarely while the plugin holds little, when
 // what it collects is what gRPC leaves of each request, and often enough when it
