@@ -50,15 +50,22 @@ func NewAuthority(t testing.TB) *Authority {
 	return &Authority{encode("CERTIFICATE", der), key, certificate}
 }
 
-// Issue makes a certificate for a server at ip.
-func (a *Authority) Issue(t testing.TB, ip string, until time.Time) tls.Certificate {
+// Issue makes a certificate for a server at an IP address, or at a host of that name.
+func (a *Authority) Issue(t testing.TB, host string, until time.Time) tls.Certificate {
 	t.Helper()
+	var ips []net.IP
+	var names []string
+	if ip := net.ParseIP(host); ip != nil {
+		ips = []net.IP{ip}
+	} else {
+		names = []string{host}
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		SerialNumber: big.NewInt(2), IPAddresses: []net.IP{net.ParseIP(ip)},
+		SerialNumber: big.NewInt(2), IPAddresses: ips, DNSNames: names,
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: until,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}, a.certificate, &key.PublicKey, a.key)
