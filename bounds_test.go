@@ -126,7 +126,7 @@ func TestHugeRequestsAreAnsweredAtOnce(t *testing.T) {
 	for i := range list {
 		list[i] = "a"
 	}
-	distinctList := make([]any, size/64)
+	distinctList := make([]any, size/128)
 	for i, word := range distinct(len(distinctList), 7) {
 		distinctList[i] = word
 	}
@@ -219,7 +219,7 @@ func TestUnknownFieldsAreBounded(t *testing.T) {
 
 // Scopes are split in linear time, duplicates and all.
 func TestSplitScopesIsLinear(t *testing.T) {
-	words := distinct(1_000_000, 7)
+	words := distinct(300_000, 7)
 	done := make(chan []string, 1)
 	go func() { done <- splitScopes([]string{strings.Join(words, ","), strings.Join(words, " ")}) }()
 	select {
@@ -228,7 +228,7 @@ func TestSplitScopesIsLinear(t *testing.T) {
 			t.Errorf("got %d scopes, want %d in their order", len(got), len(words))
 		}
 	case <-time.After(20 * time.Second):
-		t.Fatal("a million scopes take more than 20 s")
+		t.Fatal("300,000 scopes, twice, take more than 20 s")
 	}
 }
 

@@ -5,11 +5,9 @@ package mojoauth
 
 import (
 	"fmt"
-	"regexp"
 	"strings"
 	"unicode/utf8"
 
-	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
@@ -18,9 +16,6 @@ import (
 
 // longestName is in characters.
 const longestName = 128
-
-// namePattern is what the framework matches in a path.
-var namePattern = regexp.MustCompile("^" + framework.GenericNameRegex("name") + "$")
 
 // namedPaths are the paths that end in a name.
 var namedPaths = []struct {
@@ -61,16 +56,36 @@ func checkName(req *logical.Request) (problem string, exists bool) {
 // sent, so creds/Reports would pass a deny on creds/reports.
 func validateName(field, name string) error {
 	switch {
+	case isName(name):
+		return nil
 	case utf8.RuneCountInString(name) > longestName:
 		return fmt.Errorf("%s is longer than %d characters: use a shorter one", field, longestName)
 	case strings.Contains(name, ".."):
 		return fmt.Errorf(`%s %q contains "..", which Vault's storage does not accept: use a name without it`, field, name)
-	case strings.ContainsFunc(name, isCapital):
+	case isName(strings.ToLower(name)):
 		return fmt.Errorf("%s %q contains a capital letter: use %q, since names are in lower case", field, name, strings.ToLower(name))
-	case !namePattern.MatchString(name):
+	default:
 		return fmt.Errorf("%s %q is not a valid name: use lower-case letters, digits, _, - and dots, and begin and end with a letter, a digit or _", field, name)
 	}
-	return nil
 }
 
-func isCapital(r rune) bool { return 'A' <= r && r <= 'Z' }
+// isName tells whether a config or role may have that name: what the framework
+// matches in a path (framework.GenericNameRegex), but for capitals and "..". Each
+// cached read comes through here.
+func isName(name string) bool {
+	if len(name) == 0 || len(name) > longestName {
+		return false
+	}
+	last := byte('.')
+	for i := range len(name) {
+		switch c := name[i]; {
+		case 'a' <= c && c <= 'z', '0' <= c && c <= '9', c == '_':
+		case c == '-' && i > 0:
+		case c == '.' && i > 0 && last != '.':
+		default:
+			return false
+		}
+		last = name[i]
+	}
+	return last != '-' && last != '.'
+}

@@ -4,9 +4,11 @@
 package mojoauth
 
 import (
+	"regexp"
 	"strings"
 	"testing"
 
+	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
@@ -77,6 +79,24 @@ func TestNameInRoleIsNotFolded(t *testing.T) {
 	m := newTestMount(t)
 	m.write("config/k", testConfig(nil))
 	m.refused(logical.UpdateOperation, "roles/mine", map[string]any{"config": "\u212a"})
+}
+
+// What the engine accepts is what the framework routes, but for capitals and "..".
+func TestNamesAreThoseOfPaths(t *testing.T) {
+	pattern := regexp.MustCompile("^" + framework.GenericNameRegex("name") + "$")
+	const alphabet = "aZ0_-. /\u00e9"
+	names := []string{""}
+	for range 4 {
+		for _, name := range names {
+			for _, c := range alphabet {
+				names = append(names, name+string(c))
+			}
+			want := pattern.MatchString(name) && name == strings.ToLower(name) && !strings.Contains(name, "..")
+			if got := isName(name); got != want {
+				t.Fatalf("%q: got %v, want %v", name, got, want)
+			}
+		}
+	}
 }
 
 // A path that ends in a name, and is not among those whose names are looked at, is

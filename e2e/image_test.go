@@ -83,7 +83,7 @@ func TestImageScriptTakesOnlyFiles(t *testing.T) {
 		"a link, then a file through it": {func(victim string) []zipped {
 			return []zipped{licence, {pluginName, victim, fs.ModeSymlink | 0o777}, plugin}
 		}, "alone"},
-		"a path upwards": {func(victim string) []zipped {
+		"a path upwards": {func(string) []zipped {
 			return []zipped{licence, plugin, {"../victim", "x", 0o644}}
 		}, "alone"},
 		"a directory": {func(string) []zipped {
