@@ -22,8 +22,8 @@ help: ## List the tasks
 build: ## Build the plugin into bin/
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "$(LDFLAGS)" -o $(OUT) ./cmd/$(NAME)
 
-dev: ## Run Vault with the engine and an OAuth server, and read a token; AGENT=1 adds Vault Agents
-	@VERSION=$(VERSION) AGENT=$(AGENT) scripts/dev.sh
+dev: ## Run Vault or OpenBao (SERVER=) with the engine, and read a token; AGENT=1 adds Agents
+	@VERSION=$(VERSION) SERVER=$(SERVER) AGENT=$(AGENT) scripts/dev.sh
 
 test: test-unit test-e2e ## Run all tests
 
