@@ -101,10 +101,10 @@ else
 	bin=$(scripts/vault.sh)
 fi
 fetch_pid=''
-version=$("$bin" version | awk '{ print $1, $2; exit }') || die "$bin does not tell its version"
+version=$("$bin" version | awk '{ sub(/,$/, "", $2); print $1, $2; exit }') || die "$bin does not tell its version"
 case $version in
-"OpenBao v"*) title=OpenBao program=bao named=${BAO_BIN:-} made="fetched into bin/" ;;
-"Vault v"*) title=Vault program=vault named=${VAULT_BIN:-} made="built from source into bin/" ;;
+"OpenBao v"*) title=OpenBao program=bao made="fetched into bin/" other="Vault: make dev SERVER=vault" ;;
+"Vault v"*) title=Vault program=vault made="built from source into bin/" other="OpenBao: make dev SERVER=openbao" ;;
 *) die "$bin is neither Vault nor OpenBao: it calls itself $version" ;;
 esac
 case ${SERVER:-}$title in
@@ -117,7 +117,7 @@ case $bin in
 "$root/bin/"*) origin=$made ;;
 *) origin="on your PATH at $bin" ;;
 esac
-say "Running $version, $origin (another: make dev SERVER=vault or SERVER=openbao; VAULT_BIN or BAO_BIN names a binary)"
+say "Running $version, $origin; for $other"
 
 # Its commands as a user types them, also where it is not on PATH.
 mkdir "$work/bin"
