@@ -22,18 +22,17 @@ help: ## List the tasks
 build: ## Build the plugin into bin/
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "$(LDFLAGS)" -o $(OUT) ./cmd/$(NAME)
 
-dev: ## Run Vault with the engine and an OAuth server, and read a token; AGENT=1 adds Vault Agents
-	@VERSION=$(VERSION) AGENT=$(AGENT) scripts/dev.sh
+dev: ## Run Vault or OpenBao (SERVER=) with the engine, and read a token; AGENT=1 adds Agents
+	@VERSION=$(VERSION) SERVER=$(SERVER) AGENT=$(AGENT) scripts/dev.sh
 
-test: test-unit test-e2e ## Run all tests
+test: test-unit test-e2e ## Run all tests; SERVER=openbao or SERVER=vault runs them in one server only
 
 test-unit: ## Run the unit tests with the race detector
 	@echo "Unit tests with the race detector; the first time, about 3 minutes of that is compiling."
 	go test -race ./...
 
-test-e2e: ## Run the tests in a real Vault; builds one, once, when there is none
-	@echo "End-to-end tests in a real Vault; the first time, building Vault takes about 8 minutes."
-	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && go test -count=1 -timeout 20m -parallel 8 ./...
+test-e2e: ## Run the tests in a real OpenBao and a real Vault, or in the one of SERVER=openbao|vault
+	@SERVER=$(SERVER) scripts/e2e.sh
 
 test-live: ## Get a token of the real MojoAuth; needs the MOJOAUTH_* variables
 	go test -count=1 -run '^TestLive' -v .
@@ -72,17 +71,17 @@ fmt: $(GOLANGCI) ## Format the code
 	cd e2e && ../$(GOLANGCI) fmt --config ../.golangci.yaml ./...
 	cd tools/release && ../../$(GOLANGCI) fmt --config ../../.golangci.yaml ./sbom
 
-bench: ## Run the benchmarks
+bench: ## Run the benchmarks; through Vault, or SERVER=openbao
 	go test -run '^$$' -bench . -benchmem .
-	@echo "Through a real Vault; about two minutes."
-	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && go test -run '^$$' -bench . -benchtime 1x .
+	@echo "Through a real server; about two minutes."
+	@cd e2e && SERVER=$(or $(SERVER),vault) go test -run '^$$' -bench . -benchtime 1x .
 
 soak: ## Run a cluster under load through random faults for MINUTES, and see that the plugin does not grow
 	@echo "A cluster under load for $(MINUTES) minutes; setting up comes on top."
-	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && SOAK_MINUTES=$(MINUTES) go test -count=1 -timeout $$(( $(MINUTES) + 30 ))m -run 'TestSoak$$' -v .
+	@cd e2e && SERVER=$(or $(SERVER),vault) SOAK_MINUTES=$(MINUTES) go test -count=1 -timeout $$(( $(MINUTES) + 30 ))m -run 'TestSoak$$' -v .
 
-soak-agent: ## Run Vault Agents through all faults for 12 token lifetimes: 8 minutes
-	@VAULT_BIN=$$(scripts/vault.sh) && export VAULT_BIN && cd e2e && AGENT_LIFETIMES=3 go test -count=1 -timeout 30m -run AgentKeeps -v .
+soak-agent: ## Run Agents through all faults for 12 token lifetimes: 8 minutes
+	@cd e2e && SERVER=$(or $(SERVER),vault) AGENT_LIFETIMES=12 go test -count=1 -timeout 30m -run AgentKeeps -v .
 
 image: ## Build the container image for Vault's containerised plugins, with buildah, podman or docker
 	@VERSION=$(VERSION) scripts/image.sh

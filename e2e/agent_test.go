@@ -20,22 +20,55 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
+// How long a token of the agents' tests lives: F = 4 s, m = 4 s. The roles' min_ttl of 24 s
+// makes R = 24 s, so that a token that is due outlives a server that is down for a third
+// of a lifetime and the back-off after that.
+const agentTokenLifetime = 40 * time.Second
+
 // Applications call the API five times a second with what a real Vault Agent keeps
 // in a file for them, and are not rejected once, while Vault, the plugin, the OAuth
-// server and the agents fail in turn.
+// server or the agents fail. Each fault has a Vault and agents of its own, so that they
+// can be waited for together.
 //
-// A token lives 40 s: F = 4 s, m = 4 s. The roles' min_ttl of 24 s makes R = 24 s, so
-// that a token that is due outlives a server that is down for a third of a lifetime
-// and the back-off after that.
-//
-// AGENT_LIFETIMES sets how many lifetimes each fault is given; `make soak-agent` asks for
-// more than the 2 of every run.
+// AGENT_LIFETIMES sets how many lifetimes each fault is given, and comes again in every
+// second of them; `make soak-agent` asks for more than the 2 of every run.
 func TestAgentKeepsApplicationsSupplied(t *testing.T) {
 	t.Parallel()
-	const lifetime = 40 * time.Second
-	perFault := 2
+	for name, fault := range map[string]func(w *world, agents map[string]*harness.Agent){
+		"Vault is sealed and unsealed": func(w *world, _ map[string]*harness.Agent) {
+			if err := w.vault.Sys().Seal(); err != nil {
+				w.Error(err)
+			}
+			time.Sleep(time.Second)
+			w.vault.Unseal(w)
+		},
+		"the plugin is killed": func(w *world, _ map[string]*harness.Agent) {
+			w.vault.SignalPlugin(w, pluginBinary, syscall.SIGKILL)
+		},
+		"the OAuth server is down for a third of a lifetime": func(w *world, _ map[string]*harness.Agent) {
+			w.oauth.SetFaults(oauthserver.Faults{Status: 503})
+			time.Sleep(agentTokenLifetime / 3)
+			w.oauth.SetFaults(oauthserver.Faults{})
+		},
+		"the agents restart": func(_ *world, agents map[string]*harness.Agent) {
+			for _, agent := range agents {
+				agent.Restart()
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			keepSupplied(t, fault)
+		})
+	}
+}
+
+// keepSupplied has applications use what agents keep for them, while the fault happens.
+func keepSupplied(t *testing.T, fault func(w *world, agents map[string]*harness.Agent)) {
+	const lifetime = agentTokenLifetime
+	count := 2
 	if n, err := strconv.Atoi(os.Getenv("AGENT_LIFETIMES")); err == nil {
-		perFault = n
+		count = n
 	}
 	w := newWorld(t)
 	w.oauth.SetLifetime(lifetime + time.Second) // it rounds down
@@ -127,35 +160,13 @@ exec {
 	}
 
 	began := time.Now()
-	for _, fault := range []struct {
-		name string
-		do   func()
-	}{
-		{"Vault is sealed and unsealed", func() {
-			if err := w.vault.Sys().Seal(); err != nil {
-				t.Error(err)
-			}
-			time.Sleep(time.Second)
-			w.vault.Unseal(t)
-		}},
-		{"the plugin is killed", func() { w.vault.SignalPlugin(t, pluginBinary, syscall.SIGKILL) }},
-		{"the OAuth server is down for a third of a lifetime", func() {
-			w.oauth.SetFaults(oauthserver.Faults{Status: 503})
-			time.Sleep(lifetime / 3)
-			w.oauth.SetFaults(oauthserver.Faults{})
-		}},
-		{"the agents restart", func() {
-			for _, agent := range agents {
-				agent.Restart()
-			}
-		}},
-	} {
+	for range (count + 1) / 2 {
 		begin := time.Now()
 		// Not at the beginning, when all tokens are fresh.
 		time.Sleep(lifetime / 3)
-		t.Logf("%s: %s", time.Now().Format(time.TimeOnly), fault.name)
-		fault.do()
-		time.Sleep(time.Until(begin.Add(time.Duration(perFault) * lifetime)))
+		t.Logf("it happens at %s", time.Now().Format(time.TimeOnly))
+		fault(w, agents)
+		time.Sleep(time.Until(begin.Add(2 * lifetime)))
 	}
 	close(stop)
 	wg.Wait()

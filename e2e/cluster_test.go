@@ -63,9 +63,7 @@ var faults = []fault{
 		return standby, func() { w.cluster.Restart(w, standby) }
 	}},
 	{name: "step-down", failover: true, strike: func(w *clusterWorld) (*harness.Vault, func()) {
-		if err := w.cluster.Active(w).Sys().StepDown(); err != nil {
-			w.Error(err)
-		}
+		w.cluster.StepDown(w)
 		return nil, nil
 	}},
 	{name: "seal and unseal", failover: true, strike: func(w *clusterWorld) (*harness.Vault, func()) {
@@ -267,8 +265,8 @@ func chooseSeed(t testing.TB) uint64 {
 func TestCluster(t *testing.T) {
 	const randomFor = 20 * time.Second
 	older, err := harness.BuildPluginOf(t, olderCommit, pluginDir, strings.TrimPrefix(olderVersion, "v"))
-	if errors.Is(err, harness.ErrNoHistory) && os.Getenv("CI") == "" {
-		t.Skipf("an upgrade needs the project's history: %v", err)
+	if errors.Is(err, harness.ErrNoHistory) {
+		harness.Missing(t, "an upgrade needs the project's history: %v", err)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -299,7 +297,7 @@ func (w *clusterWorld) allFaults() []fault {
 	case os.Getenv("CI") != "":
 		w.Error("this process may not mount a disk, so that none can be full")
 	default:
-		w.Log("NOT TESTED: a full disk, since this process may not mount one")
+		harness.NotTested(w, "a full disk, since this process may not mount one")
 	}
 	return faults
 }

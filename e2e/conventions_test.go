@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -50,12 +51,17 @@ func TestVersionsAsVaultTellsThem(t *testing.T) {
 	}
 
 	cli("secrets", "enable", "-path=chosen", "-plugin-version="+pluginVersion, pluginName)
-	// A pinned version is what all mounts run; none may name its own from then on.
-	cli("write", "sys/plugins/pins/secret/"+pluginName, "version="+pluginVersion)
-	cli("secrets", "enable", "-path=pinned", pluginName)
-	if _, err := vault.CLI(t.Context(), "secrets", "enable", "-path=other", "-plugin-version="+pluginVersion, pluginName); err == nil || !strings.Contains(err.Error(), "pinned") {
-		t.Errorf("naming a version beside the pinned one: %v", err)
-	}
+	paths := []string{"chosen/"}
+	t.Run("a pinned version", func(t *testing.T) {
+		harness.NoPluginPins.Skip(t, vault.Product)
+		// It is what all mounts run; none may name its own from then on.
+		cli("write", "sys/plugins/pins/secret/"+pluginName, "version="+pluginVersion)
+		cli("secrets", "enable", "-path=pinned", pluginName)
+		paths = append(paths, "pinned/")
+		if _, err := vault.CLI(t.Context(), "secrets", "enable", "-path=other", "-plugin-version="+pluginVersion, pluginName); err == nil || !strings.Contains(err.Error(), "pinned") {
+			t.Errorf("naming a version beside the pinned one: %v", err)
+		}
+	})
 	var mounts map[string]struct {
 		Type    string `json:"type"`
 		Running string `json:"running_plugin_version"`
@@ -64,12 +70,31 @@ func TestVersionsAsVaultTellsThem(t *testing.T) {
 	if err := json.Unmarshal([]byte(cli("secrets", "list", "-detailed", "-format=json")), &mounts); err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{"pinned/", "chosen/"} {
+	for _, path := range paths {
 		if got := mounts[path]; got.Type != pluginName || got.Running != pluginVersion || got.SHA256 != sum {
 			t.Errorf("vault secrets list -detailed tells of %s: %+v", path, got)
 		}
 		if out := cli("read", "-field=version", path+"status"); strings.TrimSpace(out) != pluginVersion {
 			t.Errorf("%sstatus tells the version %s", path, out)
+		}
+	}
+}
+
+// The run lists what was skipped, and why, of which only harness.Skip knows.
+func TestSkipsAreListed(t *testing.T) {
+	t.Parallel()
+	files, err := filepath.Glob("*_test.go")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("got %v, %v", files, err)
+	}
+	unlisted := regexp.MustCompile(`\b(?:[a-z]|TB)\.Skip(?:f|Now)?\(`)
+	for _, file := range files {
+		content, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if call := unlisted.FindString(string(content)); call != "" {
+			t.Errorf("%s calls %s: use harness.Skip, or harness.Missing", file, call)
 		}
 	}
 }

@@ -5,7 +5,9 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
@@ -20,16 +22,39 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
+// printedCommands are what each command that `make dev` prints has to answer, by how it
+// begins; $PROGRAM is the server's own.
+var printedCommands = []struct{ begins, answers string }{
+	{"export ", ""},
+	{"$PROGRAM read mojoauth/creds/demo", "access_token "},
+	{"$PROGRAM read -field=access_token mojoauth/creds/demo-narrow", "eyJ"},
+	{"$PROGRAM write -force mojoauth/rotate-role/demo", "last_vault_rotation "},
+	{"$PROGRAM read mojoauth/config", "client_id "},
+	{"$PROGRAM read -format=json mojoauth/status", `"cached_tokens"`},
+	{`curl -H "X-Vault-Token: $VAULT_TOKEN" $VAULT_ADDR/v1/mojoauth/metrics`, "mojoauth_cached_tokens "},
+	{"$PROGRAM path-help mojoauth/roles/demo", "audience"},
+	{"tail ", "core: "},
+	{`curl -H "Authorization: Bearer $($PROGRAM read -field=access_token mojoauth/creds/demo)" $API_URL`, `{"message":"hello demo-client"}`},
+	{"curl -X PUT ", "503"},
+	{"curl -X DELETE ", ""},
+}
+
 // `make dev` is the first thing a newcomer runs: it has to end in a token that
-// opens the API, and to leave nothing behind.
+// opens the API, print commands that work in another terminal, and leave nothing behind.
 func TestDevScript(t *testing.T) {
+	t.Parallel()
 	root, err := harness.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
+	product, version, err := harness.ProductOf(vaultBinary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	variable := strings.ToUpper(product.Program()) + "_BIN"
 	var out lockedBuffer
 	cmd := exec.Command(filepath.Join(root, "scripts", "dev.sh"))
-	cmd.Env = append(os.Environ(), "VAULT_BIN="+vaultBinary, "MOJOAUTH_TOKEN_URL=", "AGENT=1")
+	cmd.Env = append(os.Environ(), "SERVER="+product.Choice(), variable+"="+vaultBinary, "MOJOAUTH_TOKEN_URL=", "AGENT=1")
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -38,7 +63,8 @@ func TestDevScript(t *testing.T) {
 	go func() { exited <- cmd.Wait() }()
 	defer cmd.Process.Signal(syscall.SIGTERM) //nolint:errcheck // it has ended if all went well
 
-	harness.Eventually(t, "dev.sh is up", func() error {
+	// It compiles, beside other tests.
+	harness.EventuallyWithin(t, 5*time.Minute, "dev.sh is up", func() error {
 		select {
 		case err := <-exited:
 			t.Fatalf("it has ended: %v\n%s", err, out.String())
@@ -49,7 +75,10 @@ func TestDevScript(t *testing.T) {
 		}
 		return nil
 	})
-	for _, want := range []string{"access_token ", `200 {"message":"hello demo-client"}`, "200 with what the agent wrote", "supervised.log"} {
+	for _, want := range []string{
+		fmt.Sprintf("==> Running %s %s, named by %s; for ", product, version, variable),
+		"access_token ", `200 {"message":"hello demo-client"}`, "200 with what the agent wrote", "supervised.log",
+	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("it did not print %q:\n%s", want, out.String())
 		}
@@ -58,6 +87,7 @@ func TestDevScript(t *testing.T) {
 	if address == nil {
 		t.Fatalf("it did not print VAULT_ADDR:\n%s", out.String())
 	}
+	tryPrintedCommands(t, product, out.String())
 
 	if err := cmd.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
@@ -72,7 +102,55 @@ func TestDevScript(t *testing.T) {
 	}
 	if resp, err := http.Get(address[1]); err == nil {
 		resp.Body.Close()
-		t.Error("Vault still runs")
+		t.Errorf("%s still runs", product)
+	}
+}
+
+// tryPrintedCommands runs every command that dev.sh printed, in their order, as in a
+// terminal that has been opened for them.
+func tryPrintedCommands(t *testing.T, product harness.Product, printed string) {
+	t.Helper()
+	_, printed, _ = strings.Cut(printed, "In another terminal:\n")
+	commands := regexp.MustCompile(`(?m)^  (\S.*)$`).FindAllStringSubmatch(printed, -1)
+	tried := make(map[string]bool)
+	var exports strings.Builder
+	outage := false
+	for _, match := range commands {
+		command := match[1]
+		var begins, answers string
+		for _, known := range printedCommands {
+			if begin := strings.ReplaceAll(known.begins, "$PROGRAM", product.Program()); strings.HasPrefix(command, begin) && len(begin) > len(begins) {
+				begins, answers = begin, known.answers
+			}
+		}
+		if begins == "" {
+			t.Errorf("it printed %q, of which this test knows no answer", command)
+			continue
+		}
+		tried[begins] = true
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, "sh", "-c", exports.String()+command)
+		cmd.Dir = t.TempDir()
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + cmd.Dir}
+		answer, err := cmd.CombinedOutput()
+		refused := outage && strings.Contains(command, "rotate-role")
+		if refused {
+			answers = "The next try is at"
+		}
+		if (err != nil) != refused || !strings.Contains(string(answer), answers) {
+			t.Errorf("%s: got %v, %s; want it to answer %q and to fail: %v", command, err, answer, answers, refused)
+		}
+		if strings.Contains(string(answer), "client_secret ") {
+			t.Errorf("%s: it shows the client secret:\n%s", command, answer)
+		}
+		if strings.HasPrefix(command, "export ") {
+			exports.WriteString(command + "\n")
+		}
+		outage = outage && !strings.HasPrefix(command, "curl -X DELETE ") || strings.HasPrefix(command, "curl -X PUT ")
+	}
+	if len(tried) != len(printedCommands) {
+		t.Errorf("it printed %d of the %d kinds of commands that this test knows: %v", len(tried), len(printedCommands), tried)
 	}
 }
 

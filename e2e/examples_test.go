@@ -68,10 +68,7 @@ func TestExamples(t *testing.T) {
 			}
 			for _, tool := range tools {
 				if _, err := exec.LookPath(tool); err != nil {
-					if os.Getenv("CI") != "" {
-						t.Fatalf("%s is not on PATH", tool)
-					}
-					t.Skipf("%s is not on PATH: the example in %s is not tested", tool, language)
+					harness.Missing(t, "%s is not on PATH: the example in %s is not tested", tool, language)
 				}
 			}
 			inner := *w
@@ -88,6 +85,13 @@ type example struct {
 	command string
 	secrets []string // that no output may hold, beside the tokens
 }
+
+// monoAborts is what Mono 6.8 says when it aborts, now and then, while it ends: the program
+// has done its work, and the exit code is lost.
+const monoAborts = "* Assertion at mono-threads.c:2005"
+
+// lostCode is in place of an exit code that was lost.
+const lostCode = -1
 
 func (e *example) check() {
 	const hello = `200 {"message":"hello ` + clientID + `"}` + "\n"
@@ -214,13 +218,27 @@ func (e *example) run(env []string) (stdout, stderr string, code int) {
 			e.Errorf("with %q: a secret is in the output:\n%s%s", env, out.String(), errs.String())
 		}
 	}
+	// What is compiled by a command of its own is compiled once.
+	if _, run, ok := strings.Cut(e.command, " && "); ok {
+		e.command = run
+	}
+	if stdout, _, ok := strings.Cut(out.String(), monoAborts); ok {
+		e.Logf("with %q: Mono has aborted after the program's end", env)
+		if reports, err := filepath.Glob(filepath.Join(e.root, "mono_crash.*.json")); err == nil {
+			for _, report := range reports {
+				os.Remove(report) //nolint:errcheck // it is only in the way
+			}
+		}
+		stderr, _, _ := strings.Cut(errs.String(), "\n===")
+		return stdout, stderr, lostCode
+	}
 	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
 }
 
 func (e *example) succeeds(want string, env ...string) {
 	e.Helper()
 	stdout, stderr, code := e.run(env)
-	if code != 0 || stdout != want || stderr != "" {
+	if code != 0 && code != lostCode || stdout != want || stderr != "" {
 		e.Errorf("with %q: got exit code %d, output %q and errors %q; want 0, %q and none", env, code, stdout, stderr, want)
 	}
 }
@@ -228,7 +246,7 @@ func (e *example) succeeds(want string, env ...string) {
 func (e *example) fails(parts []string, env ...string) {
 	e.Helper()
 	stdout, stderr, code := e.run(env)
-	if code != 1 || stdout != "" {
+	if code != 1 && code != lostCode || stdout != "" {
 		e.Errorf("with %q: got exit code %d and output %q, want 1 and none; errors: %s", env, code, stdout, stderr)
 	}
 	for _, part := range append(parts, ": ") {

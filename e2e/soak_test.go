@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/vault/api"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
 // vitals is what a plugin's process takes, by its own metrics.
@@ -100,7 +102,7 @@ func scrapeVitals(t testing.TB, client *api.Client) vitals {
 func TestSoak(t *testing.T) {
 	minutes, err := strconv.ParseFloat(os.Getenv("SOAK_MINUTES"), 64)
 	if err != nil {
-		t.Skip("takes as long as SOAK_MINUTES says: run make soak")
+		harness.Skip(t, "takes as long as SOAK_MINUTES says: run make soak")
 	}
 	half := time.Duration(minutes * float64(time.Minute) / 2)
 	w := newClusterWorld(t, pluginBinary, pluginVersion, chooseSeed(t))

@@ -1,15 +1,19 @@
 #!/bin/sh
-# Runs Vault in dev mode with the engine, configured and tried, until Ctrl-C.
+# Runs Vault or OpenBao in dev mode with the engine, configured and tried, until Ctrl-C.
+#
+# It takes the vault that VAULT_BIN names or that is on PATH, else one that was built
+# before into bin/, else OpenBao (scripts/bao.sh). SERVER=vault or SERVER=openbao chooses.
+# Where it can have neither, it builds Vault from source.
 #
 # An OAuth server of the end-to-end tests stands in for MojoAuth, with an API
 # that its tokens open. When MOJOAUTH_TOKEN_URL, MOJOAUTH_CLIENT_ID and
 # MOJOAUTH_CLIENT_SECRET are set, the real MojoAuth is asked instead, for the
 # audience MOJOAUTH_API_AUDIENCE and the scopes MOJOAUTH_SCOPES if they are set.
 #
-# With AGENT=1 two Vault Agents run too: one keeps a token in files, the other starts
+# With AGENT=1 two of its Agents run too: one keeps a token in files, the other starts
 # a program with the token in its environment, and again whenever there is a new one.
 #
-# Nothing is kept: Vault's storage is in memory.
+# Nothing is kept: the storage is in memory.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cd "$root"
@@ -18,13 +22,13 @@ say() { printf '==> %s\n' "$*"; }
 die() { printf 'dev.sh: %s\n' "$*" >&2; exit 1; }
 
 work=$(mktemp -d)
-vault_pid='' oauth_pid='' agent_pid='' supervisor_pid=''
+fetch_pid='' server_pid='' oauth_pid='' agent_pid='' supervisor_pid=''
 cleanup() {
 	trap - EXIT INT TERM
-	for pid in $supervisor_pid $agent_pid $vault_pid $oauth_pid; do
+	for pid in $fetch_pid $supervisor_pid $agent_pid $server_pid $oauth_pid; do
 		kill "$pid" 2>/dev/null || true
 	done
-	for pid in $supervisor_pid $agent_pid $vault_pid $oauth_pid; do
+	for pid in $fetch_pid $supervisor_pid $agent_pid $server_pid $oauth_pid; do
 		wait "$pid" 2>/dev/null || true
 	done
 	rm -rf "$work"
@@ -46,11 +50,22 @@ until_ready() {
 	done
 }
 
+# A server that has to be fetched comes while the plugin compiles.
+fetch() {
+	scripts/bao.sh >"$work/fetched" &
+	fetch_pid=$!
+}
+case ${SERVER:-} in
+vault) ;;
+openbao) fetch ;;
+'') [ -n "${VAULT_BIN:-}" ] || scripts/vault.sh present >/dev/null || fetch ;;
+*) die "SERVER is $SERVER: use vault or openbao" ;;
+esac
+
 say "Building the plugin (about 2 minutes the first time)"
 mkdir -p "$work/plugins"
 make --no-print-directory -s build VERSION="${VERSION:-0.1.0-dev}"
 cp bin/vault-plugin-secrets-mojoauth "$work/plugins/"
-vault=$(scripts/vault.sh)
 
 if [ -n "${MOJOAUTH_TOKEN_URL:-}" ]; then
 	: "${MOJOAUTH_CLIENT_ID:?set it, or unset MOJOAUTH_TOKEN_URL}" "${MOJOAUTH_CLIENT_SECRET:?set it, or unset MOJOAUTH_TOKEN_URL}"
@@ -74,34 +89,74 @@ else
 	api=$oauth/data
 fi
 
+# The server's binary, and where it came from.
+if [ -z "$fetch_pid" ]; then
+	bin=$(scripts/vault.sh)
+elif wait "$fetch_pid"; then
+	bin=$(cat "$work/fetched")
+elif [ "${SERVER:-}" = openbao ]; then
+	die "there is no OpenBao to run"
+else
+	say "There is neither a Vault nor an OpenBao here: building Vault from source"
+	bin=$(scripts/vault.sh)
+fi
+fetch_pid=''
+version=$("$bin" version | awk '{ sub(/,$/, "", $2); print $1, $2; exit }') || die "$bin does not tell its version"
+case $version in
+"OpenBao v"*) title=OpenBao program=bao made="fetched into bin/" other="Vault: make dev SERVER=vault" ;;
+"Vault v"*) title=Vault program=vault made="built from source into bin/" other="OpenBao: make dev SERVER=openbao" ;;
+*) die "$bin is neither Vault nor OpenBao: it calls itself $version" ;;
+esac
+case ${SERVER:-}$title in
+vaultOpenBao) die "SERVER is vault, and VAULT_BIN is $version" ;;
+openbaoVault) die "SERVER is openbao, and BAO_BIN is $version" ;;
+esac
+case $bin in
+"${VAULT_BIN:-none}") origin="named by VAULT_BIN" ;;
+"${BAO_BIN:-none}") origin="named by BAO_BIN" ;;
+"$root/bin/"*) origin=$made ;;
+*) origin="on your PATH at $bin" ;;
+esac
+say "Running $version, $origin; for $other"
+
+# Its commands as a user types them, also where it is not on PATH.
+mkdir "$work/bin"
+ln -s "$(CDPATH='' cd -- "$(dirname -- "$bin")" && pwd)/$(basename -- "$bin")" "$work/bin/$program"
+path=''
+[ "$(command -v "$program")" = "$bin" ] || path="PATH=\"$work/bin:\$PATH\""
+
 port=${VAULT_DEV_PORT:-8200}
 while curl -s -o /dev/null "http://127.0.0.1:$port/"; do
 	port=$((port + 10))
 done
+# OpenBao's commands look for BAO_ before VAULT_. A namespace that you use elsewhere is
+# not here.
+unset VAULT_NAMESPACE BAO_NAMESPACE
 export VAULT_ADDR="http://127.0.0.1:$port"
 VAULT_TOKEN=dev-$(od -An -N12 -tx1 /dev/urandom | tr -d ' \n')
-export VAULT_TOKEN
-say "Starting Vault at $VAULT_ADDR"
-printf 'plugin_directory = "%s/plugins"\n' "$work" >"$work/vault.hcl"
-"$vault" server -dev -dev-no-store-token -dev-root-token-id="$VAULT_TOKEN" \
-	-dev-listen-address="127.0.0.1:$port" -config="$work/vault.hcl" >"$work/vault.log" 2>&1 &
-vault_pid=$!
-until_ready Vault "$vault_pid" "$work/vault.log" "$vault" status
+export VAULT_TOKEN BAO_ADDR="$VAULT_ADDR" BAO_TOKEN="$VAULT_TOKEN"
+server_log=$work/$program.log
+say "Starting $title at $VAULT_ADDR"
+printf 'plugin_directory = "%s/plugins"\n' "$work" >"$work/server.hcl"
+"$bin" server -dev -dev-no-store-token -dev-root-token-id="$VAULT_TOKEN" \
+	-dev-listen-address="127.0.0.1:$port" -config="$work/server.hcl" >"$server_log" 2>&1 &
+server_pid=$!
+until_ready "$title" "$server_pid" "$server_log" "$bin" status
 
 say "Registering and enabling the plugin"
-VAULT_BIN=$vault scripts/register.sh "$work/plugins/vault-plugin-secrets-mojoauth" mojoauth
+VAULT_BIN=$bin scripts/register.sh "$work/plugins/vault-plugin-secrets-mojoauth" mojoauth
 
 say "Writing config and roles"
 # The secret comes from standard input: arguments can be read by other users.
-printf '%s' "$client_secret" | "$vault" write mojoauth/config token_url="$token_url" client_id="$client_id" client_secret=-
-"$vault" write mojoauth/roles/demo audience="$audience" scopes="$scopes"
-"$vault" write mojoauth/roles/demo-narrow audience="$audience" scopes="$narrow"
+printf '%s' "$client_secret" | "$bin" write mojoauth/config token_url="$token_url" client_id="$client_id" client_secret=-
+"$bin" write mojoauth/roles/demo audience="$audience" scopes="$scopes"
+"$bin" write mojoauth/roles/demo-narrow audience="$audience" scopes="$narrow"
 
-say "Reading a token: vault read mojoauth/creds/demo"
-"$vault" read mojoauth/creds/demo
+say "Reading a token: $program read mojoauth/creds/demo"
+"$bin" read mojoauth/creds/demo
 
 if [ -n "$api" ]; then
-	token=$("$vault" read -field=access_token mojoauth/creds/demo)
+	token=$("$bin" read -field=access_token mojoauth/creds/demo)
 	say "Calling the protected API with it: curl -H \"Authorization: Bearer …\" $api"
 	status=$(printf 'header = "Authorization: Bearer %s"\n' "$token" |
 		curl -s -K - -o "$work/answer" -w '%{http_code}' "$api")
@@ -110,16 +165,16 @@ if [ -n "$api" ]; then
 fi
 
 if [ "${AGENT:-}" = 1 ]; then
-	say "Starting a Vault Agent that keeps a token in a file, and one that supervises a program"
-	"$vault" policy write demo - >/dev/null <<'HCL'
+	say "Starting two $title Agents: one keeps a token in a file, one supervises a program"
+	"$bin" policy write demo - >/dev/null <<'HCL'
 path "mojoauth/creds/demo" {
   capabilities = ["read"]
 }
 HCL
-	"$vault" auth enable approle >/dev/null
-	"$vault" write auth/approle/role/demo token_policies=demo >/dev/null
-	"$vault" read -field=role_id auth/approle/role/demo/role-id >"$work/role-id"
-	"$vault" write -f -field=secret_id auth/approle/role/demo/secret-id >"$work/secret-id"
+	"$bin" auth enable approle >/dev/null
+	"$bin" write auth/approle/role/demo token_policies=demo >/dev/null
+	"$bin" read -field=role_id auth/approle/role/demo/role-id >"$work/role-id"
+	"$bin" write -f -field=secret_id auth/approle/role/demo/secret-id >"$work/secret-id"
 	cat >"$work/login.hcl" <<HCL
 vault {
   address = "$VAULT_ADDR"
@@ -161,50 +216,68 @@ exec {
   restart_stop_signal       = "SIGTERM"
 }
 HCL
-	env -u VAULT_TOKEN "$vault" agent -config="$work/login.hcl" -config="$work/agent.hcl" >"$work/agent.log" 2>&1 &
+	env -u VAULT_TOKEN -u BAO_TOKEN "$bin" agent -config="$work/login.hcl" -config="$work/agent.hcl" >"$work/agent.log" 2>&1 &
 	agent_pid=$!
-	env -u VAULT_TOKEN "$vault" agent -config="$work/login.hcl" -config="$work/supervisor.hcl" >"$work/supervisor.log" 2>&1 &
+	env -u VAULT_TOKEN -u BAO_TOKEN "$bin" agent -config="$work/login.hcl" -config="$work/supervisor.hcl" >"$work/supervisor.log" 2>&1 &
 	supervisor_pid=$!
-	until_ready "the supervising Vault Agent" "$supervisor_pid" "$work/supervisor.log" test -s "$work/supervised.log"
-	until_ready "the Vault Agent" "$agent_pid" "$work/agent.log" test -s "$work/header"
+	until_ready "the supervising agent" "$supervisor_pid" "$work/supervisor.log" test -s "$work/supervised.log"
+	until_ready "the agent" "$agent_pid" "$work/agent.log" test -s "$work/header"
 	if [ -n "$api" ]; then
 		printf '%s with what the agent wrote into %s/header\n' "$(curl -s -o /dev/null -w '%{http_code}' -H @"$work/header" "$api")" "$work"
 	fi
 fi
 
-vault_log=$work/vault.log
+# Commands are indented, and nothing else is; without comments, which not every
+# interactive shell takes.
 cat <<TXT
 
-Vault is running. In another terminal:
+$title is running. In another terminal:
 
   export VAULT_ADDR=$VAULT_ADDR VAULT_TOKEN=$VAULT_TOKEN
-  alias vault=$vault
-  vault read mojoauth/creds/demo                       # the same token, from the cache
-  vault read -field=access_token mojoauth/creds/demo-narrow
-  vault read mojoauth/config                           # without the client secret
-  vault write -force mojoauth/rotate-role/demo         # a new token now
-  vault read -format=json mojoauth/status              # what the node did
+TXT
+[ "$program" != bao ] || echo "  export BAO_ADDR=$BAO_ADDR BAO_TOKEN=$BAO_TOKEN"
+[ -z "$path" ] || echo "  export $path"
+cat <<TXT
+
+The same token, from the cache; one with fewer scopes; and a new one now:
+
+  $program read mojoauth/creds/demo
+  $program read -field=access_token mojoauth/creds/demo-narrow
+  $program write -force mojoauth/rotate-role/demo
+
+The config, without the client secret; what the node did; and how to do more:
+
+  $program read mojoauth/config
+  $program read -format=json mojoauth/status
   curl -H "X-Vault-Token: \$VAULT_TOKEN" \$VAULT_ADDR/v1/mojoauth/metrics
-  vault path-help mojoauth/roles/demo
-  less $vault_log
+  $program path-help mojoauth/roles/demo
+  tail $server_log
 TXT
 [ -z "$api" ] || cat <<TXT
-  export API_URL=$api   # for the examples in examples/
-  curl -H "Authorization: Bearer \$(vault read -field=access_token mojoauth/creds/demo)" \$API_URL
 
-An outage, to watch the engine on a bad day, and its end (docs/monitoring.md has more):
+The API that the token opens, also for the programs in examples/:
+
+  export API_URL=$api
+  curl -H "Authorization: Bearer \$($program read -field=access_token mojoauth/creds/demo)" \$API_URL
+
+An outage, to watch the engine on a bad day (docs/monitoring.md has more). The rotation
+fails, and says when the next try is; the read is answered all the same, from the cache;
+the status tells the failure and the back-off:
 
   curl -X PUT $oauth/faults -d '{"status": 503}'
-  vault write -force mojoauth/rotate-role/demo         # fails, and says when the next try is
-  vault read mojoauth/creds/demo                       # is answered all the same, from the cache
-  vault read -format=json mojoauth/status              # the failure and the back-off
+  $program write -force mojoauth/rotate-role/demo
+  $program read mojoauth/creds/demo
+  $program read -format=json mojoauth/status
+
+The end of the outage:
+
   curl -X DELETE $oauth/faults
 TXT
 [ -z "$agent_pid" ] || cat <<TXT
 
-One Vault Agent keeps $work/token and $work/header fresh; its log is $work/agent.log.
+One agent keeps $work/token and $work/header fresh; its log is $work/agent.log.
 The other restarts a program at each new token, which notes so in $work/supervised.log.
 TXT
 echo
 say "Press Ctrl-C to stop and remove everything"
-wait "$vault_pid" || die "Vault has ended: $(tail -n 5 "$work/vault.log")"
+wait "$server_pid" || die "$title has ended: $(tail -n 5 "$server_log")"

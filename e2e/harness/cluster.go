@@ -13,9 +13,10 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
-// Cluster is a Vault of several nodes on integrated storage, with TLS between them and
+// Cluster is a Vault or an OpenBao of several nodes on integrated storage, with TLS between them and
 // to them.
 type Cluster struct {
 	Nodes []*Vault
@@ -45,8 +46,7 @@ func StartCluster(t testing.TB, binary, pluginDir string, nodes int) *Cluster {
 			t.Fatal(err)
 		}
 		mountDisk(t, node.disk())
-		// The multiplier is what Vault's documentation advises for production.
-		node.configure(t, fmt.Sprintf("storage \"raft\" {\n  path = %q\n  node_id = \"node-%d\"\n  performance_multiplier = 1\n%s}", node.disk(), i, join.String()), pluginDir, "info")
+		node.configure(t, raftStanza(node.disk(), fmt.Sprintf("node-%d", i), join.String()), pluginDir, "info")
 		node.Start(t)
 	}
 	t.Cleanup(func() {
@@ -129,7 +129,44 @@ func (c *Cluster) Active(t testing.TB) *Vault {
 	return active
 }
 
-// Activations is how often a node of the cluster has become the active one.
+// Enable mounts a registered plugin at path, and waits until all nodes serve it.
+func (c *Cluster) Enable(t testing.TB, path, plugin, version string) {
+	t.Helper()
+	c.Active(t).Enable(t, path, plugin, version)
+	for _, node := range c.Nodes {
+		Eventually(t, node.address+" serves the mount", func() error { // MountsArriveLater
+			resp, err := node.Logical().ReadRawWithData(path+"/", map[string][]string{"help": {"1"}})
+			if resp != nil {
+				resp.Body.Close()
+			}
+			return err
+		})
+	}
+}
+
+// StepDown has the active node step down, and waits until another one is active.
+func (c *Cluster) StepDown(t testing.TB) {
+	t.Helper()
+	const patience = 5 * time.Second // an election takes less
+	was := c.Active(t)
+	var asked time.Time
+	Eventually(t, "another node is active", func() error {
+		if asked.IsZero() || was.Product.Has(StepDownIsIgnored) && time.Since(asked) > patience {
+			if err := was.Sys().StepDown(); err != nil {
+				return err
+			}
+			asked = time.Now()
+		}
+		active, err := c.Agreed()
+		if err == nil && active == was {
+			err = errors.New(was.address + " is still active")
+		}
+		return err
+	})
+}
+
+// Activations is how often a node of the cluster has started the plugin: as the active
+// one, and in OpenBao as a standby too (StandbysRead).
 func (c *Cluster) Activations(t testing.TB) int {
 	t.Helper()
 	n := 0

@@ -38,21 +38,6 @@ func Root() (string, error) {
 	}
 }
 
-// VaultBinary finds a vault, or builds one, which takes minutes.
-func VaultBinary() (string, error) {
-	root, err := Root()
-	if err != nil {
-		return "", err
-	}
-	cmd := exec.Command(filepath.Join(root, "scripts", "vault.sh"))
-	cmd.Stderr = os.Stderr
-	out, err := cmd.Output()
-	if err != nil {
-		return "", fmt.Errorf("scripts/vault.sh: %w", err)
-	}
-	return strings.TrimSpace(string(out)), nil
-}
-
 // BuildPlugin builds the plugin with that version into dir, and returns the
 // binary's name in it.
 func BuildPlugin(dir, version string) (string, error) {
@@ -135,7 +120,12 @@ func FreeAddress(t testing.TB) string {
 // error when it does not within a generous time.
 func Eventually(t testing.TB, what string, holds func() error) {
 	t.Helper()
-	const patience = time.Minute
+	EventuallyWithin(t, time.Minute, what, holds)
+}
+
+// EventuallyWithin is Eventually for what may take longer.
+func EventuallyWithin(t testing.TB, patience time.Duration, what string, holds func() error) {
+	t.Helper()
 	deadline := time.Now().Add(patience)
 	for {
 		err := holds()

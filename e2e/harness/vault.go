@@ -25,12 +25,13 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// Vault is a Vault server: one alone, which keeps its storage in files so that it
-// outlives a seal, or a node of a Cluster.
+// Vault is a server, a Vault or an OpenBao: one alone, whose storage outlives a seal and
+// its process, or a node of a Cluster.
 type Vault struct {
 	*api.Client // with the root token
 
 	Binary    string
+	Product   Product
 	Dir       string // everything the server writes is in here
 	LogFile   string
 	AuditFile string
@@ -78,7 +79,10 @@ func (v *Vault) Responses() string {
 // pluginDir.
 func StartVault(t testing.TB, binary, pluginDir string) *Vault {
 	t.Helper()
-	v := startVault(t, binary, pluginDir, "trace")
+	v := startVault(t, binary, pluginDir, "trace", true)
+	if v.Product.Has(AuditInConfiguration) {
+		return v
+	}
 	if err := v.Sys().EnableAuditWithOptions("file", &api.EnableAuditOptions{
 		Type: "file", Options: map[string]string{"file_path": v.AuditFile},
 	}); err != nil {
@@ -91,26 +95,48 @@ func StartVault(t testing.TB, binary, pluginDir string) *Vault {
 // production, for measuring.
 func StartQuietVault(t testing.TB, binary, pluginDir string) *Vault {
 	t.Helper()
-	return startVault(t, binary, pluginDir, "info")
+	return startVault(t, binary, pluginDir, "info", false)
 }
 
-func startVault(t testing.TB, binary, pluginDir, logLevel string) *Vault {
+func startVault(t testing.TB, binary, pluginDir, logLevel string, audited bool) *Vault {
 	t.Helper()
 	dir := t.TempDir()
 	v := newVault(t, binary, dir, FreeAddress(t), nil)
-	v.configure(t, fmt.Sprintf(`storage "file" { path = %q }`, filepath.Join(dir, "storage")), pluginDir, logLevel)
+	path := filepath.Join(dir, "storage")
+	if err := os.Mkdir(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	stanzas := fmt.Sprintf("storage \"file\" {\n  path = %q\n}", path)
+	if v.Product.Has(NoFileStorage) {
+		stanzas = raftStanza(path, "node", "")
+	}
+	if audited && v.Product.Has(AuditInConfiguration) {
+		stanzas += fmt.Sprintf("\naudit \"file\" \"file\" {\n  options {\n    file_path = %q\n  }\n}", v.AuditFile)
+	}
+	v.configure(t, stanzas, pluginDir, logLevel)
 	v.Start(t)
 	v.initialize(t)
 	v.Unseal(t)
 	return v
 }
 
+// raftStanza is integrated storage at a path, of a node that joins others by those
+// stanzas. The multiplier is what Vault's documentation advises for production.
+func raftStanza(path, node, join string) string {
+	return fmt.Sprintf("storage \"raft\" {\n  path = %q\n  node_id = %q\n  performance_multiplier = 1\n%s}", path, node, join)
+}
+
 // newVault is a server at that address, with TLS if there is an authority for its
 // certificate.
 func newVault(t testing.TB, binary, dir, address string, ca *Authority) *Vault {
 	t.Helper()
+	product, _, err := ProductOf(binary)
+	if err != nil {
+		t.Fatal(err)
+	}
 	v := &Vault{
 		Binary:    binary,
+		Product:   product,
 		Dir:       dir,
 		LogFile:   filepath.Join(dir, "vault.log"),
 		AuditFile: filepath.Join(dir, "audit.log"),
@@ -156,12 +182,16 @@ func (v *Vault) Reader(t testing.TB, timeout time.Duration) *api.Client {
 	return client
 }
 
-// configure writes the server's configuration file.
-func (v *Vault) configure(t testing.TB, storage, pluginDir, logLevel string) {
+// configure writes the server's configuration file, with those stanzas.
+func (v *Vault) configure(t testing.TB, stanzas, pluginDir, logLevel string) {
 	t.Helper()
 	listener := "tls_disable = true"
 	if v.caFile != "" {
 		listener = fmt.Sprintf("tls_cert_file = %q\n  tls_key_file = %q", filepath.Join(v.Dir, "cert.pem"), filepath.Join(v.Dir, "key.pem"))
+	}
+	memory := "disable_mlock = true"
+	if v.Product.Has(NoMemoryLock) {
+		memory = ""
 	}
 	cluster := FreeAddress(t)
 	config := fmt.Sprintf(`
@@ -174,9 +204,9 @@ listener "tcp" {
 api_addr         = %[5]q
 cluster_addr     = "https://%[3]s"
 plugin_directory = %[6]q
-disable_mlock    = true
 log_level        = %[7]q
-`, storage, v.address[strings.LastIndex(v.address, "/")+1:], cluster, listener, v.address, pluginDir, logLevel)
+%[8]s
+`, stanzas, v.address[strings.LastIndex(v.address, "/")+1:], cluster, listener, v.address, pluginDir, logLevel, memory)
 	if err := os.WriteFile(v.configFile(), []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -289,15 +319,23 @@ func (v *Vault) Enable(t testing.TB, path, plugin, version string) {
 	}
 }
 
-// CLI runs the vault command against this server with the root token.
+// CLI runs the server's command against this server with the root token.
 func (v *Vault) CLI(ctx context.Context, args ...string) (string, error) {
 	return run(ctx, v.Environment(), v.Binary, args...)
 }
 
-// Environment has the variables that make the vault command talk to this server with
+// Environment has the variables that make the server's command talk to this server with
 // the root token, and the project's scripts use its binary.
 func (v *Vault) Environment() []string {
-	return []string{"VAULT_BIN=" + v.Binary, "VAULT_ADDR=" + v.address, "VAULT_CACERT=" + v.caFile, "VAULT_TOKEN=" + v.Token()}
+	variables := []string{"ADDR=" + v.address, "CACERT=" + v.caFile, "TOKEN=" + v.Token()}
+	environment := []string{"VAULT_BIN=" + v.Binary}
+	for _, variable := range variables {
+		environment = append(environment, "VAULT_"+variable)
+		if v.Product.Has(VariablesOfItsOwn) {
+			environment = append(environment, "BAO_"+variable)
+		}
+	}
+	return environment
 }
 
 // Log is all that the server and its plugins have logged.

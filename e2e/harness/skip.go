@@ -1,0 +1,57 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package harness
+
+import (
+	"fmt"
+	"os"
+	"sync"
+	"testing"
+)
+
+var (
+	untestedMu sync.Mutex
+	untested   []string
+)
+
+// Untested lists what the tests so far have left out, each with its reason.
+func Untested() []string {
+	untestedMu.Lock()
+	defer untestedMu.Unlock()
+	return append([]string(nil), untested...)
+}
+
+// NotTested notes something that a test leaves out, for the run to list at its end.
+func NotTested(t testing.TB, reason string) {
+	t.Helper()
+	t.Log("NOT TESTED: " + reason)
+	untestedMu.Lock()
+	defer untestedMu.Unlock()
+	untested = append(untested, t.Name()+": "+reason)
+}
+
+// Skip skips a test, and the run lists it at its end. Tests skip by no other way.
+func Skip(t testing.TB, format string, args ...any) {
+	t.Helper()
+	NotTested(t, fmt.Sprintf(format, args...))
+	t.SkipNow()
+}
+
+// Skip skips a test in products with that difference, which leaves nothing to test.
+func (d Difference) Skip(t testing.TB, in Product) {
+	t.Helper()
+	if in.Has(d) {
+		Skip(t, "%s", d)
+	}
+}
+
+// Missing skips a test for something that this machine lacks. In CI, which has
+// everything, the test fails instead.
+func Missing(t testing.TB, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("CI") != "" {
+		t.Fatalf(format, args...)
+	}
+	Skip(t, format, args...)
+}
