@@ -149,7 +149,8 @@ func changeTo(binary, version string) fault {
 			w.Fatal(err)
 		}
 		active := w.cluster.Active(w)
-		cmd := exec.Command(filepath.Join(root, "scripts", "register.sh"), filepath.Join(pluginDir, binary))
+		path := filepath.Join(pluginDir, binary)
+		cmd := exec.Command(filepath.Join(root, "scripts", "register.sh"), sha256Of(w, path), path)
 		cmd.Env = append(os.Environ(), active.Environment()...)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			w.Fatalf("register.sh: %v\n%s", err, out)

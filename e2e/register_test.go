@@ -28,7 +28,7 @@ func register(t *testing.T, vault *harness.Vault, args ...string) (output string
 	return string(out), err
 }
 
-func sha256Of(t *testing.T, file string) string {
+func sha256Of(t testing.TB, file string) string {
 	t.Helper()
 	content, err := os.ReadFile(file)
 	if err != nil {

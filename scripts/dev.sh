@@ -138,13 +138,16 @@ export VAULT_TOKEN BAO_ADDR="$VAULT_ADDR" BAO_TOKEN="$VAULT_TOKEN"
 server_log=$work/$program.log
 say "Starting $title at $VAULT_ADDR"
 printf 'plugin_directory = "%s/plugins"\n' "$work" >"$work/server.hcl"
-"$bin" server -dev -dev-no-store-token -dev-root-token-id="$VAULT_TOKEN" \
+# The root token comes by the environment: arguments can be read by other users.
+VAULT_DEV_ROOT_TOKEN_ID=$VAULT_TOKEN BAO_DEV_ROOT_TOKEN_ID=$VAULT_TOKEN \
+	"$bin" server -dev -dev-no-store-token \
 	-dev-listen-address="127.0.0.1:$port" -config="$work/server.hcl" >"$server_log" 2>&1 &
 server_pid=$!
 until_ready "$title" "$server_pid" "$server_log" "$bin" status
 
 say "Registering and enabling the plugin"
-VAULT_BIN=$bin scripts/register.sh "$work/plugins/vault-plugin-secrets-mojoauth" mojoauth
+sum=$(cd "$work/plugins" && { sha256sum ./* 2>/dev/null || shasum -a 256 ./*; })
+VAULT_BIN=$bin scripts/register.sh "${sum%% *}" "$work/plugins/vault-plugin-secrets-mojoauth" mojoauth
 
 say "Writing config and roles"
 # The secret comes from standard input: arguments can be read by other users.
