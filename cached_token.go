@@ -8,9 +8,9 @@ import (
 	"time"
 )
 
-// lastSeconds is until when a token is served, below its floor, that MojoAuth
+// repeatedFloor is the floor of a token, below its usual one, that MojoAuth
 // returns again and again: there is no other to be had.
-const lastSeconds = 5 * time.Second
+const repeatedFloor = 5 * time.Second
 
 // cachedToken is a token as it is served for a spec. It does not change, but for the
 // note that it was read. What an answer needs is made here, once, and not at each read.
@@ -47,7 +47,7 @@ func (t *cachedToken) view(spec *spec) *cachedToken {
 	endsAt := t.mintedAt.Add(lifetime)
 	schedule := newSchedule(lifetime, role.MinTTL)
 	if t.repeated() {
-		schedule.floor = min(schedule.floor, lastSeconds)
+		schedule.floor = min(schedule.floor, repeatedFloor)
 		if t.repeatedUntil.Before(endsAt) {
 			endsAt = t.repeatedUntil
 		}
