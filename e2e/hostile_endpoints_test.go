@@ -113,7 +113,7 @@ func untilClosed(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) }
 // connection, on which no deadline of the request ends a read.
 func switching(t testing.TB) *rawEndpoint {
 	return startRaw(t, func(conn net.Conn, _ []byte) bool {
-		fmt.Fprint(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: silence\r\n\r\n")
+		_, _ = fmt.Fprint(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: silence\r\n\r\n")
 		untilClosed(conn)
 		return false
 	})
@@ -122,7 +122,7 @@ func switching(t testing.TB) *rawEndpoint {
 // dripping answers with a body that never ends, a byte at a time.
 func dripping(t testing.TB) *rawEndpoint {
 	return startRaw(t, func(conn net.Conn, _ []byte) bool {
-		fmt.Fprint(conn, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 60000\r\n\r\n")
+		_, _ = fmt.Fprint(conn, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 60000\r\n\r\n")
 		for {
 			if _, err := fmt.Fprint(conn, " "); err != nil {
 				return false
@@ -183,7 +183,7 @@ func startRouter(t testing.TB) *router {
 		r.mu.Unlock()
 		behind, err := net.Dial("tcp", to)
 		if err != nil {
-			fmt.Fprint(conn, "HTTP/1.1 502 Bad Gateway\r\n\r\n")
+			_, _ = fmt.Fprint(conn, "HTTP/1.1 502 Bad Gateway\r\n\r\n")
 			return
 		}
 		defer behind.Close()
