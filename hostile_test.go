@@ -208,6 +208,25 @@ func TestMintEndsWithoutAHandshake(t *testing.T) {
 	e.waitUntilClosed(1)
 }
 
+// A proxy that opens no tunnel and says nothing: Go goes on waiting for it.
+func TestMintEndsWithoutATunnel(t *testing.T) {
+	proxy := newHostileEndpoint(t, false, readRequest)
+	config := proxy.config(300 * time.Millisecond)
+	config.TokenURL = "https://mojoauth.test/oauth2/token"
+	settings, err := newTransport("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings.Proxy = http.ProxyURL(&url.URL{Scheme: "http", Host: proxy.Addr().String()})
+	client := newTokenClientOver(config, "", func(ctx context.Context) http.RoundTripper { return mintTransport(ctx, settings) })
+	began := time.Now()
+	var failed *mintError
+	if _, err := client.mint(t.Context(), tokenRequest{}); !errors.As(err, &failed) || failed.class != classTimeout || time.Since(began) > soon {
+		t.Errorf("got %v after %s, want a timeout after 300ms", err, time.Since(began))
+	}
+	proxy.waitUntilClosed(1)
+}
+
 // Once an endpoint has switched protocols, Go no longer ends a read with the
 // context. So nothing is read, and the mint fails at once.
 func TestSwitchingProtocolsFailsAtOnce(t *testing.T) {

@@ -22,7 +22,8 @@ import (
 // there is. Decoded texts shorter than shortest bytes may be left out.
 func undoings(text string, shortest int) []string {
 	return []string{
-		percent(text),
+		percent(text, asCharacter),
+		percent(text, asByte),
 		entities(text),
 		escapes(text, asCharacter),
 		escapes(text, asByte),
@@ -30,14 +31,15 @@ func undoings(text string, shortest int) []string {
 	}
 }
 
-// percent undoes RFC 3986 §2.1 and the %u002F of JavaScript's escape().
-func percent(text string) string {
+// percent undoes RFC 3986 §2.1, where %E4 is a byte of UTF-8, and JavaScript's
+// escape(), where it is a character, and others are %u20AC.
+func percent(text string, small func(rune) string) string {
 	return undo(text, '%', func(rest string) (string, int) {
 		if r, size := utf16Escape(rest, '%'); size > 0 {
 			return string(r), size
 		}
 		if r, ok := hex(rest, 0, 2); ok {
-			return asByte(r), 2
+			return small(r), 2
 		}
 		return "%", 0
 	})

@@ -133,7 +133,7 @@ func printable(text string) string {
 
 // fold makes texts comparable that differ in case only, or in whether a space was
 // form-encoded as a plus sign. A byte that is no UTF-8 is taken for a character of
-// Latin-1, which is what JavaScript's escape and Python's \x mean by it.
+// Latin-1, which is what JavaScript's btoa() makes of one.
 func fold(text string) string {
 	var folded strings.Builder
 	folded.Grow(len(text))
