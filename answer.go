@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/redact"
 )
 
@@ -164,7 +165,7 @@ func readToken(a *answer, fields answerFields) (*token, *mintError) {
 		// RFC 6749 appendix A.12. Such a token would break out of a header.
 		return nil, a.failure(classUnexpected, "the access_token holds characters that no access token may have")
 	}
-	t.told = toldLifetime(expiresIn(fields["expires_in"], a.sentAt), t.accessToken, a.sentAt)
+	t.told = lifetime.Told(expiresIn(fields["expires_in"], a.sentAt), t.accessToken, a.sentAt)
 	if t.told < 0 {
 		return nil, a.failure(classExpiredOnArrival, "its exp claim had already passed when it was requested")
 	}
@@ -289,7 +290,7 @@ func expiresIn(raw json.RawMessage, sentAt time.Time) time.Duration {
 	if seconds < 1 {
 		return 0
 	}
-	return time.Duration(min(seconds, longestLifetime.Seconds())) * time.Second
+	return time.Duration(min(seconds, lifetime.Longest.Seconds())) * time.Second
 }
 
 // longestRetryAfter caps what Retry-After may ask for.

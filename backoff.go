@@ -3,7 +3,11 @@
 
 package mojoauth
 
-import "time"
+import (
+	"time"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
+)
 
 const (
 	shortestBackoff = 5 * time.Second
@@ -45,7 +49,7 @@ func (b *backoff) fail(failed *mintError, started, now time.Time, random float64
 	// Up to a fifth is taken off, so that nodes that failed together do not
 	// come back together.
 	wait := min(longestBackoff, shortestBackoff<<min(b.failures-1, 10))
-	b.until, b.asked = now.Add(wait-fraction(wait/5, random)), false
+	b.until, b.asked = now.Add(wait-lifetime.Share(wait/5, random)), false
 }
 
 // succeed takes in the success of a mint that was started at that time. One

@@ -6,6 +6,8 @@ package mojoauth
 import (
 	"sync/atomic"
 	"time"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
 // repeatedFloor is the floor of a token, below its usual one, that MojoAuth
@@ -22,7 +24,7 @@ type cachedToken struct {
 	repeatedUntil time.Time
 
 	spec     *spec
-	schedule schedule
+	schedule lifetime.Schedule
 	endsAt   time.Time
 	assumed  bool     // MojoAuth reported no lifetime
 	missing  []string // scopes that were requested and not granted
@@ -43,11 +45,11 @@ func newCachedToken(tok *token, spec *spec) *cachedToken {
 // view is the token as it is served for a spec.
 func (t *cachedToken) view(spec *spec) *cachedToken {
 	role := &spec.role.entry
-	lifetime := effectiveLifetime(t.told, role.MaxTTL)
-	endsAt := t.mintedAt.Add(lifetime)
-	schedule := newSchedule(lifetime, role.MinTTL)
+	life := lifetime.Effective(t.told, role.MaxTTL)
+	endsAt := t.mintedAt.Add(life)
+	schedule := lifetime.New(life, role.MinTTL)
 	if t.repeated() {
-		schedule.floor = min(schedule.floor, repeatedFloor)
+		schedule.Floor = min(schedule.Floor, repeatedFloor)
 		if t.repeatedUntil.Before(endsAt) {
 			endsAt = t.repeatedUntil
 		}
@@ -67,7 +69,7 @@ func (t *cachedToken) view(spec *spec) *cachedToken {
 			scope:             t.scope,
 			expiresAt:         formatTime(endsAt),
 			expiresAtSeconds:  endsAt.Unix(),
-			rotationPeriod:    schedule.rotationPeriod(),
+			rotationPeriod:    schedule.RotationPeriod(),
 			lastVaultRotation: formatTime(t.mintedAt),
 		},
 	}
@@ -108,32 +110,32 @@ func (t *cachedToken) timeLeft(now time.Time) time.Duration {
 }
 
 // phase is where in its life the token is at now.
-func (t *cachedToken) phase(now time.Time) phase { return t.schedule.phase(t.timeLeft(now)) }
+func (t *cachedToken) phase(now time.Time) lifetime.Phase { return t.schedule.Phase(t.timeLeft(now)) }
 
 // usable reports whether there is a token and it may be served at now.
-func (t *cachedToken) usable(now time.Time) bool { return t != nil && t.phase(now) != phaseSpent }
+func (t *cachedToken) usable(now time.Time) bool { return t != nil && t.phase(now) != lifetime.Spent }
 
 // scheduleFor is the schedule for a reader who wants minTTL, which is never
 // below the role's.
-func (t *cachedToken) scheduleFor(minTTL time.Duration) schedule {
-	if minTTL <= t.schedule.refresh {
+func (t *cachedToken) scheduleFor(minTTL time.Duration) lifetime.Schedule {
+	if minTTL <= t.schedule.Refresh {
 		return t.schedule
 	}
-	s := newSchedule(t.schedule.lifetime, minTTL)
-	s.floor = t.schedule.floor
+	s := lifetime.New(t.schedule.Lifetime, minTTL)
+	s.Floor = t.schedule.Floor
 	return s
 }
 
 // fresh reports whether the token may be served at now to a reader who wants minTTL
 // without a new one being due.
 func (t *cachedToken) fresh(minTTL time.Duration, now time.Time) bool {
-	return t != nil && t.scheduleFor(minTTL).phase(t.timeLeft(now)) == phaseFresh
+	return t != nil && t.scheduleFor(minTTL).Phase(t.timeLeft(now)) == lifetime.Fresh
 }
 
 // hit serves the token if it is fresh.
 func (t *cachedToken) hit(minTTL time.Duration, random func() float64) (served, bool) {
 	schedule, left := t.scheduleFor(minTTL), t.timeLeft(time.Now())
-	if schedule.phase(left) != phaseFresh {
+	if schedule.Phase(left) != lifetime.Fresh {
 		return served{}, false
 	}
 	return t.serve(schedule, left, outcomeHit, random), true
@@ -151,14 +153,14 @@ func (t *cachedToken) stale(minTTL time.Duration, failure error, random func() f
 }
 
 // serve hands the token out.
-func (t *cachedToken) serve(schedule schedule, left time.Duration, how outcome, random func() float64) served {
+func (t *cachedToken) serve(schedule lifetime.Schedule, left time.Duration, how outcome, random func() float64) served {
 	t.use()
 	answer := served{cachedToken: t, schedule: schedule, outcome: how, left: left}
 	if how == outcomeStale {
-		wait := staleWait(left, random())
-		answer.ttl, answer.lease = wholeSeconds(wait), wait
+		wait := lifetime.StaleWait(left, random())
+		answer.ttl, answer.lease = lifetime.WholeSeconds(wait), wait
 	} else {
-		answer.ttl, answer.lease = schedule.ttl(left, random()), schedule.lease(left)
+		answer.ttl, answer.lease = schedule.TTL(left, random()), schedule.Lease(left)
 	}
 	return answer
 }
@@ -184,7 +186,7 @@ const (
 // served is the answer to a read.
 type served struct {
 	*cachedToken
-	schedule schedule
+	schedule lifetime.Schedule
 	outcome  outcome
 	left     time.Duration // of the token's life
 	ttl      int64         // seconds until the caller should read again

@@ -20,6 +20,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
 // endpoint is a token endpoint whose answers a test writes by hand.
@@ -184,8 +186,8 @@ func TestMintReadsEveryGoodAnswer(t *testing.T) {
 		{"unreadable", `{"access_token":"tok","expires_in":"soon"}`, 0, "Bearer", "a b"},
 		{"not a number", `{"access_token":"tok","expires_in":"NaN"}`, 0, "Bearer", "a b"},
 		{"odd type", `{"access_token":"tok","expires_in":{"seconds":5}}`, 0, "Bearer", "a b"},
-		{"endless", `{"access_token":"tok","expires_in":1e308}`, longestLifetime, "Bearer", "a b"},
-		{"infinite", `{"access_token":"tok","expires_in":"Inf"}`, longestLifetime, "Bearer", "a b"},
+		{"endless", `{"access_token":"tok","expires_in":1e308}`, lifetime.Longest, "Bearer", "a b"},
+		{"infinite", `{"access_token":"tok","expires_in":"Inf"}`, lifetime.Longest, "Bearer", "a b"},
 		{"scope empty", `{"access_token":"tok","scope":""}`, 0, "Bearer", "a b"},
 		{"scope as a list", `{"access_token":"tok","scope":["a","c"]}`, 0, "Bearer", "a c"},
 		{"unknown fields", `{"access_token":"tok","refresh_token":"r","x":[{}],"error":null}`, 0, "Bearer", "a b"},

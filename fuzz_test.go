@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 	"unicode"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
 // roundTripper answers requests in process.
@@ -59,7 +61,7 @@ func FuzzAnswer(f *testing.F) {
 			if tok.accessToken == "" || strings.ContainsFunc(tok.accessToken, func(r rune) bool { return r <= 0x20 || r > 0x7e }) {
 				t.Errorf("got the token %q", tok.accessToken)
 			}
-			if tok.told < 0 || tok.told > longestLifetime || tok.told > 0 && tok.told < time.Nanosecond {
+			if tok.told < 0 || tok.told > lifetime.Longest || tok.told > 0 && tok.told < time.Nanosecond {
 				t.Errorf("got the lifetime %s", tok.told)
 			}
 			if tok.tokenType == "" || len(tok.tokenType) > maxTokenType || strings.ContainsFunc(tok.tokenType, func(r rune) bool { return r <= 0x20 || r > 0x7e }) {

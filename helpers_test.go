@@ -6,6 +6,7 @@ package mojoauth
 import (
 	"cmp"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -455,4 +456,10 @@ func (m *testMount) storedRole(name string) roleEntry {
 		m.t.Fatal(err)
 	}
 	return role
+}
+
+// jwt looks like a signed JWT with these claims.
+func jwt(claims string) string {
+	encode := base64.RawURLEncoding.EncodeToString
+	return encode([]byte(`{"alg":"RS256"}`)) + "." + encode([]byte(claims)) + "." + encode([]byte("signature"))
 }

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
 // TestLiveMojoAuth gets a token of the real MojoAuth, when the environment tells
@@ -37,7 +39,7 @@ func TestLiveMojoAuth(t *testing.T) {
 	if tok == "" {
 		t.Fatal("there is no access_token")
 	}
-	_, isJWT := jwtExpiry(tok)
+	_, isJWT := lifetime.JWTExpiry(tok)
 	delete(resp.Data, "access_token")
 	t.Logf("a token of %d characters; a JWT with exp: %v; the rest: %v; warnings: %q", len(tok), isJWT, resp.Data, resp.Warnings)
 

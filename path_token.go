@@ -15,6 +15,8 @@ import (
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
 // This file is where tokens are read, creds/<role>, and replaced before their
@@ -283,7 +285,7 @@ func (b *backend) tokenResponse(sp *spec, minTTL time.Duration, answer *served) 
 		"last_vault_rotation": same.lastVaultRotation,
 	}
 	if answer.schedule != answer.cachedToken.schedule { // the reader's min_ttl counts
-		data["rotation_period"] = answer.schedule.rotationPeriod()
+		data["rotation_period"] = answer.schedule.RotationPeriod()
 	}
 	resp := &logical.Response{Data: data}
 	if sp.role.entry.GenerateLease {
@@ -293,13 +295,13 @@ func (b *backend) tokenResponse(sp *spec, minTTL time.Duration, answer *served) 
 	if answer.left < minTTL {
 		resp.AddWarning(shortLived(minTTL, answer))
 	}
-	if answer.repeated() && answer.left <= newSchedule(answer.schedule.lifetime, 0).floor {
+	if answer.repeated() && answer.left <= lifetime.New(answer.schedule.Lifetime, 0).Floor {
 		resp.AddWarning(fmt.Sprintf("The token has %s left, and MojoAuth returns the same one when asked for another.", answer.left.Round(time.Second)))
 	}
 	if answer.assumed {
-		resp.AddWarning(fmt.Sprintf("MojoAuth reported no lifetime; assuming %dm. Set max_ttl of role %q to the lifetime of its tokens.", assumedLifetime/time.Minute, sp.role.name))
-	} else if answer.schedule.lifetime < shortestKeepable {
-		resp.AddWarning(fmt.Sprintf("The token's lifetime is %s: no reader can keep up with that. Have MojoAuth issue tokens that live longer, or raise max_ttl of role %q.", answer.schedule.lifetime, sp.role.name))
+		resp.AddWarning(fmt.Sprintf("MojoAuth reported no lifetime; assuming %dm. Set max_ttl of role %q to the lifetime of its tokens.", lifetime.Assumed/time.Minute, sp.role.name))
+	} else if answer.schedule.Lifetime < shortestKeepable {
+		resp.AddWarning(fmt.Sprintf("The token's lifetime is %s: no reader can keep up with that. Have MojoAuth issue tokens that live longer, or raise max_ttl of role %q.", answer.schedule.Lifetime, sp.role.name))
 	}
 	if len(answer.missing) > 0 {
 		resp.AddWarning(fmt.Sprintf("MojoAuth granted fewer scopes than requested for role %q: %s missing.", sp.role.name, joinScopes(answer.missing)))
@@ -319,7 +321,7 @@ func shortLived(minTTL time.Duration, answer *served) string {
 	case answer.outcome == outcomeStale:
 		return text + "a new one is being minted, but MojoAuth is slow."
 	default:
-		return text + fmt.Sprintf("its whole lifetime is %s, and one that has more than %s left is not replaced.", answer.schedule.lifetime, answer.schedule.refresh)
+		return text + fmt.Sprintf("its whole lifetime is %s, and one that has more than %s left is not replaced.", answer.schedule.Lifetime, answer.schedule.Refresh)
 	}
 }
 

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
 const (
@@ -267,10 +269,10 @@ func (s *slot) next() {
 		} else {
 			s.free()
 		}
-	case tok.phase(now) == phaseFresh:
-		s.wakeIn(tok.timeLeft(now) - tok.schedule.refresh)
+	case tok.phase(now) == lifetime.Fresh:
+		s.wakeIn(tok.timeLeft(now) - tok.schedule.Refresh)
 	case !tok.used.Load(): // nobody reads it: it lapses
-		s.wakeIn(tok.timeLeft(now) - tok.schedule.floor)
+		s.wakeIn(tok.timeLeft(now) - tok.schedule.Floor)
 	default:
 		s.renew(now)
 	}
@@ -306,7 +308,7 @@ func (s *slot) renew(now time.Time) {
 	select {
 	case s.cache.ahead <- struct{}{}:
 	default: // many are renewed already
-		s.wakeIn(time.Second/10 + fraction(time.Second, s.cache.random()))
+		s.wakeIn(time.Second/10 + lifetime.Share(time.Second, s.cache.random()))
 		return
 	}
 	f, err := s.start(now)

@@ -13,6 +13,8 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
 // This file finds the slot that a read goes to, and the upstream that a slot asks.
@@ -473,7 +475,7 @@ func (c *tokenCache) waitFor(ctx context.Context, f *flight, old *cachedToken) (
 	if !old.usable(now) {
 		return true, c.wait(ctx, f.done)
 	}
-	impatient := time.NewTimer(min(old.timeLeft(now)-old.schedule.floor, patience-now.Sub(f.started)))
+	impatient := time.NewTimer(min(old.timeLeft(now)-old.schedule.Floor, patience-now.Sub(f.started)))
 	defer impatient.Stop()
 	select {
 	case <-f.done:
@@ -626,8 +628,8 @@ func (c *tokenCache) census() census {
 			continue
 		}
 		n.cached++
-		if tok.phase(now) == phaseDue && tok.used.Load() {
-			servable := tok.timeLeft(now) - tok.schedule.floor
+		if tok.phase(now) == lifetime.Due && tok.used.Load() {
+			servable := tok.timeLeft(now) - tok.schedule.Floor
 			if n.due == 0 || servable < n.nearest {
 				n.nearest = servable
 			}

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
 // This file is a token endpoint as one config sees it: the client that asks it,
@@ -272,7 +274,7 @@ func (u *upstream) ask(ctx context.Context, l leave, spec *spec) (*cachedToken, 
 		return nil, err
 	}
 	cached := newCachedToken(tok, spec)
-	if now := time.Now(); cached.phase(now) == phaseSpent {
+	if now := time.Now(); cached.phase(now) == lifetime.Spent {
 		return nil, expiredOnArrival(cached)
 	}
 	return cached, nil
@@ -282,7 +284,7 @@ func (u *upstream) ask(ctx context.Context, l leave, spec *spec) (*cachedToken, 
 func expiredOnArrival(t *cachedToken) *mintError {
 	return &mintError{
 		class:  classExpiredOnArrival,
-		reason: fmt.Sprintf("its lifetime is %s, and it may be served until %s before it expires", t.schedule.lifetime, t.schedule.floor),
+		reason: fmt.Sprintf("its lifetime is %s, and it may be served until %s before it expires", t.schedule.Lifetime, t.schedule.Floor),
 	}
 }
 

@@ -1,7 +1,7 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-package mojoauth
+package lifetime
 
 import (
 	"encoding/base64"
@@ -31,8 +31,8 @@ func TestScheduleFollowsFromLifetimeAndMinTTL(t *testing.T) {
 		{time.Hour, 2 * time.Hour, time.Minute, 5 * time.Minute, 48 * time.Minute}, // 0.8 L at most
 	}
 	for _, c := range cases {
-		got := newSchedule(c.lifetime, c.minTTL)
-		want := schedule{c.lifetime, c.floor, c.margin, c.refresh}
+		got := New(c.lifetime, c.minTTL)
+		want := Schedule{c.lifetime, c.floor, c.margin, c.refresh}
 		if got != want {
 			t.Errorf("L %s, min_ttl %s: got %+v, want %+v", c.lifetime, c.minTTL, got, want)
 		}
@@ -41,17 +41,17 @@ func TestScheduleFollowsFromLifetimeAndMinTTL(t *testing.T) {
 
 func TestSchedulePhaseAtItsBoundaries(t *testing.T) {
 	for _, lifetime := range []time.Duration{5 * time.Second, 20 * time.Second, time.Minute, 5 * time.Minute, time.Hour, 24 * time.Hour, 720 * time.Hour} {
-		s := newSchedule(lifetime, 0)
-		for left, want := range map[time.Duration]phase{
-			lifetime:      phaseFresh,
-			s.refresh + 1: phaseFresh,
-			s.refresh:     phaseDue,
-			s.floor + 1:   phaseDue,
-			s.floor:       phaseSpent,
-			0:             phaseSpent,
-			-time.Second:  phaseSpent,
+		s := New(lifetime, 0)
+		for left, want := range map[time.Duration]Phase{
+			lifetime:      Fresh,
+			s.Refresh + 1: Fresh,
+			s.Refresh:     Due,
+			s.Floor + 1:   Due,
+			s.Floor:       Spent,
+			0:             Spent,
+			-time.Second:  Spent,
 		} {
-			if got := s.phase(left); got != want {
+			if got := s.Phase(left); got != want {
 				t.Errorf("L %s, %s left: got phase %v, want %v", lifetime, left, got, want)
 			}
 		}
@@ -74,14 +74,14 @@ func TestTTLLeadsToTheRefreshAndALeaseEndsBeforeTheToken(t *testing.T) {
 		{time.Second, time.Second, 0, 1, 1, time.Second},
 	}
 	for _, c := range cases {
-		s := newSchedule(c.lifetime, 0)
-		if got := s.ttl(c.left, c.random); got != c.ttl {
+		s := New(c.lifetime, 0)
+		if got := s.TTL(c.left, c.random); got != c.ttl {
 			t.Errorf("L %s, %s left, random %v: got ttl %d, want %d", c.lifetime, c.left, c.random, got, c.ttl)
 		}
-		if got := s.rotationPeriod(); got != c.rotation {
+		if got := s.RotationPeriod(); got != c.rotation {
 			t.Errorf("L %s: got rotation_period %d, want %d", c.lifetime, got, c.rotation)
 		}
-		if got := s.lease(c.left); got != c.lease {
+		if got := s.Lease(c.left); got != c.lease {
 			t.Errorf("L %s, %s left: got lease %s, want %s", c.lifetime, c.left, got, c.lease)
 		}
 	}
@@ -100,7 +100,7 @@ func TestStaleWaitIsAtMostHalfOfWhatIsLeft(t *testing.T) {
 		{time.Second, 0, time.Second},
 	}
 	for _, c := range cases {
-		if got := staleWait(c.left, c.random); got != c.want {
+		if got := StaleWait(c.left, c.random); got != c.want {
 			t.Errorf("%s left, random %v: got %s, want %s", c.left, c.random, got, c.want)
 		}
 	}
@@ -114,30 +114,30 @@ func TestScheduleRulesHoldForAnyLifetime(t *testing.T) {
 		}
 		told := ms(lifetimeMS, 40*24*time.Hour)
 		maxTTL := ms(maxMS, 24*time.Hour)
-		lifetime := effectiveLifetime(told, maxTTL)
-		s := newSchedule(lifetime, ms(minMS, 24*time.Hour))
+		lifetime := Effective(told, maxTTL)
+		s := New(lifetime, ms(minMS, 24*time.Hour))
 		left := ms(leftMS, lifetime)
 		rnd := float64(random) / (1 << 16)
 
-		if left <= s.floor && s.phase(left) != phaseSpent {
+		if left <= s.Floor && s.Phase(left) != Spent {
 			t.Logf("a token with %s left of %s would be served", left, lifetime)
 			return false
 		}
-		if s.refresh >= s.lifetime || s.refresh <= s.floor {
-			t.Logf("R %s is not between F %s and L %s", s.refresh, s.floor, s.lifetime)
+		if s.Refresh >= s.Lifetime || s.Refresh <= s.Floor {
+			t.Logf("R %s is not between F %s and L %s", s.Refresh, s.Floor, s.Lifetime)
 			return false
 		}
-		if s.phase(left) == phaseSpent {
+		if s.Phase(left) == Spent {
 			return true
 		}
-		stale := staleWait(left, rnd)
-		for _, ttl := range []int64{s.ttl(left, rnd), s.rotationPeriod(), wholeSeconds(stale)} {
+		stale := StaleWait(left, rnd)
+		for _, ttl := range []int64{s.TTL(left, rnd), s.RotationPeriod(), WholeSeconds(stale)} {
 			if ttl < 1 {
 				t.Logf("L %s, %s left: ttl %d", lifetime, left, ttl)
 				return false
 			}
 		}
-		for _, lease := range []time.Duration{s.lease(left), stale} {
+		for _, lease := range []time.Duration{s.Lease(left), stale} {
 			// A lease cannot be both a second and shorter than less than that.
 			if lease < time.Second || left > time.Second && lease >= left {
 				t.Logf("L %s, %s left: lease %s", lifetime, left, lease)
@@ -145,8 +145,8 @@ func TestScheduleRulesHoldForAnyLifetime(t *testing.T) {
 			}
 		}
 		// Who obeys the hint of a fresh token comes back before the floor.
-		if ttl := time.Duration(s.ttl(left, rnd)) * time.Second; s.phase(left) == phaseFresh && lifetime >= 5*time.Second && left-ttl <= s.floor && ttl > time.Second {
-			t.Logf("L %s, %s left: ttl %s leads below the floor %s", lifetime, left, ttl, s.floor)
+		if ttl := time.Duration(s.TTL(left, rnd)) * time.Second; s.Phase(left) == Fresh && lifetime >= 5*time.Second && left-ttl <= s.Floor && ttl > time.Second {
+			t.Logf("L %s, %s left: ttl %s leads below the floor %s", lifetime, left, ttl, s.Floor)
 			return false
 		}
 		return true
@@ -178,17 +178,17 @@ func TestToldLifetimeIsTheSoonerOfBoth(t *testing.T) {
 		{"JWT has ended", time.Hour, exp(-time.Second), -1},
 		{"JWT ends now", time.Hour, exp(0), -1},
 		{"JWT with negative exp", time.Hour, jwt(`{"exp":-5}`), -1},
-		{"JWT with a fraction", 0, jwt(`{"exp":1800000000.5}`), time.Second / 2},
+		{"JWT with a Share", 0, jwt(`{"exp":1800000000.5}`), time.Second / 2},
 		{"JWT without exp", time.Hour, jwt(`{"iat":1}`), time.Hour},
 		{"JWT with exp as text", time.Hour, jwt(`{"exp":"1"}`), time.Hour},
-		{"JWT in milliseconds", 0, jwt(`{"exp":1800000000000}`), longestLifetime},
+		{"JWT in milliseconds", 0, jwt(`{"exp":1800000000000}`), Longest},
 		{"JWT beyond time", time.Hour, jwt(`{"exp":1e300}`), time.Hour},
 		{"JWT broken", time.Hour, "a.!.c", time.Hour},
 		{"JWE", time.Hour, "a.b.c.d.e", time.Hour},
-		{"longer than a year", 2 * longestLifetime, "opaque", longestLifetime},
+		{"longer than a year", 2 * Longest, "opaque", Longest},
 	}
 	for _, c := range cases {
-		if got := toldLifetime(c.expiresIn, c.token, minted); got != c.want {
+		if got := Told(c.expiresIn, c.token, minted); got != c.want {
 			t.Errorf("%s: got %s, want %s", c.name, got, c.want)
 		}
 	}
@@ -201,9 +201,9 @@ func TestMaxTTLCapsALifetimeAndStandsInForOne(t *testing.T) {
 		{time.Minute, time.Hour, time.Minute},
 		{0, time.Hour, time.Hour},
 		{0, 0, 5 * time.Minute},
-		{0, 2 * longestLifetime, longestLifetime},
+		{0, 2 * Longest, Longest},
 	} {
-		if got := effectiveLifetime(c.told, c.maxTTL); got != c.want {
+		if got := Effective(c.told, c.maxTTL); got != c.want {
 			t.Errorf("told %s, max_ttl %s: got %s, want %s", c.told, c.maxTTL, got, c.want)
 		}
 	}
