@@ -24,6 +24,7 @@ import (
 	"golang.org/x/oauth2"
 	"golang.org/x/oauth2/clientcredentials"
 
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/redact"
 )
 
@@ -60,6 +61,7 @@ type tokenClient struct {
 	config    *configEntry
 	userAgent string // may be empty
 	secrets   *redact.Redactor
+	random    func() float64 // jitter, uniform in [0, 1)
 
 	// transport makes what the requests of one mint go through. What it opens is
 	// closed when ctx ends.
@@ -82,6 +84,7 @@ func newTokenClientOver(config *configEntry, userAgent string, transport func(co
 		config:    config,
 		userAgent: userAgent,
 		secrets:   redact.New(config.ClientSecret, forwardingTexts...),
+		random:    rand.Float64,
 		transport: transport,
 	}
 }
@@ -108,7 +111,7 @@ func (c *tokenClient) mint(ctx context.Context, req tokenRequest) (*token, error
 		case !failed.retryable() || tries > req.retries:
 			return nil, failed
 		}
-		if !pause(timed, tries, failed.retryAfter) {
+		if !c.pause(timed, tries, failed.retryAfter) {
 			return nil, failed
 		}
 		before = failed
@@ -127,11 +130,11 @@ func (c *tokenClient) outOfTime(before *mintError) *mintError {
 // pause waits before the next try, and reports whether there is time for one. What
 // the server asks for by Retry-After counts, else a doubling wait of which a random
 // half is taken off, so that nodes that failed together do not return together.
-func pause(ctx context.Context, tries int, asked time.Duration) bool {
+func (c *tokenClient) pause(ctx context.Context, tries int, asked time.Duration) bool {
 	wait := asked
 	if wait == 0 {
 		longest := min(longestPause, shortestPause<<min(tries-1, 10))
-		wait = longest/2 + rand.N(longest/2)
+		wait = longest/2 + lifetime.Share(longest/2, c.random())
 	}
 	// A pause that does not fit would only spend the reader's time.
 	if deadline, ok := ctx.Deadline(); ok && time.Now().Add(wait).After(deadline) {

@@ -20,7 +20,7 @@ func TestTokenInUseIsRenewedBeforeItIsAskedFor(t *testing.T) {
 		time.Sleep(45*time.Minute - 1)
 		synctest.Wait()
 		m.wantMints(1)
-		time.Sleep(time.Nanosecond)
+		time.Sleep(2 * time.Millisecond)
 		synctest.Wait()
 		m.wantMints(2) // at R, without a reader
 		m.mojo.set(func(s *standIn) { s.latency = time.Hour })
@@ -54,7 +54,7 @@ func TestRefreshAheadTriesAgainAfterEachBackoff(t *testing.T) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
 		m.mojo.set(func(s *standIn) { s.fail = errDown })
-		time.Sleep(45 * time.Minute)
+		time.Sleep(45*time.Minute + 2*time.Millisecond)
 		synctest.Wait()
 		m.wantMints(2)
 		time.Sleep(35 * time.Second) // 5, 10, 20 s, each up to a fifth less

@@ -328,9 +328,10 @@ func (s *slot) renew(now time.Time) {
 	s.wakeIn(wait)
 }
 
-// wakeIn has next called after that time. The caller holds s.mu.
+// wakeIn has next called after that time, or up to a millisecond later: slots that
+// were minted together need not wake together. The caller holds s.mu.
 func (s *slot) wakeIn(wait time.Duration) {
-	wait = max(wait, time.Millisecond)
+	wait = max(wait, time.Millisecond) + lifetime.Share(time.Millisecond, s.cache.random())
 	if s.timer == nil {
 		s.timer = time.AfterFunc(wait, func() { s.cache.spawn(s.wake) })
 		return
