@@ -219,6 +219,7 @@ func (s *slot) keep(tok *cachedToken, up *upstream, now time.Time) (*cachedToken
 		s.token.Store(tok)
 		return tok, nil
 	}
+	old.used.Store(false) // an idle role is not asked for again and again
 	return old, &unavailable{mintError: failed, config: up.config.name, keyOnly: true}
 }
 

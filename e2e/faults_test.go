@@ -140,7 +140,7 @@ func TestEveryFaultThroughVault(t *testing.T) {
 	})
 	w.vault.SignalPlugin(t, pluginBinary, syscall.SIGQUIT)
 	harness.Eventually(t, "the crash is in the log", func() error {
-		if !strings.Contains(w.vault.Log(t), "mojoauth.(*slot).run") {
+		if !strings.Contains(w.vault.Log(t), "mojoauth.(*slot).fly") {
 			return errors.New("no goroutine of a mint is there yet")
 		}
 		return nil
