@@ -18,7 +18,9 @@ const repeatedFloor = 5 * time.Second
 // note that it was read. What an answer needs is made here, once, and not at each read.
 type cachedToken struct {
 	*token
-	used *atomic.Bool // whether it was read; shared by all views of the token
+	// use is above 0 while the token counts as in use: since it was read, until
+	// MojoAuth gave nothing newer that many times. All views of the token share it.
+	use *atomic.Int32
 	// repeatedUntil is when a token expires that MojoAuth has returned again, zero
 	// for others. It is never later than what the first answer said.
 	repeatedUntil time.Time
@@ -39,7 +41,7 @@ type tokenAnswer struct {
 }
 
 func newCachedToken(tok *token, spec *spec) *cachedToken {
-	return (&cachedToken{token: tok, used: new(atomic.Bool)}).view(spec)
+	return (&cachedToken{token: tok, use: new(atomic.Int32)}).view(spec)
 }
 
 // view is the token as it is served for a spec.
@@ -56,7 +58,7 @@ func (t *cachedToken) view(spec *spec) *cachedToken {
 	}
 	return &cachedToken{
 		token:         t.token,
-		used:          t.used,
+		use:           t.use,
 		repeatedUntil: t.repeatedUntil,
 		spec:          spec,
 		schedule:      schedule,
@@ -154,7 +156,7 @@ func (t *cachedToken) stale(minTTL time.Duration, failure error, random func() f
 
 // serve hands the token out.
 func (t *cachedToken) serve(schedule lifetime.Schedule, left time.Duration, how outcome, random func() float64) served {
-	t.use()
+	t.markUsed()
 	answer := served{cachedToken: t, schedule: schedule, outcome: how, left: left}
 	if how == outcomeStale {
 		wait := lifetime.StaleWait(left, random())
@@ -165,12 +167,18 @@ func (t *cachedToken) serve(schedule lifetime.Schedule, left time.Duration, how 
 	return answer
 }
 
-// use notes that the token is in use, so that the next one is minted ahead.
-func (t *cachedToken) use() {
-	if !t.used.Load() { // loaded first: a write would slow all readers down
-		t.used.Store(true)
+// patienceForNewer is how often MojoAuth is asked for a newer token than one that
+// nobody reads any more.
+const patienceForNewer = 10
+
+// markUsed notes that the token is in use, so that the next one is minted ahead.
+func (t *cachedToken) markUsed() {
+	if t.use.Load() != patienceForNewer { // loaded first: a write would slow all readers down
+		t.use.Store(patienceForNewer)
 	}
 }
+
+func (t *cachedToken) inUse() bool { return t.use.Load() > 0 }
 
 // outcome is how a read was answered.
 type outcome string

@@ -205,9 +205,17 @@ func (b *backend) awaitToken(ctx context.Context, s logical.Storage, sp *spec, m
 			return sp, minTTL, answer, err
 		}
 		if sp, minTTL, err = b.spec(ctx, s, sp.role.name, d); err != nil {
-			return nil, 0, served{}, err
+			return nil, 0, served{}, inTime(ctx, err)
 		}
 	}
+}
+
+// inTime is err, or that the deadline has passed when that is why storage failed.
+func inTime(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
 }
 
 // withDeadline bounds all that a request for a token waits for on this node: another
@@ -365,7 +373,7 @@ func (b *backend) rotate(ctx context.Context, s logical.Storage, name string) (*
 			return nil, err
 		}
 		if sp, _, err = b.spec(ctx, s, name, nil); err != nil {
-			return nil, err
+			return nil, inTime(ctx, err)
 		}
 	}
 }

@@ -114,7 +114,7 @@ func (s *slot) board(spec *spec, minTTL time.Duration) (*flight, *cachedToken, e
 		return nil, old, nil
 	}
 	if old != nil {
-		old.use() // so that the next one is minted by itself if this mint fails
+		old.markUsed() // so that the next one is minted by itself if this mint fails
 	}
 	s.spec = spec
 	f, err := s.start(now)
@@ -219,7 +219,7 @@ func (s *slot) keep(tok *cachedToken, up *upstream, now time.Time) (*cachedToken
 		s.token.Store(tok)
 		return tok, nil
 	}
-	old.used.Store(false) // an idle role is not asked for again and again
+	old.use.Add(-1) // an idle role is not asked for again and again
 	return old, &unavailable{mintError: failed, config: up.config.name, keyOnly: true}
 }
 
@@ -272,7 +272,7 @@ func (s *slot) next() {
 		}
 	case tok.phase(now) == lifetime.Fresh:
 		s.wakeIn(tok.timeLeft(now) - tok.schedule.Refresh)
-	case !tok.used.Load(): // nobody reads it: it lapses
+	case !tok.inUse(): // nobody reads it: it lapses
 		s.wakeIn(tok.timeLeft(now) - tok.schedule.Floor)
 	default:
 		s.renew(now)

@@ -355,7 +355,11 @@ func (c *tokenCache) outdated(spec *spec, up *upstream) bool {
 // invalidation that was lost costs no wrong token. The error is that of
 // upstream.mint, or errOutdated.
 func (c *tokenCache) mint(up *upstream, l leave, spec *spec, past history) (*cachedToken, error) {
-	if err := c.confirm(spec, up); err != nil {
+	err := c.confirm(spec, up)
+	if c.ctx.Err() != nil {
+		err = errClosed
+	}
+	if err != nil {
 		up.settle(l, nil)
 		return nil, err
 	}
@@ -433,7 +437,7 @@ func (c *tokenCache) successor(spec *spec, tok *cachedToken) (*cachedToken, erro
 			case old.mintedAt.After(tok.mintedAt):
 				next = old
 			}
-			next.used.Store(old.used.Load())
+			next.use.Store(old.use.Load())
 		}
 	}
 	if !next.usable(time.Now()) {
@@ -628,7 +632,7 @@ func (c *tokenCache) census() census {
 			continue
 		}
 		n.cached++
-		if tok.phase(now) == lifetime.Due && tok.used.Load() {
+		if tok.phase(now) == lifetime.Due && tok.inUse() {
 			servable := tok.timeLeft(now) - tok.schedule.Floor
 			if n.due == 0 || servable < n.nearest {
 				n.nearest = servable
