@@ -236,9 +236,9 @@ func (u *upstream) mint(ctx context.Context, l leave, spec *spec, past history) 
 			u.failed, u.turnedAway = l.key, time.Time{}
 			refusal.next = u.backoff.until
 		}
-		if failed.class == classExpiredOnArrival || failed.concernsRequest() && before != nil && before.class == classClientRefused {
-			// The client was accepted. Whether a server in trouble is well again, a
-			// refusal doesn't show; a token does.
+		if failed.concernsRequest() && before != nil && before.class == classClientRefused {
+			// The client was accepted. Whether a server in trouble is well again, this
+			// doesn't show.
 			u.backoff.succeed(started)
 		}
 	})
