@@ -285,6 +285,18 @@ func TestMintClassifiesEveryBadAnswer(t *testing.T) {
 	}
 }
 
+// What is withheld, a client's own redactor knows: its secret, and what Vault or
+// OpenBao forward on.
+func TestMintWithholdsDescriptions(t *testing.T) {
+	for _, description := range []string{canary[1:], "cannot write to readonly storage"} {
+		e := newEndpoint(t, says(400, fmt.Sprintf(`{"error":"invalid_scope","error_description":%q}`, description)))
+		_, failed := mintOnce(t, e.config(nil), tokenRequest{})
+		if want := "MojoAuth refused the request: invalid_scope: [description withheld] (HTTP 400)"; failed == nil || failed.Error() != want {
+			t.Errorf("%q: got %v, want %q", description, failed, want)
+		}
+	}
+}
+
 func TestMintDoesNotFollowRedirects(t *testing.T) {
 	other := newEndpoint(t, says(200, goodAnswer))
 	for _, status := range []int{301, 302, 303, 307, 308} {

@@ -227,6 +227,31 @@ func TestMintEndsWithoutATunnel(t *testing.T) {
 	proxy.waitUntilClosed(1)
 }
 
+// Go's transport dials for whoever comes next, too, when the one who asked has left.
+func TestDialingEndsWithTheMint(t *testing.T) {
+	ended := make(chan struct{})
+	settings, err := newTransport("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+		defer close(ended)
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	e := newHostileEndpoint(t, false, readRequest)
+	client := newTokenClientOver(e.config(100*time.Millisecond), "", func(ctx context.Context) http.RoundTripper { return mintTransport(ctx, settings) })
+	var failed *mintError
+	if _, err := client.mint(t.Context(), tokenRequest{}); !errors.As(err, &failed) || failed.class != classTimeout {
+		t.Errorf("got %v, want a timeout", err)
+	}
+	select {
+	case <-ended:
+	case <-time.After(soon):
+		t.Error("it still dials")
+	}
+}
+
 // Once an endpoint has switched protocols, Go no longer ends a read with the
 // context. So nothing is read, and the mint fails at once.
 func TestSwitchingProtocolsFailsAtOnce(t *testing.T) {

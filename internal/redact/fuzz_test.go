@@ -20,6 +20,9 @@ func FuzzEchoes(f *testing.F) {
 	f.Add("abc", []byte{0, 25, 20, 21, 22, 23}, "", "")
 	f.Add("ÄÖÜäöüß€𝄞", []byte{1, 5, 17, 27, 9}, "&", ";")
 	f.Fuzz(func(t *testing.T, secret string, recipe []byte, before, after string) {
+		if len(before)+len(after) > 1<<10 {
+			t.Skip("too slow")
+		}
 		if !utf8.ValidString(secret) || secret == "" || len(secret) > 200 || strings.ContainsFunc(secret, func(r rune) bool { return !unicode.IsPrint(r) }) {
 			t.Skip("no secret")
 		}
@@ -41,15 +44,16 @@ func FuzzEchoes(f *testing.F) {
 func FuzzNoOracle(f *testing.F) {
 	f.Add(uint64(1), []byte{5, 0}, "the audience", "is unknown")
 	f.Add(uint64(2), []byte{1, 16, 2, 10}, "client_id=", "&scope=a")
-	f.Add(uint64(3), []byte{0, 20, 20, 20, 20, 20}, strings.Repeat("x", 5000), "%41\\x41&#65;")
+	f.Add(uint64(3), []byte{0, 20, 20, 20, 20, 20}, strings.Repeat("x", 300), "%41\\x41&#65;")
 	f.Fuzz(func(t *testing.T, seed uint64, recipe []byte, before, after string) {
-		if len(before)+len(after) > 64<<10 {
-			t.Skip("no answer is that long")
+		if len(before)+len(after) > 1<<10 {
+			t.Skip("too slow")
 		}
 		random := rand.New(rand.NewPCG(seed, 0))
 		length := 17 + random.IntN(80)
 		secret, other := randomSecret(random, length), randomSecret(random, length)
-		echo, encodings := follow(recipe, pick(secret, 8, recipe))
+		// The bars, which no secret here has, keep a ninth character of it away.
+		echo, encodings := follow(recipe, "|"+pick(secret, 8, recipe)+"|")
 		text := before + echo + after
 		if with, without := New(secret).Withholds(text), New(other).Withholds(text); with != without {
 			t.Errorf("%d characters, 8 of them by %q: %q is withheld: %v; when they are not the secret's: %v", length, encodings, text, with, without)
@@ -80,7 +84,7 @@ func follow(recipe []byte, text string) (encoded string, names []string) {
 		wrap := around[int(recipe[i])/len(encoders)%len(around)]
 		text = e.encode(wrap + text)
 		names = append(names, e.name)
-		if len(text) > 16<<10 {
+		if len(text) > 4<<10 {
 			break
 		}
 	}
