@@ -605,7 +605,7 @@ func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
 		var blocked atomic.Bool
 		blocked.Store(true)
 		m.configure("blocked", map[string]any{"audience": "blocked"})
-		for _, role := range []string{"b", "c", "d", "e"} {
+		for _, role := range []string{"b", "c", "d", "e", "f"} {
 			m.write("roles/"+role, nil)
 		}
 		m.mojo.set(func(s *standIn) {
@@ -638,6 +638,13 @@ func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
 			if got := m.creds(role, nil); got.err != nil {
 				t.Errorf("after failure %d of a role that fails alone, role %s got %v", i+2, role, got.err)
 			}
+		}
+
+		// Nor is it forgotten while nobody reads.
+		time.Sleep(2 * time.Hour)
+		m.creds("blocked", nil)
+		if got := m.creds("f", nil); got.err != nil {
+			t.Errorf("two hours later, after one failure more of the role that fails alone, another got %v", got.err)
 		}
 
 		// Once it has had a token its next failure is news again.
