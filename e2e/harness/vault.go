@@ -108,6 +108,7 @@ func startVault(t testing.TB, binary, pluginDir, logLevel string, audited bool) 
 	}
 	stanzas := fmt.Sprintf("storage \"file\" {\n  path = %q\n}", path)
 	if v.Product.Has(NoFileStorage) {
+		mountDisk(t, path) // Raft waits for the disk at every write, and these tests are not about that
 		stanzas = raftStanza(path, "node", "")
 	}
 	if audited && v.Product.Has(AuditInConfiguration) {
