@@ -55,6 +55,7 @@ func New(lifetime, minTTL time.Duration) Schedule {
 // Phase is where in its life a token is.
 type Phase int
 
+// The phases of a token's life, in order.
 const (
 	Fresh Phase = iota // serve it
 	Due                // serve it if need be; a new one is due
@@ -108,6 +109,7 @@ func WholeSeconds(d time.Duration) int64 {
 	return max(1, int64(d/time.Second))
 }
 
+// Share is a random share of d: random is uniform in [0, 1).
 func Share(d time.Duration, random float64) time.Duration {
 	return time.Duration(float64(d) * random)
 }
