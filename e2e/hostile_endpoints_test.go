@@ -187,7 +187,7 @@ func startRouter(t testing.TB) *router {
 			return
 		}
 		defer behind.Close()
-		fmt.Fprint(conn, "HTTP/1.1 200 OK\r\n\r\n")
+		_, _ = fmt.Fprint(conn, "HTTP/1.1 200 OK\r\n\r\n")
 		go func() {
 			_, _ = io.Copy(behind, reader)
 			behind.Close()
