@@ -757,3 +757,27 @@ func TestBackoffOutlivesTheInvalidationOfOtherEntries(t *testing.T) {
 		})
 	}
 }
+
+// A mint reads role and config from storage before it asks. A back-off that began
+// meanwhile counts for it, too.
+func TestMintThatStorageHeldUpObeysTheBackoff(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("slow", nil)
+		m.write("roles/bad", nil)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		hold := func(key string) {
+			if key == "roles/slow" {
+				time.Sleep(500 * time.Millisecond)
+			}
+		}
+		m.storage.afterGet.Store(&hold)
+		slow := make(chan got, 1)
+		go func() { slow <- m.creds("slow", nil) }()
+		synctest.Wait()
+		m.creds("bad", nil)
+		if got := <-slow; got.err == nil || !strings.Contains(got.err.Error(), "The next try is at") {
+			t.Errorf("got %v, want the failure of the other mint", got)
+		}
+		m.wantMints(1)
+	})
+}

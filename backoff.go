@@ -52,6 +52,13 @@ func (b *backoff) fail(failed *mintError, started, now time.Time, random float64
 	b.until, b.asked = now.Add(wait-lifetime.Share(wait/5, random)), false
 }
 
+// endBy has the back-off end at that time at the latest, if it is to come.
+func (b *backoff) endBy(at, now time.Time) {
+	if at.After(now) && at.Before(b.until) {
+		b.until = at
+	}
+}
+
 // succeed takes in the success of a mint that was started at that time. One
 // that was started before the last failure says nothing about what came after.
 func (b *backoff) succeed(started time.Time) {

@@ -128,6 +128,9 @@ func (t *cachedToken) scheduleFor(minTTL time.Duration) lifetime.Schedule {
 	return s
 }
 
+// servableUntil is when the token comes to its floor.
+func (t *cachedToken) servableUntil() time.Time { return t.endsAt.Add(-t.schedule.Floor) }
+
 // fresh reports whether the token may be served at now to a reader who wants minTTL
 // without a new one being due.
 func (t *cachedToken) fresh(minTTL time.Duration, now time.Time) bool {

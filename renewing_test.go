@@ -197,3 +197,40 @@ func TestTokenThatEndsNoLaterRenewsNothing(t *testing.T) {
 		})
 	})
 }
+
+// A token of another lifetime has another floor: of two tokens the one that may be
+// served longer stays, though the other may end later.
+func TestTokenThatMayBeServedLongerStays(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		time.Sleep(58*time.Minute + 58*time.Second)                   // 62 s left, of which 2 s above the floor
+		m.write("config", map[string]any{"verify_connection": false}) // ends the back-off
+		m.mojo.set(func(s *standIn) { s.fail, s.lifetime = nil, 61*time.Second })
+		n := m.mojo.mints.Load() + 1
+		synctest.Wait()
+		m.wantToken("app", n)
+		time.Sleep(3 * time.Second)
+		m.wantToken("app", n) // the older one would be at its floor
+	})
+}
+
+// The back-off after an answer that brings nothing newer ends with the cached token:
+// MojoAuth is well, so a reader who finds the token gone may ask.
+func TestNothingNewerKeepsNobodyFromTheNextToken(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		m.mojo.set(func(s *standIn) { s.lifetime = 2 * time.Second })
+		end := time.Now().Add(59 * time.Minute) // the floor
+		for time.Until(end) > 0 {
+			m.creds("app", nil)
+			time.Sleep(time.Second)
+		}
+		m.mojo.set(func(s *standIn) { s.lifetime = time.Hour })
+		if got := m.creds("app", nil); got.err != nil {
+			t.Errorf("after the cached token came to its floor: got %v, want a new token at once", got)
+		}
+	})
+}

@@ -183,7 +183,7 @@ func (s *slot) land(f *flight, tok *cachedToken, err error) (news *mintError) {
 	}
 	var failure *unavailable
 	if errors.As(f.err, &failure) && s.cache.isCurrent(f.up) {
-		if err != nil {
+		if err != nil && !failure.unasked {
 			s.history = history{failedAt: now, alone: failure.alone}
 		}
 		if failure.keyOnly {
@@ -191,6 +191,10 @@ func (s *slot) land(f *flight, tok *cachedToken, err error) (news *mintError) {
 				news = failure.mintError
 			}
 			s.backoff.fail(failure.mintError, f.started, now, s.cache.random())
+			if failure.class == classNothingNewer {
+				// MojoAuth is well: who finds the cached token gone may ask.
+				s.backoff.endBy(s.token.Load().servableUntil(), now)
+			}
 			failure.next = s.backoff.until
 		}
 	}
@@ -201,8 +205,8 @@ func (s *slot) land(f *flight, tok *cachedToken, err error) (news *mintError) {
 	return news
 }
 
-// keep makes tok the slot's token, unless it renews nothing. Of two tokens the one
-// that ends later stays. The caller holds s.mu.
+// keep makes tok the slot's token, unless it renews nothing: of two tokens the one
+// that may be served longer stays. The caller holds s.mu.
 func (s *slot) keep(tok *cachedToken, up *upstream, now time.Time) (*cachedToken, error) {
 	old := s.token.Load()
 	s.history = history{}
@@ -212,7 +216,7 @@ func (s *slot) keep(tok *cachedToken, up *upstream, now time.Time) (*cachedToken
 		failed = repeats(old)
 		old = old.repeatedBy(tok)
 		s.token.Store(old)
-	case old.usable(now) && !tok.endsAt.After(old.endsAt):
+	case old.usable(now) && !tok.servableUntil().After(old.servableUntil()):
 		failed = &mintError{class: classNothingNewer, reason: fmt.Sprintf("the new one expires at %s, no later than the cached one", formatTime(tok.endsAt))}
 	default:
 		s.backoff = backoff{}

@@ -359,6 +359,9 @@ func (c *tokenCache) mint(up *upstream, l leave, spec *spec, past history) (*cac
 	if c.ctx.Err() != nil {
 		err = errClosed
 	}
+	if err == nil {
+		err = up.withdrawn(l, time.Now())
+	}
 	if err != nil {
 		up.settle(l, nil)
 		return nil, err

@@ -74,6 +74,8 @@ type unavailable struct {
 	probe <-chan struct{}
 	// yields is set for the key that failed last, when others were turned away since.
 	yields bool
+	// unasked is set when a mint ended before MojoAuth was asked.
+	unasked bool
 	// keyOnly is set when the failure backs off no other key of the config, and
 	// alone when that is because the key fails while others succeed.
 	keyOnly, alone bool
@@ -120,6 +122,7 @@ func (c *crowded) Error() string {
 type leave struct {
 	key   slotKey
 	probe bool
+	now   bool // a back-off is ignored
 }
 
 // admit gives leave to mint for a key, or says why not. After a failure one mint
@@ -165,7 +168,19 @@ func (u *upstream) admitNow(key slotKey, now time.Time) (leave, error) {
 	if u.backoff.asked && u.backoff.blocks(now) {
 		return leave{}, u.remembered(key, u.backoff.until)
 	}
-	return leave{key: key}, nil
+	return leave{key: key, now: true}, nil
+}
+
+// withdrawn is why a leave is good no more: a back-off began since it was given.
+func (u *upstream) withdrawn(l leave, now time.Time) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if l.probe || l.now || !u.backoff.blocks(now) {
+		return nil
+	}
+	refusal := u.remembered(l.key, u.backoff.until)
+	refusal.unasked = true
+	return refusal
 }
 
 // remembered is the last failure, for a reader of that key: MojoAuth's words about
