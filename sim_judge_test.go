@@ -1,0 +1,759 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+//go:build simulate
+
+package mojoauth
+
+import (
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+// This file judges when a simulated node asks its endpoint: one mint per key, back-offs,
+// probes, renewals. It knows nothing of the engine but what it was told, what it asked,
+// and what it got. Where the contract leaves something open, or where two things came
+// too close to say which was first, it knows less, and allows more.
+
+// simSlack is how long the engine may take from what it decides to the mint: the time
+// of its look-ups in storage.
+const simSlack = 4 * simStorageLongest
+
+// simStorageLongest is the longest that storage takes, before and again after it did
+// what it was asked for.
+const simStorageLongest = 400 * time.Millisecond
+
+// simBlock is a back-off as far as one can know it from outside.
+type simBlock struct {
+	atLeast, atMost int           // failures in a row
+	failedAt        time.Duration // the last that surely counted; -1 for none
+	lastAt          time.Duration // the last that may have counted; -1 for none
+	until           time.Duration // surely nothing is tried before
+	asked           time.Duration // the same, by Retry-After
+	mayAsk          time.Duration // the latest end of a Retry-After that may count
+	latest          time.Duration // after this it has surely ended
+	why             simOutcome
+}
+
+// fail takes in a failure. sure says that the engine cannot but count it.
+func (b *simBlock) fail(o simOutcome, began, now time.Duration, sure bool) {
+	if began > b.latest+simForget {
+		b.atLeast = 0 // it may have been forgotten
+	}
+	again := b.failedAt < 0 || began >= b.failedAt
+	if !sure || again || b.atMost == 0 {
+		b.atMost++
+	}
+	_, longest := simBackoff(b.atMost)
+	b.latest = max(b.latest, now+max(longest, o.retryAfter))
+	b.lastAt = now
+	if o.retryAfter > 0 {
+		b.mayAsk = max(b.mayAsk, now+o.retryAfter)
+	}
+	if !sure {
+		if o.retryAfter > 0 { // which may be shorter
+			b.until = max(b.asked, min(b.until, now+o.retryAfter))
+		}
+		return
+	}
+	if again || b.atLeast == 0 {
+		b.atLeast++
+	}
+	b.failedAt, b.why = now, o
+	if o.retryAfter > 0 {
+		b.asked = max(b.asked, now+o.retryAfter)
+		b.until = b.asked
+		return
+	}
+	shortest, _ := simBackoff(b.atLeast)
+	b.until = now + shortest
+	if b.mayAsk > now { // which may be all that counts meanwhile
+		b.until = min(b.until, b.mayAsk)
+	}
+	b.until = max(b.until, b.asked)
+}
+
+// simForget is how long the engine has to remember at least that something failed.
+const simForget = time.Minute
+
+// clear ends it.
+func (b *simBlock) clear() { *b = simBlock{failedAt: -1, lastAt: -1} }
+
+// succeed takes in the success of a mint that began then. It says nothing of a failure
+// that came later.
+func (b *simBlock) succeed(began time.Duration) (surely bool) {
+	if began >= b.lastAt {
+		b.clear()
+		return true
+	}
+	b.blur()
+	return false
+}
+
+// blur is for when it may have ended.
+func (b *simBlock) blur() { b.atLeast, b.until, b.asked, b.failedAt = 0, 0, 0, -1 }
+
+// simMaybe is what one can know of a fact from outside.
+type simMaybe int
+
+const (
+	no simMaybe = iota
+	maybe
+	yes
+)
+
+// simConfigState is what a node has to know of a config's endpoint.
+type simConfigState struct {
+	block         simBlock
+	written       time.Duration // when the node had to know of the last write; -1 before
+	blurred       time.Duration // when something was last written, known or not; -1 before
+	success       time.Duration // when a mint last succeeded; -1 before
+	refusal       time.Duration // when a request was last refused to a client that was accepted; -1 before
+	clientRefused bool          // the last failure was about the client
+}
+
+// simKeyState is what a node has to know of one key.
+type simKeyState struct {
+	role, config string
+	block        simBlock
+	blurred      time.Duration
+	suspect      simMaybe
+	failedAt     time.Duration // of a failure like others' that no success followed; -1 for none
+	answers      []*simAnswer  // tokens, the oldest first
+}
+
+// simFailure is a failed mint that a reader may be told of.
+type simFailure struct {
+	mint    *simMint
+	outcome simOutcome
+	config  bool          // it may concern the whole config
+	until   time.Duration // a reader who comes later may not be told of it
+}
+
+// simJudge is the account of a node.
+type simJudge struct {
+	configs   map[string]*simConfigState
+	keys      map[string]*simKeyState
+	flights   map[*simMint]struct{}
+	failures  []*simFailure
+	rotations []*simOp
+	reads     []*simOp       // that ended
+	greedy    map[string]int // by role: an upper bound of its narrowed sets
+	verified  time.Duration  // when the last verification began
+	tokens    int64          // mints that gave one
+	failed    int64
+	over      [3]int64 // mints whose token was over on arrival: no, maybe, yes
+}
+
+func newSimJudge() simJudge {
+	return simJudge{
+		configs: make(map[string]*simConfigState), keys: make(map[string]*simKeyState),
+		flights: make(map[*simMint]struct{}), greedy: make(map[string]int), verified: -time.Hour,
+	}
+}
+
+func (j *simJudge) config(name string) *simConfigState {
+	c := j.configs[name]
+	if c == nil {
+		c = &simConfigState{written: -1, blurred: -1, success: -1, refusal: -1}
+		c.block.clear()
+		j.configs[name] = c
+	}
+	return c
+}
+
+func (j *simJudge) key(role, set string) *simKeyState {
+	k := j.keys[role+"/"+set]
+	if k == nil {
+		k = &simKeyState{role: role, blurred: -1, failedAt: -1}
+		k.block.clear()
+		j.keys[role+"/"+set] = k
+	}
+	return k
+}
+
+// configWritten is called when the node has to know of a write of a config: what failed
+// before is forgotten.
+func (j *simJudge) configWritten(name string, now time.Duration) {
+	c := j.config(name)
+	c.written = now
+	c.block.clear()
+}
+
+// blurred is called when a node may come to know of something that was written, and go
+// by it.
+func (w *simWorld) blurred(n *simNode, key string) {
+	now := w.now()
+	config, isConfig := strings.CutPrefix(key, configPrefix)
+	role, isRole := strings.CutPrefix(key, rolePrefix)
+	others := !w.rules[ruleBackoffOfOthers]
+	for name, c := range n.judge.configs {
+		if others || isConfig && name == config {
+			c.block.blur()
+			c.blurred = now
+		}
+	}
+	for _, k := range n.judge.keys {
+		if others || isConfig && k.config == config || isRole && k.role == role {
+			k.block.blur()
+			k.blurred = now
+			if k.suspect == yes {
+				k.suspect = maybe
+			}
+		}
+	}
+	if isConfig {
+		n.judge.config(config).blurred = now
+	}
+	clear(n.inMemory)
+	n.blurredAt = now
+}
+
+// rotating tells whether a rotation of the role has been under way since that time.
+func (n *simNode) rotating(role string, since time.Duration) bool {
+	return slices.ContainsFunc(n.judge.rotations, func(op *simOp) bool {
+		return op.role == role && (op.end < 0 || op.end >= since)
+	})
+}
+
+// mintBegins judges whether a mint may begin. The caller holds w.mu.
+func (w *simWorld) mintBegins(m *simMint) {
+	n, now := m.node, m.begin
+	j := &n.judge
+	w.note("%s begins", m)
+	if m.role == "" { // of a verification, which is its writer's
+		w.verificationBegins(m)
+		return
+	}
+	if n.closingAt >= 0 {
+		w.violate("%s begins after closing", m)
+	}
+	c, k := j.config(m.config), j.key(m.role, m.set)
+	k.config = m.config
+	m.exempt = n.rotating(m.role, now-simSlack)
+
+	switch {
+	case now < c.block.asked:
+		w.violate("%s begins %s before the end of a Retry-After of its config (%s)", m, c.block.asked-now, c.block.why.name)
+	case now < k.block.asked:
+		w.violate("%s begins %s before the end of a Retry-After of its key (%s)", m, k.block.asked-now, k.block.why.name)
+	case m.exempt:
+	case now < c.block.until:
+		w.violate("%s begins %s before the end of its config's back-off after %d failures (%s)", m, c.block.until-now, c.block.atLeast, c.block.why.name)
+	case now < k.block.until:
+		w.violate("%s begins %s before the end of its key's back-off after %d failures (%s)", m, k.block.until-now, k.block.atLeast, k.block.why.name)
+	}
+	for other := range j.flights {
+		if other.role != "" && other.config == m.config && c.block.atLeast > 0 && other.begin > c.block.failedAt && !m.exempt && !other.exempt {
+			w.violate("%s begins beside a probe, %s", m, other)
+		}
+		if other.key() == m.key() && other.asks() == m.asks() && !n.rotating(m.role, other.begin-simSlack) &&
+			!n.changed(rolePrefix+m.role, other.begin-simSlack, now) && !n.changed(configPrefix+m.config, other.begin-simSlack, now) {
+			w.violate("%s begins beside another of its key, which began at %s", m, other.begin)
+		}
+	}
+	if !m.exempt {
+		w.judgeNeed(m, k)
+	}
+	if narrowed := n.narrowedFlights(m.config); narrowed >= simNarrowedFlights && w.rules[ruleNarrowedBound] && n.narrowed(m) {
+		w.violate("%s begins beside %d others of narrowed sets", m, narrowed)
+	}
+	w.judgeAsked(m)
+	j.flights[m] = struct{}{}
+}
+
+func (w *simWorld) verificationBegins(m *simMint) {
+	j := &m.node.judge
+	if w.rules[ruleVerifyPace] {
+		if since := m.begin - j.verified; since < time.Second {
+			w.violate("%s, a verification, begins %s after another", m, since)
+		}
+		for other := range j.flights {
+			if other.role == "" {
+				w.violate("%s, a verification, begins beside another", m)
+			}
+		}
+	}
+	j.verified = m.begin
+	j.flights[m] = struct{}{}
+}
+
+// ahead is how much before it is due a token may be renewed.
+func (w *simWorld) ahead(life time.Duration) time.Duration {
+	if w.rules[ruleSpread] {
+		return life / 20
+	}
+	return 0
+}
+
+// clientMayBeMade judges whether the engine may make a client now, and says whether it
+// can. The caller holds w.mu.
+func (w *simWorld) clientMayBeMade(n *simNode, config *configEntry) bool {
+	now := w.now()
+	name := simConfigOf(config.ClientID)
+	c := n.judge.config(name)
+	verifying := slices.ContainsFunc(n.ops(), func(op *simOp) bool { return op.key == configPrefix+name || op.kind == opRotate })
+	if w.rules[ruleEngineFailure] && now < c.block.until && !verifying {
+		w.violate("%s makes a client of config %s %s before the end of its back-off", n.name, name, c.block.until-now)
+	}
+	if w.dice("client", n.name, name).Float64() >= w.endpoint.clients {
+		return true
+	}
+	w.note("%s cannot make a client of config %s", n.name, name)
+	o := simOutcome{name: "no client", concern: concernsConfig, class: classUnexpected}
+	c.block.fail(o, now, now, !verifying && c.blurred < now-simSlack)
+	n.judge.failures = append(n.judge.failures, &simFailure{
+		mint: &simMint{node: n, config: name, entry: *config, begin: now, end: now}, outcome: o, config: true, until: c.block.latest,
+	})
+	return false
+}
+
+// ops are the requests under way.
+func (n *simNode) ops() []*simOp { return slices.Collect(maps.Keys(n.busy)) }
+
+// judgeNeed judges whether there is any need for a mint.
+func (w *simWorld) judgeNeed(m *simMint, k *simKeyState) {
+	n, now := m.node, m.begin
+	began := max(0, now-simSlack)
+	attended, minTTL := false, time.Duration(0)
+	for op := range n.busy {
+		if op.kind == opRead && op.role == m.role {
+			attended, minTTL = true, max(minTTL, op.minTTL)
+		}
+	}
+	for _, op := range n.judge.recent(began) {
+		if op.role == m.role {
+			attended, minTTL = true, max(minTTL, op.minTTL)
+		}
+	}
+	roles := n.possible(rolePrefix+m.role, began, now)
+	inUse, due := false, false
+	for _, a := range k.answers {
+		fresh, alive := true, false
+		versions := roles
+		if !w.rules[ruleMintReadsAnew] {
+			// It may still be looked after by what the first reader brought.
+			versions = n.possible(rolePrefix+m.role, a.mint.begin-2*simSlack, now)
+		}
+		for _, role := range versions {
+			life, left := a.life(role, minTTL, now)
+			fresh = fresh && left > life.refresh+w.ahead(life.life)+simSlack
+			alive = alive || left > life.floor-simSlack || w.rules[ruleRepeatedToken] && len(a.token.answers) > 1 && left > simRepeatedFloor
+		}
+		if fresh && len(a.token.answers) == 1 && a.surely(n, began) && w.stillGood(n, a, began, now) {
+			w.violate("%s begins though %s is there, which is not due yet", m, a.token.text)
+		}
+		if alive && a.delivered <= now {
+			due = true
+			inUse = inUse || a.served >= 0 || a.mint.exempt
+		}
+	}
+	switch {
+	case attended:
+	case !due:
+		w.violate("%s begins without a reader and without a token to renew", m)
+	case !inUse:
+		w.violate("%s begins without a reader, and nobody has read the token before", m)
+	case w.rules[ruleSpread] && w.calm >= 0:
+		w.judgeSpread(m, k)
+	}
+}
+
+// judgeSpread judges when a token that is in use is renewed, with all being well.
+func (w *simWorld) judgeSpread(m *simMint, k *simKeyState) {
+	a := k.answers[len(k.answers)-1]
+	role := w.history[rolePrefix+m.role].last()
+	life, left := a.life(role, 0, m.begin)
+	due := m.begin + left - life.refresh
+	// Read early enough, so that it was known to be in use.
+	if a.served < 0 || a.served > due-life.life/20 || len(a.token.answers) > 1 || a.delivered < w.calm || role.at > w.calm {
+		return
+	}
+	if m.begin > due-life.life/100+simSlack {
+		w.violate("%s begins %s before %s is due, less than a hundredth of its life of %s", m, due-m.begin, a.token.text, life.life)
+	}
+}
+
+// life is what follows from the token's life under a version of its role, and how much
+// of it is left.
+func (a *simAnswer) life(role *simVersion, minTTL, now time.Duration) (simLife, time.Duration) {
+	life := newSimLife(simLifetime(a.told, role.maxTTL), max(minTTL, role.minTTL))
+	return life, a.sent + life.life - now
+}
+
+// surely tells whether the node holds the token since before that time, for sure.
+func (a *simAnswer) surely(n *simNode, before time.Duration) bool {
+	if a.mint.node != n || a.served < 0 || a.served >= before || n.judge.greedy[a.mint.role] > simNarrowedKeys && n.narrowed(a.mint) {
+		return false
+	}
+	if n.w.rules[ruleLaterEnd] {
+		return true
+	}
+	// The newest stays.
+	for _, other := range slices.Backward(n.judge.key(a.mint.role, a.mint.set).answers) {
+		if other.delivered < before {
+			return other == a
+		}
+	}
+	return false
+}
+
+// stillGood tells whether the token may be served at that time by all that the node may
+// go by since began.
+func (w *simWorld) stillGood(n *simNode, a *simAnswer, began, now time.Duration) bool {
+	roleKey, configKey := rolePrefix+a.mint.role, configPrefix+a.mint.config
+	for _, role := range n.possible(roleKey, began, now) {
+		if !a.fitsRole(role) || !n.since(roleKey, role, a.asOf) {
+			return false
+		}
+		for _, config := range n.possible(configKey, began, now) {
+			if !a.fitsConfig(config) || !n.since(configKey, config, a.asOf) {
+				return false
+			}
+		}
+		for _, same := range a.token.answers { // of one that is repeated, all
+			if same.delivered > now || same.mint.node != n {
+				continue
+			}
+			if life, left := same.life(role, 0, now); left <= life.floor {
+				return false
+			}
+		}
+	}
+	// Under a max_ttl that was raised since, it may have ended, and does not come back.
+	for _, role := range w.history[roleKey].versions {
+		if role.exists && role.until > a.delivered {
+			if life, left := a.life(role, 0, min(now, role.until+simSlack+simLate)); left <= life.floor {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// simLate is the longest that it takes until the other node is told of a write.
+const simLate = 2 * time.Second
+
+// fitsRole tells whether the token may be served under that version of its role.
+func (a *simAnswer) fitsRole(role *simVersion) bool {
+	return role.exists && role.config == a.mint.config && role.audience == a.mint.req.audience &&
+		role.extra == a.mint.req.extra["tenant"] && a.sent >= role.dropAt && simSubset(strings.Fields(a.mint.set), role.scopes)
+}
+
+// fitsConfig is fitsRole for its config.
+func (a *simAnswer) fitsConfig(config *simVersion) bool {
+	return config.exists && config.clientID == a.mint.entry.ClientID && config.url == a.mint.entry.TokenURL && a.sent >= config.dropAt
+}
+
+func simSubset(some, all []string) bool {
+	return !slices.ContainsFunc(some, func(s string) bool { return !slices.Contains(all, s) })
+}
+
+// judgeAsked judges whether a mint asks for what it should.
+func (w *simWorld) judgeAsked(m *simMint) {
+	n, now := m.node, m.begin
+	roleKey, configKey := rolePrefix+m.role, configPrefix+m.config
+	asks := func(began time.Duration) (role, config bool) {
+		role = slices.ContainsFunc(n.possible(roleKey, began, now), func(v *simVersion) bool {
+			return v.exists && v.config == m.config && v.audience == m.req.audience && v.extra == m.req.extra["tenant"] &&
+				simSubset(m.req.scopes, v.scopes)
+		})
+		config = slices.ContainsFunc(n.possible(configKey, began, now), func(v *simVersion) bool {
+			return v.exists && v.clientID == m.entry.ClientID && v.url == m.entry.TokenURL && v.secret == m.entry.ClientSecret
+		})
+		return role, config
+	}
+	// A reader may bring what was so when it came.
+	began := now - simSlack - simPatience
+	for op := range n.busy {
+		if op.kind != opStatus && op.role == m.role {
+			began = min(began, op.start)
+		}
+	}
+	if role, config := asks(began); !role || !config {
+		w.violate("%s asks for what the node has to know is no longer so (role %v, config %v)", m, role, config)
+	}
+	if w.rules[ruleMintReadsAnew] && n.storageFailed < now-simSlack {
+		began := now - simSlack
+		for key, fits := range map[string]func(*simVersion) bool{
+			roleKey: func(v *simVersion) bool { return v.exists && v.audience == m.req.audience && v.config == m.config },
+			configKey: func(v *simVersion) bool {
+				return v.exists && v.clientID == m.entry.ClientID && v.secret == m.entry.ClientSecret
+			},
+		} {
+			h := w.history[key]
+			if h == nil || !slices.ContainsFunc(h.versions, func(v *simVersion) bool {
+				return (v.until < 0 || v.until >= began) && fits(v)
+			}) {
+				w.violate("%s asks for what %s has not been for long", m, key)
+			}
+		}
+	}
+}
+
+// tryBegins judges a request of a mint. The caller holds w.mu.
+func (w *simWorld) tryBegins(m *simMint, try *simTry) {
+	w.requests++
+	w.note("%s sends request %d, to end as %s after %s", m, len(m.tries)+1, try.outcome.name, try.outcome.latency)
+	if m.node.closingAt >= 0 && m.role != "" { // a verification is its writer's
+		w.violate("%s sends a request after closing", m)
+	}
+	if len(m.tries) == 0 {
+		return
+	}
+	last := m.tries[len(m.tries)-1]
+	switch {
+	case len(m.tries) > m.entry.MaxRetries:
+		w.violate("%s tries %d times, and max_retries is %d", m, len(m.tries)+1, m.entry.MaxRetries)
+	case !last.outcome.again:
+		w.violate("%s tries again after %s", m, last.outcome.name)
+	case last.ended < 0 || try.sent < last.ended+last.outcome.retryAfter:
+		w.violate("%s tries again within a Retry-After of %s", m, last.outcome.retryAfter)
+	}
+}
+
+// mintEnds keeps account of what came of a mint. The caller holds w.mu.
+func (w *simWorld) mintEnds(m *simMint, err error) {
+	n, now := m.node, m.end
+	j := &n.judge
+	delete(j.flights, m)
+	if n.closingAt >= 0 || len(m.tries) == 0 {
+		return
+	}
+	if took := now - m.begin; took > m.entry.RequestTimeout {
+		w.violate("%s took %s, and request_timeout is %s", m, took, m.entry.RequestTimeout)
+	}
+	m.last = m.outcome()
+	w.note("%s ends as %s", m, m.last.name)
+	if (err == nil) == m.last.failed() {
+		w.violate("%s ended as %s, and the engine's client says %v", m, m.last.name, err)
+	}
+	if m.role == "" {
+		return
+	}
+	if err == nil {
+		j.tokens++
+	} else {
+		j.failed++
+	}
+	c, k := j.config(m.config), j.key(m.role, m.set)
+	sure := !m.exempt && c.blurred < m.begin-simSlack && k.blurred < m.begin-simSlack && w.upToDate(m) &&
+		(w.rules[ruleBackoffOfOthers] || n.blurredAt < m.begin-simSlack)
+
+	if err == nil {
+		m.answer.delivered = now
+		k.answers = append(k.answers, m.answer)
+		over := w.overOnArrival(m)
+		j.over[over]++
+		if over != no {
+			w.fails(m, simOutcome{name: "over on arrival", concern: concernsKey, class: classUnexpected}, sure && over == yes)
+		}
+		w.succeeded(m, c, k, sure, over)
+		return
+	}
+	if c.written > m.begin {
+		// What was written may have mended it: the failure is forgotten.
+		j.failures = append(j.failures, &simFailure{mint: m, outcome: m.last, config: true, until: c.written})
+		return
+	}
+	w.fails(m, m.last, sure)
+}
+
+// upToDate tells whether the mint surely asks with what the engine would ask with now,
+// and whether it is clear how it ended.
+func (w *simWorld) upToDate(m *simMint) bool {
+	n := m.node
+	for _, v := range n.possible(configPrefix+m.config, m.begin, m.end) {
+		if v.clientID != m.entry.ClientID || v.url != m.entry.TokenURL || v.secret != m.entry.ClientSecret ||
+			v.timeout != m.entry.RequestTimeout || v.retries != m.entry.MaxRetries {
+			return false
+		}
+	}
+	for _, v := range n.possible(rolePrefix+m.role, m.begin, m.end) {
+		if v.config != m.config || v.audience != m.req.audience || v.extra != m.req.extra["tenant"] {
+			return false
+		}
+	}
+	last := m.tries[len(m.tries)-1]
+	return !last.cut || m.last.retryAfter == 0
+}
+
+// outcome is how the mint ended.
+func (m *simMint) outcome() simOutcome {
+	last := m.tries[len(m.tries)-1]
+	o := last.outcome
+	if last.cut || o.drip || o.silent {
+		o = simOutcomes["hang"]
+		o.name = "timeout"
+		for _, try := range m.tries { // it may be told as what failed before
+			o.retryAfter = max(o.retryAfter, try.outcome.retryAfter)
+		}
+	}
+	return o
+}
+
+// overOnArrival tells whether the token of a mint may not be served any more.
+func (w *simWorld) overOnArrival(m *simMint) simMaybe {
+	over, good := false, false
+	for _, role := range m.node.possible(rolePrefix+m.role, m.begin-simSlack, m.end) {
+		if life, left := m.answer.life(role, 0, m.end); left <= life.floor {
+			over = true
+		} else {
+			good = true
+		}
+	}
+	switch {
+	case over && good:
+		return maybe
+	case over:
+		return yes
+	}
+	return no
+}
+
+// succeeded takes in that a mint brought a token.
+func (w *simWorld) succeeded(m *simMint, c *simConfigState, k *simKeyState, sure bool, over simMaybe) {
+	j, now := &m.node.judge, m.end
+	if c.block.succeed(m.begin) {
+		for _, f := range j.failures {
+			if f.mint.config == m.config && f.config && f.mint.end <= m.begin {
+				f.until = min(f.until, now)
+			}
+		}
+	}
+	c.success = now
+	for _, other := range j.keys {
+		switch {
+		case other == k || other.config != m.config || other.failedAt < 0:
+		case other.failedAt < m.begin:
+			other.suspect = yes
+		case other.suspect == no:
+			other.suspect = maybe
+		}
+	}
+	if over != no {
+		return
+	}
+	if !m.exempt && k.block.succeed(m.begin) {
+		k.suspect, k.failedAt = no, -1
+		for _, f := range j.failures {
+			if !f.config && f.mint.key() == m.key() && f.mint.end <= m.begin {
+				f.until = min(f.until, now)
+			}
+		}
+	} else {
+		k.block.blur()
+		k.suspect = min(k.suspect, maybe)
+	}
+	w.renewsNothing(m, k, sure)
+}
+
+// renewsNothing takes in a token that does not outlive the one that is there.
+func (w *simWorld) renewsNothing(m *simMint, k *simKeyState, sure bool) {
+	if !w.rules[ruleLaterEnd] || m.exempt {
+		return
+	}
+	n, now := m.node, m.end
+	for _, a := range k.answers {
+		if a == m.answer || !a.surely(n, m.begin) || !w.stillGood(n, a, m.begin, now) {
+			continue
+		}
+		longer := true
+		for _, role := range n.possible(rolePrefix+m.role, m.begin, now) {
+			_, old := a.life(role, 0, now)
+			_, left := m.answer.life(role, 0, now)
+			longer = longer && old >= left
+		}
+		if longer {
+			w.fails(m, simOutcome{name: "no later end", concern: concernsKey, class: classUnexpected}, sure)
+			return
+		}
+	}
+}
+
+// fails takes in a failure that is not forgotten.
+func (w *simWorld) fails(m *simMint, o simOutcome, sure bool) {
+	n, now := m.node, m.end
+	j := &n.judge
+	c, k := j.config(m.config), j.key(m.role, m.set)
+	f := &simFailure{mint: m, outcome: o}
+	j.failures = append(j.failures, f)
+
+	if o.concern == concernsKey {
+		if o.class == classRequestRefused {
+			c.refusal = now
+			if !w.rules[ruleRefusalInOutage] || c.clientRefused {
+				c.block.succeed(m.begin)
+			}
+		}
+		k.block.fail(o, m.begin, now, sure)
+		f.until = k.block.latest
+		return
+	}
+
+	f.config = true
+	ofKey := no // whether it backs off its key only
+	if w.rules[ruleOldFailure] {
+		switch {
+		case m.begin < c.success:
+			ofKey = yes
+		case m.begin < c.refusal:
+			ofKey = maybe
+		}
+	}
+	if w.rules[ruleSuspectKey] {
+		ofKey = max(ofKey, k.suspect)
+	}
+	if ofKey == yes && (o.retryAfter > 0 || o.class == classThrottled) {
+		ofKey = maybe // what is asked of everybody concerns everybody
+	}
+	k.failedAt = now
+	c.clientRefused = o.class == classClientRefused
+	switch ofKey {
+	case yes:
+		f.config = false
+		k.block.fail(o, m.begin, now, sure)
+		f.until = k.block.latest
+	case maybe:
+		c.block.fail(o, m.begin, now, false)
+		k.block.fail(o, m.begin, now, false)
+		f.until = max(k.block.latest, c.block.latest)
+		if sure { // one or the other counted it
+			shortest, _ := simBackoff(1)
+			k.block.until = max(k.block.until, now+shortest)
+			k.block.why = o
+		}
+	case no:
+		c.block.fail(o, m.begin, now, sure)
+		f.until = c.block.latest
+	}
+	j.failures = slices.DeleteFunc(j.failures, func(f *simFailure) bool { return f.mint.end < now-20*time.Minute })
+}
+
+const (
+	simNarrowedKeys    = 128 // of a role
+	simNarrowedFlights = 64  // of a config
+)
+
+// narrowed tells whether a mint is surely for fewer scopes than its role's.
+func (n *simNode) narrowed(m *simMint) bool {
+	for _, role := range n.possible(rolePrefix+m.role, max(0, m.begin-simSlack), m.begin) {
+		if m.set == simSet(role.scopes) {
+			return false
+		}
+	}
+	return true
+}
+
+// narrowedFlights is how many mints of narrowed sets of that config are under way.
+func (n *simNode) narrowedFlights(config string) int {
+	flights := 0
+	for m := range n.judge.flights {
+		if m.role != "" && m.config == config && n.narrowed(m) {
+			flights++
+		}
+	}
+	return flights
+}

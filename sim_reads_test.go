@@ -1,0 +1,536 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+//go:build simulate
+
+package mojoauth
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// This file judges what a simulated node answers.
+
+// recent are the reads that ended since that time.
+func (j *simJudge) recent(since time.Duration) []*simOp {
+	i := len(j.reads)
+	for i > 0 && j.reads[i-1].end >= since {
+		i--
+	}
+	return j.reads[i:]
+}
+
+// judgeRead judges the answer to a read. The caller holds w.mu.
+func (w *simWorld) judgeRead(op *simOp) {
+	n := op.node
+	n.judge.reads = append(n.judge.reads, op)
+	took := op.end - op.start
+	if op.giveUp > 0 && took > op.giveUp {
+		w.violate("%s was answered %s after the reader gave up", op, took-op.giveUp)
+	}
+	if n.closingAt >= 0 && n.closingAt <= op.end {
+		return // it may fail as it likes, but had to end
+	}
+	if op.resp.IsError() || op.err != nil {
+		if text := simResult(op); strings.Contains(text, "canary") {
+			w.violate("%s: the error holds the client secret: %s", op, text)
+		}
+		w.judgeFailedRead(op)
+	} else {
+		w.judgeToken(op)
+	}
+	w.judgeWait(op)
+}
+
+// held are the tokens that the node surely held when the read began, and that may be
+// served still when it ended.
+func (op *simOp) held() []*simAnswer {
+	n := op.node
+	var held []*simAnswer
+	for key, k := range n.judge.keys {
+		if k.role != op.role {
+			continue
+		}
+		_, set, _ := strings.Cut(key, "/")
+		for _, a := range k.answers {
+			if a.surely(n, op.start) && n.w.stillGood(n, a, op.start, op.end) && op.wants(set) {
+				held = append(held, a)
+			}
+		}
+	}
+	return held
+}
+
+// wants tells whether the read is for that set of scopes, whichever version of the role
+// it goes by.
+func (op *simOp) wants(set string) bool {
+	for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
+		if op.setOf(role) != set {
+			return false
+		}
+	}
+	return true
+}
+
+// setOf is the set of scopes that the read gets under that version of the role.
+func (op *simOp) setOf(role *simVersion) string {
+	if len(op.scopes) == 0 {
+		return simSet(role.scopes)
+	}
+	return simSet(op.scopes)
+}
+
+// judgeToken judges a token that was served.
+func (w *simWorld) judgeToken(op *simOp) {
+	n := op.node
+	text, _ := op.resp.Data["access_token"].(string)
+	tok := w.endpoint.tokens[text]
+	if tok == nil {
+		w.violate("%s got a token that the endpoint never gave: %q", op, text)
+		return
+	}
+	var why []string
+	fits := false
+	var served *simAnswer
+	for _, a := range tok.answers {
+		if a.mint.node != n || a.delivered > op.end || a.mint.end < 0 {
+			continue
+		}
+		for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
+			if problem := w.unfit(op, a, role); problem != "" {
+				why = append(why, fmt.Sprintf("role version %d: %s", role.number, problem))
+				continue
+			}
+			fits, served = true, a
+		}
+	}
+	if !fits {
+		if why == nil {
+			why = []string{"no answer with it has reached this node"}
+		}
+		w.violate("%s got %s, which does not fit: %s", op, text, strings.Join(why, "; "))
+		return
+	}
+	if w.rules[ruleLaterEnd] {
+		w.judgeLaterEnd(op, served)
+	}
+	for _, a := range tok.answers {
+		if a.mint.node != n || a.delivered > op.end {
+			continue
+		}
+		if a.served < 0 {
+			a.served = op.end
+		}
+		a.asOf = max(a.asOf, op.start)
+	}
+	if op.storageOps == 0 && n.blurredAt < op.start {
+		n.inMemory[op.role] = true
+	}
+}
+
+// unfit is what is wrong with a token that was served to a read, if the node went by
+// that version of the role; "" for nothing.
+func (w *simWorld) unfit(op *simOp, a *simAnswer, role *simVersion) string {
+	n := op.node
+	switch {
+	case !role.exists:
+		return "the role does not exist"
+	case role.config != a.mint.config:
+		return "it is of config " + a.mint.config
+	case !a.fitsRole(role):
+		return fmt.Sprintf("it was asked for as %s at %s, and the role is %s since %s", a.mint.asks(), a.sent, role.asks(), role.dropAt)
+	case op.setOf(role) != a.mint.set:
+		return "its scopes are " + a.mint.set
+	}
+	configOK := false
+	for _, config := range n.possible(configPrefix+role.config, op.start, op.end) {
+		configOK = configOK || a.fitsConfig(config)
+	}
+	if !configOK {
+		return fmt.Sprintf("it was asked for as %s at %s, and the config is no longer that", a.mint.asks(), a.sent)
+	}
+	return w.unfitLife(op, a, role)
+}
+
+// unfitLife is unfit for the times in an answer.
+func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
+	d := op.resp.Data
+	life, left := a.life(role, op.minTTL, op.end)
+	end := w.at(a.sent + life.life)
+	repeated := len(a.token.answers) > 1 && w.rules[ruleRepeatedToken]
+	if repeated {
+		// The first answer counts, and its end is the earliest that was told since.
+		for _, same := range a.token.answers {
+			switch {
+			case same.mint.node != op.node || same.delivered > op.end:
+			case same.delivered < a.delivered:
+				if same.surely(op.node, a.mint.begin) && w.stillGood(op.node, same, a.mint.begin, a.delivered) {
+					return fmt.Sprintf("its answer from %s counts, and it was there since %s", a.sent, same.sent)
+				}
+			default:
+				if _, other := same.life(role, op.minTTL, op.end); other < left {
+					left, end = other, w.at(op.end+other)
+				}
+			}
+		}
+	}
+	seconds, _ := d["expires_at_seconds"].(int64)
+	ttl, _ := d["ttl"].(int64)
+	if a.token.end >= 0 && seconds > w.at(a.token.end).Unix() {
+		return fmt.Sprintf("expires_at_seconds is %d, and it ends at %d", seconds, w.at(a.token.end).Unix())
+	}
+	if ttl < 1 {
+		return fmt.Sprintf("ttl is %v", d["ttl"])
+	}
+	if want := formatSimTime(w.at(a.sent)); d["last_vault_rotation"] != want {
+		return fmt.Sprintf("last_vault_rotation is %v, want %s", d["last_vault_rotation"], want)
+	}
+	if want := formatSimTime(end); seconds != end.Unix() || d["expires_at"] != want {
+		return fmt.Sprintf("expires_at is %v (%d), want %s (%d)", d["expires_at"], seconds, want, end.Unix())
+	}
+	floor := life.floor
+	if repeated {
+		floor = min(floor, simRepeatedFloor)
+	}
+	if left <= floor {
+		return fmt.Sprintf("it has %s left, and its floor is %s", left, floor)
+	}
+	if want := simSeconds(life.life - life.refresh); d["rotation_period"] != want {
+		return fmt.Sprintf("rotation_period is %v, want %d", d["rotation_period"], want)
+	}
+	return w.unfitTTL(op, a, role, life, left)
+}
+
+// unfitTTL is unfit for when the reader is to come back, and for a lease.
+func (w *simWorld) unfitTTL(op *simOp, a *simAnswer, role *simVersion, life simLife, left time.Duration) string {
+	ttl := op.resp.Data["ttl"].(int64)
+	lease := time.Duration(-1)
+	if op.resp.Secret != nil {
+		lease = op.resp.Secret.TTL
+	}
+	switch {
+	case role.lease && lease < time.Second:
+		return fmt.Sprintf("the lease is %s", lease)
+	case !role.lease && lease >= 0:
+		return "there is a lease"
+	}
+	first, last := simSeconds(left-life.refresh), simSeconds(left-life.refresh+life.jitter)
+	fresh := ttl >= first && ttl <= last && (!role.lease || lease == max(time.Second, left-life.margin))
+	shortest, longest := max(time.Second, min(30*time.Second, left/2)), max(time.Second, min(60*time.Second, left/2))
+	stale := ttl >= simSeconds(shortest) && ttl <= simSeconds(longest) && (!role.lease || lease >= shortest && lease <= longest)
+	isNew := a.delivered >= op.start
+	switch {
+	case left > life.refresh && fresh:
+	case left <= life.refresh && isNew && (fresh || stale):
+	case left <= life.refresh && stale:
+	default:
+		return fmt.Sprintf("ttl is %d and the lease %s, with %s left and R %s: want %d to %d when fresh, %s to %s when due", ttl, lease, left, life.refresh, first, last, shortest, longest)
+	}
+	if minTTL := max(op.minTTL, role.minTTL); left < minTTL && len(op.resp.Warnings) == 0 {
+		return fmt.Sprintf("it has %s left, less than the min_ttl of %s, and there is no warning", left, minTTL)
+	}
+	return ""
+}
+
+func formatSimTime(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05Z") }
+
+// judgeLaterEnd judges that no token was served that ends sooner than another one that
+// is there.
+func (w *simWorld) judgeLaterEnd(op *simOp, served *simAnswer) {
+	for _, a := range op.held() {
+		if a.token == served.token {
+			continue
+		}
+		longer := true
+		for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
+			_, old := a.life(role, 0, op.end)
+			_, left := served.life(role, 0, op.end)
+			longer = longer && old > left
+		}
+		if longer {
+			w.violate("%s got %s, though %s ends later", op, served.token.text, a.token.text)
+		}
+	}
+}
+
+// judgeWait judges how long a read took.
+func (w *simWorld) judgeWait(op *simOp) {
+	n := op.node
+	waited := op.end - op.start - op.storageTime
+	// A token that is there: at once when it is fresh, soon when it is due.
+	for _, a := range op.held() {
+		fresh := true
+		for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
+			life, left := a.life(role, op.minTTL, op.start)
+			fresh = fresh && left > life.refresh
+		}
+		if fresh && len(a.token.answers) == 1 {
+			if waited > 0 && op.storageTime == 0 {
+				w.violate("%s waited %s, though %s was there", op, waited, a.token.text)
+			}
+			if op.storageOps > 0 && op.inMemory && n.blurredAt < op.start {
+				w.violate("%s touched storage %d times, though %s and its role and config were in memory", op, op.storageOps, a.token.text)
+			}
+		}
+		rewritten := n.changed(rolePrefix+op.role, op.start, op.end) || n.changed(configPrefix+a.mint.config, op.start, op.end)
+		if rewritten && !w.rules[ruleOneDeadline] {
+			continue
+		}
+		if waited > simPatience+simSlack || waited > simPatience && op.storageTime == 0 {
+			w.violate("%s waited %s, though %s would have done", op, waited, a.token.text)
+		}
+	}
+	allowed := op.longest
+	for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
+		for _, config := range n.possible(configPrefix+role.config, op.start, op.end) {
+			allowed = max(allowed, config.timeout)
+		}
+	}
+	if w.rules[ruleOneDeadline] {
+		allowed += time.Second
+		if op.storageTime > 0 {
+			allowed += simSlack
+		}
+	} else {
+		allowed = 3*allowed + 5*time.Second
+	}
+	if waited > allowed {
+		w.violate("%s waited %s, more than %s", op, waited, allowed)
+	}
+	w.judgeCalm(op)
+}
+
+// judgeCalm judges a read in a world that has been well for a while: it gets a token,
+// and at once when its role was in use.
+func (w *simWorld) judgeCalm(op *simOp) {
+	n := op.node
+	if w.calm < 0 || op.start < w.calm || n.startedAt > w.calm || op.gaveUp {
+		return
+	}
+	if op.err != nil || op.resp.IsError() {
+		w.violate("%s failed, though all is well since %s: %s", op, w.calm, simResult(op))
+		return
+	}
+	if op.minTTL > 0 || op.end == op.start {
+		return
+	}
+	if w.rules[ruleRotatedInUse] {
+		w.judgeRotated(op)
+	}
+	for _, a := range op.held() {
+		role := w.history[rolePrefix+op.role].last()
+		life, left := a.life(role, 0, op.start)
+		// Renewing may take a while itself.
+		if left < life.refresh-simCalmMint && len(a.token.answers) == 1 {
+			w.violate("%s had to wait %s for a token, though %s was in use and has %s left (R is %s)", op, op.end-op.start, a.token.text, left, life.refresh)
+		}
+	}
+}
+
+// judgeRotated judges a read that had to wait although its token was rotated while it
+// was in use.
+func (w *simWorld) judgeRotated(op *simOp) {
+	role := w.history[rolePrefix+op.role].last()
+	k := op.node.judge.key(op.role, op.setOf(role))
+	i := slices.IndexFunc(k.answers, func(a *simAnswer) bool { return a.delivered >= op.start }) // what it waited for
+	if i < 0 {
+		i = len(k.answers)
+	}
+	if i < 2 || role.at > w.calm && !role.renews {
+		return
+	}
+	rotated, before := k.answers[i-1], k.answers[i-2]
+	if !rotated.mint.exempt || rotated.served >= 0 || rotated.delivered < w.calm || before.served < 0 || !rotated.fitsRole(role) {
+		return
+	}
+	_, old := before.life(role, 0, rotated.delivered)
+	life, left := rotated.life(role, 0, op.start)
+	if old > life.floor && left > life.floor && left < life.refresh-simCalmMint {
+		w.violate("%s had to wait %s for a token, though %s was rotated in, has %s left, and the one before was in use", op, op.end-op.start, rotated.token.text, left)
+	}
+}
+
+// judgeStatus judges the numbers of a status. The caller holds w.mu.
+func (w *simWorld) judgeStatus(op *simOp) {
+	if op.err != nil || op.resp.IsError() || op.storageTime > 0 {
+		return
+	}
+	j := &op.node.judge
+	mints, _ := op.resp.Data["mints"].(int64)
+	failed := int64(0)
+	for _, count := range op.resp.Data["mint_failures"].(map[string]any) {
+		failed += count.(int64)
+	}
+	over, maybeOver := int64(0), int64(0)
+	if w.rules[ruleExpiredOnArrival] {
+		over, maybeOver = j.over[yes], j.over[maybe]
+	}
+	if mints > j.tokens-over || mints < j.tokens-over-maybeOver || mints+failed != j.tokens+j.failed {
+		w.violate("%s tells %d mints and %d failures; there were %d and %d, and %d (perhaps %d more) were over on arrival", op, mints, failed, j.tokens, j.failed, over, maybeOver)
+	}
+	if w.rules[ruleNarrowedBound] {
+		cached, most := op.resp.Data["cached_tokens"].(int64), int64(0)
+		for role := range j.greedy {
+			most += min(int64(j.greedy[role]), simNarrowedKeys) + 1
+		}
+		if cached > most {
+			w.violate("%s tells of %d tokens, more than %d", op, cached, most)
+		}
+	}
+}
+
+// simCalmMint is the longest that a mint takes when all is well.
+const simCalmMint = time.Second
+
+// judgeFailedRead judges whether a read may fail like that.
+func (w *simWorld) judgeFailedRead(op *simOp) {
+	coded := logical.HTTPCodedError(nil)
+	switch {
+	case op.gaveUp && op.err != nil:
+		return
+	case op.err != nil && strings.Contains(op.err.Error(), errSimStorage.Error()):
+		if !op.storageFailed {
+			w.violate("%s failed for storage, which did not fail", op)
+		} else if op.inMemory && op.node.blurredAt < op.start {
+			w.violate("%s failed for storage, though its role and config were in memory", op)
+		}
+		return
+	case op.err != nil && op.corrupt():
+		return
+	case op.err != nil && !errors.As(op.err, &coded) && !strings.Contains(op.err.Error(), errSimClient.Error()):
+		w.violate("%s: unexpected error %v", op, op.err)
+		return
+	}
+	w.judgeDescription(op)
+	if op.err == nil && w.userMistake(op) {
+		return
+	}
+	for _, a := range op.held() {
+		w.violate("%s failed, though %s would have done", op, a.token.text)
+		return
+	}
+	if !w.excused(op, coded) {
+		w.violate("%s failed without a failure that concerns it: %s", op, simResult(op))
+	}
+}
+
+// judgeDescription judges whether a reader was told of another's request.
+func (w *simWorld) judgeDescription(op *simOp) {
+	_, after, ok := strings.Cut(simResult(op), "about (")
+	if !ok || !w.rules[rulePrivateDescription] {
+		return
+	}
+	for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
+		if strings.HasPrefix("about ("+after, simTold(op.role, op.setOf(role))) {
+			return
+		}
+	}
+	w.violate("%s was told about another key: %s", op, simResult(op))
+}
+
+// corrupt tells whether the read may have met an entry that cannot be read.
+func (op *simOp) corrupt() bool {
+	return slices.ContainsFunc(op.node.possible(rolePrefix+op.role, op.start, op.end), func(v *simVersion) bool { return v.corrupt })
+}
+
+// userMistake tells whether the read may be refused for what it asks for.
+func (w *simWorld) userMistake(op *simOp) bool {
+	n := op.node
+	for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
+		if !role.exists || !simSubset(op.scopes, role.scopes) {
+			return true
+		}
+		for _, config := range n.possible(configPrefix+role.config, op.start, op.end) {
+			if !config.exists {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// excused tells whether a failure of MojoAuth's is one that the read may be told of.
+func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
+	n := op.node
+	if coded != nil && coded.Code() == http.StatusTooManyRequests && len(op.scopes) > 0 && n.judge.greedy[op.role] >= simNarrowedFlights {
+		return true
+	}
+	for _, f := range n.judge.failures {
+		m := f.mint
+		if m.end > op.end || m.end < op.start && f.until < op.start {
+			continue
+		}
+		mine, began := false, op.start
+		if w.rules[ruleRewrittenRole] {
+			began = max(began, m.end)
+		}
+		for _, role := range n.possible(rolePrefix+op.role, began, op.end) {
+			if w.rules[ruleRewrittenRole] && m.role == op.role && !f.config && (role.audience != m.req.audience || role.extra != m.req.extra["tenant"]) {
+				continue
+			}
+			if role.config != m.config || m.role == "" && !f.config || !f.config && (m.role != op.role || op.setOf(role) != m.set) {
+				continue
+			}
+			mine = true
+		}
+		if c := n.judge.configs[m.config]; !mine || f.config && c != nil && m.begin < c.written && c.written < op.start {
+			continue
+		}
+		refused := f.outcome.class == classClientRefused || f.outcome.class == classRequestRefused
+		if refused == (coded == nil) || len(m.tries) != 1 { // more than one: it may be told as an earlier one
+			if coded != nil && !w.rightStatus(coded.Code()) {
+				w.violate("%s has the status %d", op, coded.Code())
+			}
+			return true
+		}
+	}
+	return false
+}
+
+func (w *simWorld) rightStatus(status int) bool {
+	return status == http.StatusBadGateway || status == http.StatusGatewayTimeout || status == http.StatusTooManyRequests
+}
+
+// judgeRotation judges what came of a rotation. The caller holds w.mu.
+func (w *simWorld) judgeRotation(op *simOp) {
+	n := op.node
+	if n.closingAt >= 0 && n.closingAt <= op.end || op.gaveUp || n.readOnly {
+		return
+	}
+	coded := logical.HTTPCodedError(nil)
+	switch {
+	case op.err != nil && (strings.Contains(op.err.Error(), errSimStorage.Error()) || strings.Contains(op.err.Error(), errSimClient.Error())):
+	case op.err != nil && !errors.As(op.err, &coded):
+		w.violate("%s: unexpected error %v", op, op.err)
+	case op.err == nil && !op.resp.IsError() && op.wrote == nil:
+		w.violate("%s was acknowledged, and wrote nothing", op)
+	case op.resp.IsError() && op.wrote != nil:
+		w.violate("%s was refused, and wrote", op)
+	}
+}
+
+// judgeWrite judges what came of a write or delete. The caller holds w.mu.
+func (w *simWorld) judgeWrite(op *simOp) {
+	n := op.node
+	switch {
+	case n.closingAt >= 0 && n.closingAt <= op.end:
+	case n.readOnly:
+		if !errors.Is(op.err, logical.ErrReadOnly) {
+			w.violate("%s on a node that may not write: got %s", op, simResult(op))
+		}
+	case op.err != nil && (strings.Contains(op.err.Error(), errSimStorage.Error()) || strings.Contains(op.err.Error(), errSimClient.Error())):
+	case op.err != nil:
+		w.violate("%s: unexpected error %v", op, op.err)
+	case op.err == nil && !op.resp.IsError() && op.wrote == nil:
+		w.violate("%s was acknowledged, and wrote nothing", op)
+	case op.resp.IsError() && op.wrote != nil:
+		w.violate("%s was refused, and wrote", op)
+	}
+}

@@ -1,0 +1,136 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+//go:build simulate
+
+package mojoauth
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// This file runs simulations of two nodes over one storage and a token endpoint, with
+// faults everywhere, in a time of their own. A seed says all that happens, so that a
+// seed that fails fails again.
+//
+// The judge does not know all rules of the cache yet: of what `make simulate` reports,
+// some is the engine's and some the judge's. Until it knows them, the simulation is no
+// part of `make test`, and a report is a place to look.
+
+// simSeeds is how many cases an ordinary test run plays.
+const simSeeds = 300
+
+func TestSimulation(t *testing.T) {
+	defer simOrderly()()
+	from, seeds := simNumber(t, "FROM", 1), simNumber(t, "SEEDS", simSeeds)
+	failed := 0
+	for seed := from; seed < from+seeds; seed++ {
+		if !t.Run("seed-"+strconv.Itoa(seed), func(t *testing.T) { simulate(t, uint64(seed)) }) {
+			failed++
+		}
+	}
+	if failed > 0 {
+		t.Logf("%d of %d seeds failed", failed, seeds)
+	}
+}
+
+// A seed is a case: played again, all happens again as it did.
+func TestSimulationRepeats(t *testing.T) {
+	defer simOrderly()()
+	from, seeds := simNumber(t, "FROM", 1), simNumber(t, "SEEDS", simSeeds)/20
+	for seed := from; seed < from+seeds; seed++ {
+		t.Run("seed-"+strconv.Itoa(seed), func(t *testing.T) {
+			first, again := simulate(t, uint64(seed)).trace(), simulate(t, uint64(seed)).trace()
+			for i := range min(len(first), len(again)) {
+				if first[i] != again[i] {
+					t.Fatalf("line %d of the trace is\n%s\nand then\n%s", i, first[i], again[i])
+				}
+			}
+			if len(first) != len(again) {
+				t.Errorf("the trace has %d lines, then %d", len(first), len(again))
+			}
+		})
+	}
+}
+
+// trace is all that happened, in an order that does not depend on which of two things
+// of the same moment came first.
+func (w *simWorld) trace() []string {
+	lines := make([]string, len(w.log.events))
+	for i, event := range w.log.events {
+		lines[i] = event.String()
+	}
+	slices.Sort(lines)
+	return lines
+}
+
+// simOrderly has goroutines that may run at the same moment run in the same order each
+// time, as far as that can be had: on one thread, undisturbed by the garbage collector.
+func simOrderly() (undo func()) {
+	threads, percent := runtime.GOMAXPROCS(1), debug.SetGCPercent(-1)
+	return func() {
+		runtime.GOMAXPROCS(threads)
+		debug.SetGCPercent(percent)
+	}
+}
+
+// simNumber is a number from the environment.
+func simNumber(t *testing.T, name string, fallback int) int {
+	text := os.Getenv(name)
+	if text == "" {
+		return fallback
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		t.Fatalf("%s=%q is no number", name, text)
+	}
+	return n
+}
+
+// simulate plays the case of a seed, and fails the test if a rule was broken.
+func simulate(t *testing.T, seed uint64) *simWorld {
+	var w *simWorld
+	// Outside of the bubble, real time passes.
+	stuck := time.AfterFunc(time.Minute, func() {
+		panic(fmt.Sprintf("seed %d has been stuck for a minute: a lock may be held where time has to pass", seed))
+	})
+	defer stuck.Stop()
+	defer func() {
+		if p := recover(); p != nil {
+			t.Errorf("panic: %v", p)
+		}
+		if w != nil {
+			w.report(t)
+		}
+	}()
+	runtime.GC()
+	synctest.Test(t, func(t *testing.T) {
+		w = newSimWorld(t, seed)
+		w.play()
+	})
+	return w
+}
+
+// report fails the test with what was broken, and says how to see more.
+func (w *simWorld) report(t *testing.T) {
+	if os.Getenv("TRACE") != "" {
+		for _, event := range w.log.events {
+			fmt.Println(event)
+		}
+	}
+	if len(w.log.violations) == 0 {
+		return
+	}
+	shown := w.log.violations[:min(3, len(w.log.violations))]
+	t.Errorf("%d violations, the first of them:\n%s\nsee it with: make simulate FROM=%d SEEDS=1 TRACE=1",
+		len(w.log.violations), strings.Join(shown, "\n"), w.seed)
+}

@@ -1,0 +1,460 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+//go:build simulate
+
+package mojoauth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+	"weak"
+
+	"github.com/hashicorp/vault/sdk/helper/consts"
+	"github.com/hashicorp/vault/sdk/helper/errutil"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// This file is the world of a simulation: nodes, what is done to them, and the dice.
+
+// simSecretShown is how much of a client secret a trace shows.
+const simSecretShown = 6
+
+// simWorld is one case. Its time is the bubble's.
+type simWorld struct {
+	t     *testing.T
+	seed  uint64
+	rng   *rand.Rand // of the one goroutine that says what happens next
+	start time.Time
+	rules map[simRule]bool
+
+	log struct {
+		sync.Mutex
+		events     []simEvent
+		violations []string
+	}
+	running sync.WaitGroup // what was begun and has not ended
+
+	mu             sync.Mutex // guards all below; never held while anything waits
+	shared         *logical.InmemStorage
+	storageWeather simStorageWeather
+	storageOps     int
+	history        map[string]*simHistory
+	endpoint       *simEndpoint
+	nodes          []*simNode // that run
+	requests       int
+	ops            int
+	busy           struct { // against an engine that goes round in circles
+		at    time.Duration
+		count int
+		told  bool
+	}
+	// calm is when the world has been well for so long that the engine has to be,
+	// too; -1 while it need not.
+	calm time.Duration
+}
+
+// simEvent is a line of a trace, not put into words before it is read.
+type simEvent struct {
+	at     time.Duration
+	format string
+	args   []any
+}
+
+func (e simEvent) String() string {
+	return fmt.Sprintf("%14s  ", e.at) + fmt.Sprintf(e.format, e.args...)
+}
+
+func newSimWorld(t *testing.T, seed uint64) *simWorld {
+	w := &simWorld{
+		t: t, seed: seed, rng: rand.New(rand.NewPCG(seed, 1)), start: time.Now(), rules: simSwitchedOn(),
+		shared:  &logical.InmemStorage{},
+		history: make(map[string]*simHistory),
+		endpoint: &simEndpoint{
+			weather: simWeathers[0], lives: simLifes[0],
+			secrets: make(map[string]string), tokens: make(map[string]*simToken), newest: make(map[string]*simToken),
+		},
+		nodes: make([]*simNode, 2),
+		calm:  -1,
+	}
+	return w
+}
+
+// now is how long the simulation has lasted, in its own time.
+func (w *simWorld) now() time.Duration { return time.Since(w.start) }
+
+// at is the time of a clock then.
+func (w *simWorld) at(d time.Duration) time.Time { return w.start.Add(d) }
+
+// note adds a line to the trace. What is given must not change afterwards.
+func (w *simWorld) note(format string, args ...any) {
+	for i, arg := range args {
+		if s, ok := arg.(fmt.Stringer); ok {
+			if _, fine := arg.(time.Duration); !fine {
+				args[i] = s.String()
+			}
+		}
+	}
+	w.log.Lock()
+	defer w.log.Unlock()
+	w.log.events = append(w.log.events, simEvent{w.now(), format, args})
+}
+
+// violate notes that a rule was broken.
+func (w *simWorld) violate(format string, args ...any) {
+	w.note("VIOLATION: "+format, args...)
+	w.log.Lock()
+	defer w.log.Unlock()
+	last := w.log.events[len(w.log.events)-1]
+	w.log.violations = append(w.log.violations, strings.TrimSpace(last.String()))
+}
+
+// dice are thrown by what happens and when, not by what was thrown before: so it does
+// not matter which of two things of the same moment comes first.
+func (w *simWorld) dice(parts ...string) *rand.Rand {
+	h := fnv.New64a()
+	for _, part := range parts {
+		_, _ = h.Write([]byte(part))
+		_, _ = h.Write([]byte{0})
+	}
+	return rand.New(rand.NewPCG(w.seed^h.Sum64(), uint64(w.now())))
+}
+
+// random is the engine's source of jitter.
+func (w *simWorld) random() float64 { return w.dice("jitter").Float64() }
+
+// count notices an engine that goes round in circles without any time passing. The
+// caller holds w.mu.
+func (w *simWorld) count() {
+	if now := w.now(); w.busy.at != now {
+		w.busy.at, w.busy.count = now, 0
+	}
+	if w.busy.count++; w.busy.count > 3000 && !w.busy.told {
+		w.busy.told = true
+		w.violate("3000 storage operations and mints at one moment")
+	}
+}
+
+// simNode is one life of the mount on one of the nodes.
+type simNode struct {
+	w        *simWorld
+	name     string
+	place    int
+	readOnly bool
+	mount    *testMount
+
+	startedAt time.Duration
+	closingAt time.Duration // -1 before
+	known     map[string][]simKnown
+	busy      map[*simOp]struct{} // what is under way
+	exclusive bool                // a write is under way that may keep a lock for a while
+
+	storageFailed time.Duration // when storage failed last; -1 before
+	inMemory      map[string]bool
+	blurredAt     time.Duration // when something was last written, or told
+	clients       map[*simClient]struct{}
+	minted        []weak.Pointer[token]
+
+	judge simJudge
+}
+
+// open starts a mount on the node of that place.
+func (w *simWorld) open(place, life int, readOnly bool) {
+	n := &simNode{
+		w: w, name: fmt.Sprintf("%c%d", 'A'+place, life), place: place, readOnly: readOnly,
+		startedAt: -1, closingAt: -1, storageFailed: -1,
+		known: make(map[string][]simKnown), busy: make(map[*simOp]struct{}),
+		inMemory: make(map[string]bool), clients: make(map[*simClient]struct{}),
+		judge: newSimJudge(),
+	}
+	system := logical.TestSystemView()
+	if readOnly {
+		system.ReplicationStateVal = consts.ReplicationPerformanceStandby
+	}
+	storage := &countingStorage{Storage: &simStorage{Storage: w.shared, node: n}}
+	n.mount = newTestNode(w.t, nil, n.newClient, storage, system)
+	n.mount.backend.random = w.random
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n.startedAt = w.now()
+	w.nodes[place] = n
+	w.note("%s starts", n.name)
+}
+
+// shut closes a mount.
+func (n *simNode) shut() {
+	w := n.w
+	w.mu.Lock()
+	n.closingAt = w.now()
+	w.note("%s closes", n.name)
+	w.mu.Unlock()
+	n.mount.Cleanup(context.Background())
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if took := w.now() - n.closingAt; took > simCloseWithin && w.rules[ruleSilentAnswer] {
+		w.violate("closing %s took %s", n.name, took)
+	}
+	w.note("%s has closed", n.name)
+}
+
+const (
+	opRead   = "read"
+	opWrite  = "write"
+	opDelete = "delete"
+	opRotate = "rotate"
+	opStatus = "status"
+)
+
+// simOp is one request to a node.
+type simOp struct {
+	id     int
+	kind   string
+	node   *simNode
+	path   string // what is asked for
+	key    string // of the entry that a write changes, else ""
+	data   map[string]any
+	giveUp time.Duration // after which the client gives up; 0 for never
+	slow   bool          // storage may take its time
+
+	// a read or a rotation
+	role   string
+	scopes []string
+	minTTL time.Duration
+
+	// a write
+	change func(f *simFields, created bool)
+
+	start, end    time.Duration // end is -1 before it
+	inMemory      bool          // at the start, role and config surely were
+	longest       time.Duration // request_timeout of a mint of its config that it found under way
+	storageOps    int
+	storageTime   time.Duration
+	storageFailed bool
+	gaveUp        bool
+	wrote         *simVersion // the version that it made
+
+	resp *logical.Response
+	err  error
+	done func(*simOp) // called at the end, if set
+}
+
+func (op *simOp) String() string {
+	return fmt.Sprintf("%s #%d %s %s", op.node.name, op.id, op.kind, op.path)
+}
+
+// begin sends a request, and does not wait for its end.
+func (n *simNode) begin(op *simOp) {
+	w := n.w
+	w.mu.Lock()
+	w.ops++
+	op.id, op.node, op.start, op.end = w.ops, n, w.now(), -1
+	n.busy[op] = struct{}{}
+	op.inMemory = n.inMemory[op.role]
+	if op.kind == opRead && len(op.scopes) > 0 || n.judge.greedy[op.role] == 0 {
+		n.judge.greedy[op.role]++
+	}
+	for m := range n.judge.flights {
+		if m.role == op.role {
+			op.longest = max(op.longest, m.entry.RequestTimeout)
+		}
+	}
+	exclusive := op.kind != opRead && op.kind != opStatus && op.slow
+	n.exclusive = n.exclusive || exclusive
+	if op.kind == opRotate {
+		n.judge.rotations = append(n.judge.rotations, op)
+	}
+	w.note("%s %s", op, simData(op.data))
+	w.mu.Unlock()
+
+	w.running.Go(func() {
+		ctx := context.WithValue(context.Background(), simOpKey{}, op)
+		cancel := func() {}
+		if op.giveUp > 0 {
+			ctx, cancel = context.WithTimeout(ctx, op.giveUp)
+		}
+		resp, err := n.send(ctx, op)
+		op.gaveUp = ctx.Err() != nil
+		cancel()
+		w.mu.Lock()
+		op.resp, op.err, op.end = resp, err, w.now()
+		delete(n.busy, op)
+		if exclusive {
+			n.exclusive = false
+		}
+		w.note("%s after %s: %s", op, op.end-op.start, simResult(op))
+		w.ended(op)
+		w.mu.Unlock()
+		if op.done != nil {
+			op.done(op)
+		}
+	})
+}
+
+// send does what Vault does with a request.
+func (n *simNode) send(ctx context.Context, op *simOp) (*logical.Response, error) {
+	kind := map[string]logical.Operation{
+		opRead: logical.ReadOperation, opStatus: logical.ReadOperation, opDelete: logical.DeleteOperation,
+		opWrite: logical.UpdateOperation, opRotate: logical.UpdateOperation,
+	}[op.kind]
+	req := &logical.Request{Operation: kind, Path: op.path, Data: op.data, Storage: n.mount.storage}
+	if op.kind == opWrite && !n.readOnly {
+		found, exists, err := n.mount.HandleExistenceCheck(ctx, req)
+		if user := (errutil.UserError{}); errors.As(err, &user) {
+			return logical.ErrorResponse(user.Err), nil
+		} else if err != nil {
+			return nil, err
+		} else if found && !exists {
+			req.Operation = logical.CreateOperation
+		}
+	}
+	return n.mount.HandleRequest(ctx, req)
+}
+
+// ended judges what came of a request, and keeps account of it. The caller holds w.mu.
+func (w *simWorld) ended(op *simOp) {
+	n := op.node
+	switch op.kind {
+	case opRead:
+		w.judgeRead(op)
+	case opRotate:
+		w.judgeRotation(op)
+	case opStatus:
+		w.judgeStatus(op)
+	case opWrite, opDelete:
+		w.judgeWrite(op)
+	}
+	if op.key == "" {
+		return
+	}
+	// What a write made has to be known now, whether or not it was told so: after a
+	// failure the engine has to look.
+	if op.wrote != nil {
+		w.learned(n, op.key, op.wrote.number)
+	} else if op.err != nil {
+		w.blurred(n, op.key)
+	}
+}
+
+// written is called when storage has a new version of an entry. The others are told
+// about it after a while.
+func (w *simWorld) written(n *simNode, op *simOp, key string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if op == nil {
+		w.violate("%s wrote %s without having been asked", n.name, key)
+		return
+	}
+	h := w.history[key]
+	if h == nil {
+		h = newSimHistory()
+		w.history[key] = h
+	}
+	if op.key != key {
+		w.violate("%s wrote %s", op, key)
+		return
+	}
+	op.wrote = h.write(op, w.now())
+	w.note("%s makes %s version %d", op, key, op.wrote.number)
+	for _, node := range w.nodes {
+		if node != nil {
+			w.blurred(node, key)
+		}
+	}
+	dice := w.dice("invalidate", key)
+	delay := time.Duration(dice.Int64N(int64([]time.Duration{time.Millisecond, 100 * time.Millisecond, simLate}[dice.IntN(3)])))
+	lost := w.rules[ruleMintReadsAnew] && w.calm < 0 && dice.Float64() < 0.05
+	number := op.wrote.number
+	for _, node := range w.nodes {
+		if node == nil || node == n || lost {
+			continue
+		}
+		w.running.Go(func() {
+			time.Sleep(delay)
+			w.mu.Lock()
+			gone := node.closingAt >= 0
+			w.mu.Unlock()
+			if gone {
+				return
+			}
+			node.mount.InvalidateKey(context.Background(), key)
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.note("%s is told of %s", node.name, key)
+			w.learned(node, key, number)
+		})
+	}
+}
+
+// learned is called when a node has to know a version of an entry.
+func (w *simWorld) learned(n *simNode, key string, number int) {
+	n.learn(key, number)
+	w.blurred(n, key)
+	if name, ok := strings.CutPrefix(key, configPrefix); ok {
+		n.judge.configWritten(name, w.now())
+	}
+}
+
+// roleConfig is the config that a role names, by what storage has.
+func (w *simWorld) roleConfig(role string) string {
+	if h := w.history[rolePrefix+role]; h != nil {
+		return h.last().config
+	}
+	return ""
+}
+
+// simData puts the fields of a request in order, without secrets.
+func simData(data map[string]any) string {
+	var parts []string
+	for name, value := range data {
+		text := fmt.Sprint(value)
+		if name == "client_secret" {
+			text = text[:simSecretShown]
+		}
+		parts = append(parts, name+"="+text)
+	}
+	slices.Sort(parts)
+	return strings.Join(parts, " ")
+}
+
+// simResult tells in short what came of a request.
+func simResult(op *simOp) string {
+	switch {
+	case op.err != nil:
+		return "error: " + op.err.Error()
+	case op.resp == nil:
+		return "done"
+	case op.resp.IsError():
+		return "refused: " + op.resp.Error().Error()
+	case op.kind == opRead:
+		d := op.resp.Data
+		return fmt.Sprintf("%v until %v, ttl %v, warnings %d", d["access_token"], d["expires_at"], d["ttl"], len(op.resp.Warnings))
+	case op.kind == opRotate:
+		return fmt.Sprintf("rotated at %v", op.resp.Data["last_vault_rotation"])
+	default:
+		return "done"
+	}
+}
+
+// Names in a simulation tell what they are for.
+
+func simRoleName(i int) string                { return fmt.Sprintf("r%d", i) }
+func simConfigName(i int) string              { return fmt.Sprintf("c%d", i) }
+func simClientID(config string, n int) string { return fmt.Sprintf("%s-client-%d", config, n) }
+func simURL(config string, n int) string {
+	return fmt.Sprintf("https://%s-%d.auth.mojoauth.test/oauth2/token", config, n)
+}
+func simAudience(role string, n int) string   { return fmt.Sprintf("%s-api-%d", role, n) }
+func simSecret(clientID string, n int) string { return fmt.Sprintf("s%05d-%s-canary", n, clientID) }
+func simRoleOf(audience string) string        { role, _, _ := strings.Cut(audience, "-api-"); return role }
+func simConfigOf(clientID string) string {
+	config, _, _ := strings.Cut(clientID, "-client-")
+	return config
+}
