@@ -460,6 +460,31 @@ func TestDocsTexts(t *testing.T) {
 				m.write("roles/reports", fields{"audience": "https://api.example.com/"})
 			}()
 		}, write, "rotate-role/reports", nil},
+		{"token that expired on arrival", func(m *testMount) {
+			fails(nil)(m)
+			m.write("roles/reports", fields{"max_ttl": "1s"})
+			m.mojo.set(func(s *standIn) { s.latency = 2 * time.Second })
+		}, read, "creds/reports", nil},
+		{"too many narrowed sets", func(m *testMount) {
+			fails(nil)(m)
+			scopes := manyScopes(7)
+			m.write("roles/reports", fields{"scopes": scopes})
+			m.mojo.set(func(s *standIn) { s.latency = time.Minute })
+			for _, set := range subsets(scopes, maxNarrowedMints) {
+				go m.creds("reports", fields{"scopes": set})
+			}
+			synctest.Wait()
+		}, read, "creds/reports", fields{"scopes": "s5,s6"}},
+		{"repeated token", func(m *testMount) {
+			fails(nil)(m)
+			m.repeats()
+			m.read("creds/reports")
+			time.Sleep(59*time.Minute + 30*time.Second)
+		}, read, "creds/reports", nil},
+		{"lifetime that nobody can keep up with", func(m *testMount) {
+			fails(nil)(m)
+			m.mojo.set(func(s *standIn) { s.lifetime = 5 * time.Second })
+		}, read, "creds/reports", nil},
 		{"fewer scopes granted", func(m *testMount) {
 			fails(nil)(m)
 			m.mojo.set(func(s *standIn) { s.grant = "read:reports" })
