@@ -1,0 +1,301 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package gate
+
+import (
+	"math"
+	"testing"
+	"time"
+)
+
+var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// busy is a pace under test: it always has more to send.
+type busy struct {
+	*testing.T
+	pace
+	now time.Time
+}
+
+func newBusy(t *testing.T, limit int) *busy {
+	return &busy{T: t, pace: newPace(limit), now: epoch}
+}
+
+// send lets n requests leave as soon as they may, and returns the last.
+func (b *busy) send(n int) (d departure) {
+	b.Helper()
+	for range n {
+		b.now = latest(b.now, b.opens())
+		d = b.leave(b.now, epoch)
+	}
+	return d
+}
+
+// answer has n answers come that are no 429, while somebody waits whom it hurts.
+func (b *busy) answer(n int) {
+	for range n {
+		b.answered(b.now, demand{waiting: 1, hurts: true})
+	}
+}
+
+func (b *busy) wantRate(want float64, when string) {
+	b.Helper()
+	if math.Abs(b.rate-want) > 0.001 {
+		b.Errorf("the rate is %.3f a second %s, want %.3f", b.rate, when, want)
+	}
+}
+
+func TestPaceStartsAtFiveAndGrowsByOneForEachAnswer(t *testing.T) {
+	b := newBusy(t, 20)
+	b.wantRate(5, "at the start")
+	for i := range 30 {
+		b.send(10)
+		b.answer(1)
+		b.wantRate(min(float64(6+i), 20), "after an answer more")
+	}
+	if b := newBusy(t, 2); b.rate != 2 {
+		t.Errorf("the rate starts at %v a second, above a limit of 2", b.rate)
+	}
+}
+
+func TestPaceGrowsOnlyWhileItIsUsed(t *testing.T) {
+	b := newBusy(t, 20)
+	b.send(5)
+	b.answered(b.now, demand{})
+	b.wantRate(5, "when nobody waits")
+
+	b.now = b.now.Add(900 * time.Millisecond)
+	b.answer(1)
+	b.wantRate(5, "when less than half of it has left in the last second")
+}
+
+func TestRequestsLeaveEvenly(t *testing.T) {
+	b := newBusy(t, 20)
+	b.send(1)
+	for range 10 {
+		last := b.now
+		b.send(1)
+		if apart := b.now.Sub(last); apart != 200*time.Millisecond {
+			t.Errorf("at 5 a second, two requests leave %v apart", apart)
+		}
+	}
+}
+
+// A busy machine wakes late.
+func TestLateRequestDoesNotSlowDownThoseAfterIt(t *testing.T) {
+	b := newBusy(t, 20)
+	b.rate = 20
+	b.send(1)
+	for range 40 {
+		b.now = b.opens().Add(30 * time.Millisecond)
+		if d := b.leave(b.now, epoch); d.inSecond > 20 {
+			t.Fatalf("%d requests leave in a second", d.inSecond)
+		}
+	}
+	// One delay a second is left: the second before holds no more.
+	if took, most := b.now.Sub(epoch), 2*window+3*30*time.Millisecond; took > most {
+		t.Errorf("40 requests, each of which wakes 30 ms late, take %v, more than %v", took, most)
+	}
+
+	// But who has just come is not late, and a long stall is not made up for.
+	b.now = b.opens().Add(20 * time.Millisecond)
+	b.leave(b.now, b.now)
+	if apart := b.opens().Sub(b.now); apart < 50*time.Millisecond {
+		t.Errorf("the next one leaves %v after one that did not wait", apart)
+	}
+	b.now = b.now.Add(time.Minute)
+	for range 2 {
+		b.leave(b.now, epoch)
+	}
+	if !b.opens().After(b.now) {
+		t.Error("after a stall, three requests leave at once")
+	}
+}
+
+func TestNoSecondHoldsMoreThanTheLimit(t *testing.T) {
+	for _, limit := range []int{1, 3, 7, 20, 999} {
+		b := newBusy(t, limit)
+		b.rate = float64(limit)
+		for range 3 * limit {
+			if d := b.send(1); d.inSecond > limit {
+				t.Fatalf("%d requests leave in a second, the limit is %d", d.inSecond, limit)
+			}
+		}
+	}
+}
+
+// What leaves a second apart may arrive closer together.
+func TestNoSecondHoldsMoreThanTheLimitWhereRequestsArrive(t *testing.T) {
+	const limit, late = 20, 49 * time.Millisecond
+	b := newBusy(t, limit)
+	b.rate = limit
+	b.send(1)
+	first := b.now.Add(late)
+	b.send(limit)
+	if apart := b.now.Sub(first); apart < time.Second {
+		t.Errorf("request %d may arrive %v after the first, which was late by %v", limit+1, apart, late)
+	}
+}
+
+func TestLowerLimitHoldsForTheSecondThatRuns(t *testing.T) {
+	b := newBusy(t, 50)
+	b.rate = 50
+	b.send(60)
+	b.setLimit(5)
+	b.wantRate(5, "under a limit of 5")
+	changed := b.now
+	b.send(1)
+	if n := b.inSecond(b.now); n > 5 {
+		t.Errorf("%v after the limit became 5, a request leaves as number %d of its second", b.now.Sub(changed), n)
+	}
+	b.setLimit(50)
+	b.wantRate(5, "right after the limit has become higher again")
+}
+
+func TestThrottlingHalvesWhatHadLeft(t *testing.T) {
+	b := newBusy(t, 1000)
+	b.rate = 40
+	d := b.send(100)
+	b.throttled(b.now, d, 0)
+	b.wantRate(20, "after a 429 to the 40th request of a second")
+
+	// A rate that has just grown was not used yet.
+	b = newBusy(t, 1000)
+	b.rate = 40
+	b.send(100)
+	b.rate = 60
+	d = b.send(1)
+	b.throttled(b.now, d, 0)
+	b.wantRate(float64(d.inSecond)/2, "after a 429 when it had grown to 60, but 40 had left in the second")
+
+	// But after a rest, little has left in the second, and that says nothing.
+	b = newBusy(t, 1000)
+	b.rate = 40
+	d = b.send(1)
+	b.throttled(b.now, d, 0)
+	b.wantRate(10, "after a 429 to the first request at 40 a second")
+
+	// And when the rate has just become lower, more has left than it allows.
+	b = newBusy(t, 1000)
+	b.rate = 40
+	b.send(100)
+	b.rate = 10
+	b.throttled(b.now, b.send(1), 0)
+	b.wantRate(5, "after a 429 at 10 a second, when more had left in the second")
+}
+
+func TestPaceNeverFallsBelowOneInThirtySeconds(t *testing.T) {
+	b := newBusy(t, 20)
+	for range 20 {
+		d := b.send(2)
+		b.throttled(b.now, d, 0)
+	}
+	b.wantRate(1.0/30, "after twenty cuts")
+}
+
+// The answers to what was under way at a cut, and the requests of the next
+// second, whose arrival the endpoint counts together with what came before it.
+func TestOneExcessIsOneCut(t *testing.T) {
+	b := newBusy(t, 1000)
+	b.rate = 40
+	d := b.send(100)
+	b.throttled(b.now, d, 0)
+	b.throttled(b.now, d, 0)
+	b.wantRate(20, "after a second 429 of before the cut")
+	cut := b.now
+
+	for b.now.Sub(cut) < time.Second {
+		d = b.send(1)
+	}
+	b.throttled(b.now, d, 0)
+	b.wantRate(20, "after a 429 to a request of the second after the cut")
+
+	d = b.send(3)
+	b.throttled(b.now, d, 0)
+	b.wantRate(10, "after a 429 to a request that left later")
+}
+
+func TestPaceReturnsToWhatWasSafe(t *testing.T) {
+	b := newBusy(t, 1000)
+	b.rate = 40
+	d := b.send(100)
+	b.throttled(b.now, d, 0)
+	b.send(1)
+	b.answer(5)
+	b.wantRate(25, "five answers after the cut")
+	b.throttled(b.now, d, 0)
+	b.wantRate(24, "after a late 429, which takes back an answer's growth")
+	b.answer(100)
+	b.wantRate(36, "after many answers: nine tenths of what had left")
+}
+
+func TestPaceProbesWhenTheCutIsOver(t *testing.T) {
+	b := newBusy(t, 1000)
+	b.rate = 40
+	d := b.send(100)
+	b.throttled(b.now, d, 0)
+	b.answer(50)
+	for b.now.Before(b.cutAt.Add(steadyFor)) {
+		b.wantRate(36, "less than five seconds after the cut")
+		b.send(1)
+		b.answer(1)
+	}
+	b.wantRate(36+probeStep, "five seconds after the cut")
+	for range 698 { // steps of 0.02
+		b.answer(1)
+	}
+	b.wantRate(49.98, "almost a quarter above what had left at the cut")
+	b.answer(3)
+	if b.rate < 51 {
+		t.Errorf("beyond that, when the endpoint allows more than it did, the rate is %.3f", b.rate)
+	}
+}
+
+// Renewals wait long before it hurts; there is no need to find out for them how
+// much the endpoint allows by being refused.
+func TestPaceHardlyProbesForThoseWhoHaveTime(t *testing.T) {
+	b := newBusy(t, 1000)
+	b.rate = 40
+	d := b.send(100)
+	b.throttled(b.now, d, 0)
+	b.answer(50)
+	b.send(10 * 36 * 2)
+	b.answered(b.now, demand{waiting: 36 * 60})
+	b.wantRate(36, "when a minute's worth of requests waits")
+	b.answered(b.now, demand{waiting: 36*60 + 1})
+	b.wantRate(36+creepStep, "when more waits than leaves in a minute")
+}
+
+func TestRetryAfterClosesTheGate(t *testing.T) {
+	b := newBusy(t, 20)
+	b.throttled(b.now, b.send(1), 7*time.Second)
+	if got := b.opens().Sub(b.now); got != 7*time.Second {
+		t.Errorf("after a Retry-After of 7 s, the gate opens in %v", got)
+	}
+	b.close(b.now, 2*time.Second)
+	if got := b.opens().Sub(b.now); got != 7*time.Second {
+		t.Errorf("a shorter Retry-After opens the gate in %v", got)
+	}
+	b.close(b.now, 24*time.Hour)
+	if got := b.opens().Sub(b.now); got != 10*time.Minute {
+		t.Errorf("after a Retry-After of a day, the gate opens in %v", got)
+	}
+}
+
+func TestPaceIsSteadyForLongWhenAnswersAreSlow(t *testing.T) {
+	b := newBusy(t, 20)
+	d := b.send(1)
+	b.throttled(d.at.Add(4*time.Second), d, 0)
+	if got := b.steady.Sub(b.cutAt); got != 12*time.Second {
+		t.Errorf("after a 429 that took 4 s, the rate is steady for %v", got)
+	}
+}
+
+func TestPaceIsSteadyForLongAfterALongRetryAfter(t *testing.T) {
+	b := newBusy(t, 20)
+	b.throttled(b.now, b.send(1), 4*time.Second)
+	if got := b.steady.Sub(b.cutAt); got != time.Minute {
+		t.Errorf("after a Retry-After of 4 s, the rate is steady for %v", got)
+	}
+}

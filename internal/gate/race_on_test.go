@@ -1,0 +1,9 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+//go:build race
+
+package gate
+
+// raced is whether the race detector is on, which makes simulations slow.
+const raced = true

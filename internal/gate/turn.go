@@ -1,0 +1,300 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package gate
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// This file is what a mint, and those who wait for its token, see of the gate.
+
+// Turn is the turn of one mint. It lasts for all of its tries.
+type Turn struct {
+	gate   *Gate
+	key    placeKey
+	number uint64 // turns are numbered as they are made
+
+	// What follows is under the gate's lock.
+	ended     func(error) // called, under the lock, when the waiting ends
+	state     turnState
+	ready     time.Time // since when its request could leave
+	hurts     time.Time // since when, or from when on, waiting hurts
+	rank      time.Time // that its place had when its request left last
+	place     *place    // where it waits, or waited last
+	inPlace   int       // index
+	joined    bool      // by a waiter, ever
+	waiters   int
+	late      []*Waiter // who have no time left if the request is throttled
+	departure departure // of the request that left last
+}
+
+type turnState int
+
+const (
+	idle    turnState = iota // not waiting: before the first try, or throttled
+	waiting                  // in the queue
+	out                      // its request has left, and was not throttled
+	gone                     // abandoned
+)
+
+// Turn makes a turn for a request. It does not wait yet.
+func (g *Gate) Turn(role string, kind Kind) *Turn {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.turns++
+	return &Turn{
+		gate:    g,
+		key:     placeKey{role, kind},
+		number:  g.turns,
+		inPlace: -1,
+	}
+}
+
+// Waiter is somebody who waits for what a turn brings.
+type Waiter struct {
+	turn     *Turn
+	deadline time.Time
+	tooLate  chan struct{}
+	err      error // set before tooLate is closed
+	index    int
+	left     bool
+}
+
+// Join adds somebody who waits until the deadline for what the turn brings, or
+// without end when it is zero, as a renewal does. hurts tells since when the
+// waiting hurts, or from when on it will: the turn's rank is the earliest.
+//
+// It is false when the turn does not take anybody any more, because all who
+// waited have left, or because it is a rotation whose request has left: then
+// the caller needs a new turn.
+func (t *Turn) Join(deadline, hurts time.Time) (*Waiter, bool) {
+	g := t.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if t.state == gone || t.state == out && t.key.kind == Rotation {
+		return nil, false
+	}
+	t.joined = true
+	t.waiters++
+	if t.hurts.IsZero() || hurts.Before(t.hurts) {
+		t.hurts = hurts
+		if t.state == waiting {
+			g.queue.raised(t)
+		}
+	}
+	return g.watch(t, deadline), true
+}
+
+// watch has somebody told when no turn can come before the deadline. The caller
+// holds g.mu.
+func (g *Gate) watch(t *Turn, deadline time.Time) *Waiter {
+	w := &Waiter{turn: t, deadline: deadline, tooLate: make(chan struct{}), index: -1}
+	if !deadline.IsZero() {
+		g.deadlines.set(w, true)
+		g.tellLate()
+	}
+	return w
+}
+
+// TooLate is closed when the endpoint's Retry-After outlasts the waiter's
+// deadline while the request waits: then Err is the reason.
+func (w *Waiter) TooLate() <-chan struct{} { return w.tooLate }
+
+// Err is a *NoTurnError: why the waiter, who waits no longer, got no turn.
+func (w *Waiter) Err() error {
+	g := w.turn.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if w.err != nil {
+		return w.err
+	}
+	return g.noTurn(OutOfTime)
+}
+
+// Leave ends the waiting. When nobody else waits, and the request has not left,
+// the turn leaves the queue.
+func (w *Waiter) Leave() {
+	t := w.turn
+	g := t.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if w.left {
+		return
+	}
+	w.left = true
+	g.deadlines.set(w, false)
+	t.waiters--
+	if t.waiters == 0 && t.state == waiting {
+		g.queue.remove(t)
+		t.state = gone
+		t.ended(ErrAbandoned)
+		g.advance()
+	}
+}
+
+// tellLate tells those whose deadline passes before the gate opens again. The
+// caller holds g.mu.
+func (g *Gate) tellLate() {
+	for w := g.deadlines.first(); w != nil && w.deadline.Before(g.pace.closed); w = g.deadlines.first() {
+		g.deadlines.set(w, false)
+		if w.turn.state == out {
+			w.turn.late = append(w.turn.late, w)
+			continue
+		}
+		w.tell(g.noTurn(RetryAfter))
+	}
+}
+
+func (w *Waiter) tell(err error) {
+	w.err = err
+	close(w.tooLate)
+}
+
+// Wait blocks until the turn's request may leave. A request that has to be sent
+// again waits again, and keeps its rank. The error is
+//
+//   - a *NoTurnError when the context's deadline passes, or would pass before the
+//     gate opens again, and when too many wait who are more urgent,
+//   - ErrAbandoned when the last waiter has left,
+//   - ErrClosed, or the context's error when it is canceled.
+func (t *Turn) Wait(ctx context.Context) (*Pass, error) {
+	g := t.gate
+	if ctx.Err() != nil {
+		return nil, g.outOf(ctx)
+	}
+	deadline, _ := ctx.Deadline()
+	ended := make(chan error, 1)
+	self, err := g.enter(t, deadline, func(err error) { ended <- err })
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case err = <-ended:
+		g.unwatch(self)
+	case <-ctx.Done():
+		if g.withdraw(t, self) {
+			return nil, g.outOf(ctx)
+		}
+		err = <-ended
+	case <-self.tooLate:
+		if g.withdraw(t, self) {
+			return nil, self.err
+		}
+		err = <-ended
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &Pass{turn: t, departure: t.departure}, nil
+}
+
+// enter has t wait. How that ends is told by ended, which is called under the
+// lock: without an error, the request leaves. The waiter watches the deadline
+// and is none of those who joined.
+func (g *Gate) enter(t *Turn, deadline time.Time, ended func(error)) (*Waiter, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	switch {
+	case g.closed:
+		return nil, ErrClosed
+	case t.joined && t.waiters == 0:
+		t.state = gone
+		return nil, ErrAbandoned
+	}
+	t.ready = g.clock.Now()
+	if t.hurts.IsZero() {
+		t.hurts = t.ready
+	}
+	t.state, t.ended = waiting, ended
+	g.queue.add(t)
+	if p := g.queue.overflow(); p != nil {
+		g.turnAway(p, g.noTurn(Crowded))
+	}
+	for _, w := range t.late {
+		w.tell(g.noTurn(RetryAfter))
+	}
+	t.late = nil
+	self := g.watch(t, deadline)
+	g.advance()
+	return self, nil
+}
+
+func (g *Gate) unwatch(w *Waiter) {
+	if w.deadline.IsZero() {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.deadlines.set(w, false)
+}
+
+// withdraw has t wait no longer. It is false when the waiting has just ended
+// otherwise.
+func (g *Gate) withdraw(t *Turn, self *Waiter) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.deadlines.set(self, false)
+	if t.state != waiting {
+		return false
+	}
+	g.queue.remove(t)
+	t.state = idle
+	g.advance()
+	return true
+}
+
+// outOf is why a wait has ended whose context is done.
+func (g *Gate) outOf(ctx context.Context) error {
+	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return ctx.Err()
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.noTurn(OutOfTime)
+}
+
+// Pass is the leave for one request.
+type Pass struct {
+	turn      *Turn
+	departure departure
+	done      bool // under the gate's lock
+}
+
+// Answer is what came of a request.
+type Answer int
+
+// The answers of an endpoint, as far as they concern its pace.
+const (
+	NoAnswer  Answer = iota // none: a broken connection, no answer in time
+	Answered                // any answer but a 429
+	Throttled               // a 429
+)
+
+// Done tells what came of the request, and the Retry-After of its answer if
+// there was one. It has to be called once for each pass.
+func (p *Pass) Done(answer Answer, retryAfter time.Duration) {
+	t := p.turn
+	g := t.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if p.done {
+		return
+	}
+	p.done = true
+	g.inFlight--
+	g.queue.landed(t)
+	now := g.clock.Now()
+	switch answer {
+	case Throttled:
+		t.state = idle
+		g.pace.throttled(now, p.departure, retryAfter)
+	case Answered:
+		g.pace.close(now, retryAfter)
+		g.pace.answered(now, g.queue.demand(now))
+	}
+	g.tellLate()
+	g.advance()
+}
