@@ -125,30 +125,31 @@ func TestCachedReadWaitsForNobody(t *testing.T) {
 
 func TestReaderWaitsTwoSecondsWhileTheOldTokenWouldDo(t *testing.T) {
 	// L is an hour: R 15 min, F 1 min.
-	toRefreshWindow := func(m *testMount) {
+	// Afterwards the stand-in behaves as then says, and n tokens were asked for: the next
+	// one is under way, since the write ends the back-off.
+	toRefreshWindow := func(m *testMount, then func(*standIn)) (n int64) {
 		m.t.Helper()
 		m.configure("app", map[string]any{"min_ttl": "20m"}) // R is 20 min
 		m.wantToken("app", 1)
 		m.mojo.set(func(s *standIn) { s.fail = errDown }) // so that nothing is refreshed ahead
 		time.Sleep(41 * time.Minute)
 		synctest.Wait()
-		m.write("config", map[string]any{"verify_connection": false}) // ends the back-off
+		m.mojo.set(then)
+		n = m.mojo.mints.Load()
+		m.write("config", map[string]any{"verify_connection": false})
+		return n
 	}
 
 	t.Run("the mint is quick", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
-			toRefreshWindow(m)
-			n := m.mojo.mints.Load()
-			m.mojo.set(func(s *standIn) { s.fail, s.latency = nil, 1500*time.Millisecond })
+			n := toRefreshWindow(m, func(s *standIn) { s.fail, s.latency = nil, 1500*time.Millisecond })
 			m.wantToken("app", n+1)
 			m.wantMints(n + 1)
 		})
 	})
 	t.Run("the mint is slow", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
-			toRefreshWindow(m)
-			n := m.mojo.mints.Load()
-			m.mojo.set(func(s *standIn) { s.fail, s.latency = nil, 5*time.Second })
+			n := toRefreshWindow(m, func(s *standIn) { s.fail, s.latency = nil, 5*time.Second })
 			began := time.Now()
 			var wg sync.WaitGroup
 			for range 50 {
@@ -174,8 +175,7 @@ func TestReaderWaitsTwoSecondsWhileTheOldTokenWouldDo(t *testing.T) {
 	})
 	t.Run("the mint fails", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
-			toRefreshWindow(m)
-			n := m.mojo.mints.Load()
+			n := toRefreshWindow(m, func(*standIn) {})
 			for range 50 {
 				got := m.wantToken("app", 1)
 				if got.ttl < 30 || got.ttl > 60 {

@@ -205,10 +205,11 @@ func TestTokenThatMayBeServedLongerStays(t *testing.T) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
 		m.mojo.set(func(s *standIn) { s.fail = errDown })
-		time.Sleep(58*time.Minute + 58*time.Second)                   // 62 s left, of which 2 s above the floor
-		m.write("config", map[string]any{"verify_connection": false}) // ends the back-off
+		time.Sleep(58*time.Minute + 58*time.Second) // 62 s left, of which 2 s above the floor
+		synctest.Wait()
 		m.mojo.set(func(s *standIn) { s.fail, s.lifetime = nil, 61*time.Second })
 		n := m.mojo.mints.Load() + 1
+		m.write("config", map[string]any{"verify_connection": false}) // ends the back-off
 		synctest.Wait()
 		m.wantToken("app", n)
 		time.Sleep(3 * time.Second)
