@@ -383,7 +383,10 @@ func (b *backend) rotate(ctx context.Context, s logical.Storage, name string) (*
 // does.
 func (b *backend) rotateTo(ctx context.Context, s logical.Storage, minted *spec, tok *cachedToken) (*cachedToken, error) {
 	name := minted.role.name
-	var next *cachedToken
+	var (
+		next     *cachedToken
+		prepared *slot
+	)
 	_, err := b.roles.update(ctx, s, name, func(role *held[roleEntry]) (*roleEntry, error) {
 		if role == nil || !role.entry.asksSameAs(&minted.role.entry) {
 			return nil, problemf("role %q was written while its new token was minted, which dropped the older tokens: rotate again if that is not enough", name)
@@ -404,8 +407,12 @@ func (b *backend) rotateTo(ctx context.Context, s logical.Storage, minted *spec,
 		// Before readers can look for it: they find the token, and mint none.
 		rotated := &spec{role: &held[roleEntry]{name: name, entry: entry}, config: config, scopes: entry.Scopes}
 		next = next.view(rotated)
-		return &entry, b.tokens.prepare(rotated, next)
+		prepared, err = b.tokens.prepare(rotated, next)
+		return &entry, err
 	})
+	if err != nil && prepared != nil {
+		b.tokens.unprepare(prepared)
+	}
 	return next, err
 }
 

@@ -43,6 +43,8 @@ type slot struct {
 	history history
 	timer   *time.Timer
 	freed   bool
+	// prepared is set while the role that the slot is for is not saved yet.
+	prepared bool
 }
 
 // flight is one mint. It goes on when its readers give up.
@@ -359,7 +361,7 @@ func (s *slot) written(change func(spec) spec) {
 		return
 	}
 	now := change(*s.spec)
-	s.spec = &now
+	s.spec, s.prepared = &now, false
 	s.backoff, s.history = backoff{}, history{}
 	if tok := s.token.Load(); tok != nil {
 		s.token.Store(tok.under(&now))
@@ -373,6 +375,16 @@ func (s *slot) evict() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.flight == nil {
+		s.free()
+	}
+}
+
+// outdate frees the slot after a change that its key is not of, unless it is made for a
+// change that is to come.
+func (s *slot) outdate() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.prepared {
 		s.free()
 	}
 }

@@ -70,6 +70,10 @@ type tokenCache struct {
 
 	narrowed narrowedSlots
 
+	// changing lets changes of roles and configs be taken in one after the other, so
+	// that an older one does not free what a newer one brought. Never held across I/O.
+	changing sync.Mutex
+
 	mu        sync.RWMutex // never held across I/O
 	closed    bool
 	slots     map[string]map[slotKey]*slot // by role
@@ -218,12 +222,14 @@ func values(slots map[slotKey]*slot) []*slot {
 // roleChanged has the slots of a role go by what was written: role is nil when the
 // role is gone.
 func (c *tokenCache) roleChanged(name string, role *held[roleEntry]) {
+	c.changing.Lock()
+	defer c.changing.Unlock()
 	if c.roles.current(name) != role {
 		return // a later change follows
 	}
 	for _, s := range c.slotsOf(name) {
 		if role == nil || s.key.roleGeneration != role.entry.TokenGeneration {
-			s.drop()
+			s.outdate()
 			continue
 		}
 		s.written(func(spec spec) spec {
@@ -239,6 +245,8 @@ func (c *tokenCache) roleChanged(name string, role *held[roleEntry]) {
 // configChanged is roleChanged for a config. Its client and its failures are
 // forgotten. A mint that is under way goes on.
 func (c *tokenCache) configChanged(name string, config *held[configEntry]) {
+	c.changing.Lock()
+	defer c.changing.Unlock()
 	if c.configs.current(name) != config {
 		return
 	}
@@ -450,17 +458,26 @@ func (c *tokenCache) successor(spec *spec, tok *cachedToken) (*cachedToken, erro
 }
 
 // prepare makes the slot of a spec that no reader can have yet, with a token in it.
-// roleChanged wakes it, or frees it when the role was not saved after all.
-func (c *tokenCache) prepare(spec *spec, tok *cachedToken) error {
+// roleChanged wakes it, once the role is saved.
+func (c *tokenCache) prepare(spec *spec, tok *cachedToken) (*slot, error) {
 	s, err := c.slot(spec)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.spec = spec
+	s.spec, s.prepared = spec, true
 	s.token.Store(tok)
-	return nil
+	return s, nil
+}
+
+// unprepare has a prepared slot go by what storage has of its role, after saving it
+// failed.
+func (c *tokenCache) unprepare(s *slot) {
+	s.mu.Lock()
+	s.prepared = false
+	s.mu.Unlock()
+	c.roleForgotten(s.key.role)
 }
 
 // wait waits for done. The error is errClosed or why ctx ended.
