@@ -219,7 +219,7 @@ func (s *slot) keep(tok *cachedToken, up *upstream, now time.Time) (*cachedToken
 		old = old.repeatedBy(tok)
 		s.token.Store(old)
 	case old.usable(now) && !tok.servableUntil().After(old.servableUntil()):
-		failed = &mintError{class: classNothingNewer, reason: fmt.Sprintf("the new one expires at %s, no later than the cached one", formatTime(tok.endsAt))}
+		failed = &mintError{class: classNothingNewer, reason: fmt.Sprintf("the new one, which expires at %s, may be served no longer than the cached one", formatTime(tok.endsAt))}
 	default:
 		s.backoff = backoff{}
 		s.token.Store(tok)
