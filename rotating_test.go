@@ -62,31 +62,6 @@ func TestRotateRole(t *testing.T) {
 			m.wantToken("app", 3)
 		})
 	})
-	t.Run("obeys Retry-After", func(t *testing.T) {
-		bubble(t, func(m *testMount) {
-			m.configure("app", nil)
-			m.mojo.set(func(s *standIn) {
-				s.fail = &mintError{class: classThrottled, status: 429, retryAfter: time.Minute}
-			})
-			m.creds("app", nil)
-			_, err := rotate(m)
-			wantStatus(t, err, http.StatusBadGateway, "HTTP 429", "The next try is at")
-			m.wantMints(1)
-		})
-	})
-	t.Run("obeys a Retry-After for the role alone", func(t *testing.T) {
-		bubble(t, func(m *testMount) {
-			m.configure("app", nil)
-			m.mojo.set(func(s *standIn) {
-				s.fail = &mintError{class: classRequestRefused, status: 429, oauthError: "invalid_request", retryAfter: time.Minute}
-			})
-			m.creds("app", nil)
-			if resp, err := rotate(m); err != nil || !resp.IsError() {
-				t.Errorf("got %v, %v", resp, err)
-			}
-			m.wantMints(1)
-		})
-	})
 	t.Run("starts a mint of its own", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
