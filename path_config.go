@@ -554,7 +554,7 @@ func (b *backend) verifyConnection(ctx context.Context, name string, config *con
 	}
 	var (
 		failed *mintError
-		late   *noTurn
+		late   *noTurnError
 	)
 	switch {
 	case errors.As(err, &late):
@@ -570,7 +570,7 @@ func (b *backend) verifyConnection(ctx context.Context, name string, config *con
 }
 
 // tryOut mints a token with a config that may be saved under that name, and throws it
-// away. The error is that of minter.mint, or a *noTurn when time is over.
+// away. The error is that of minter.mint, or a *noTurnError when time is over.
 func (c *tokenCache) tryOut(ctx context.Context, name string, config *configEntry) error {
 	client, err := c.newClient(config)
 	if err != nil {
@@ -584,7 +584,7 @@ func (c *tokenCache) tryOut(ctx context.Context, name string, config *configEntr
 	_, err = client.mint(ctx, tokenRequest{retries: config.MaxRetries}, t)
 	var late *gate.NoTurnError
 	if errors.As(err, &late) {
-		return &noTurn{late, name}
+		return &noTurnError{late, name}
 	}
 	return err
 }

@@ -449,7 +449,7 @@ func (b *backend) rotateTo(ctx context.Context, minted *spec, tok *cachedToken) 
 func mintFailure(role string, err error) (*logical.Response, error) {
 	var (
 		mistake problem
-		late    *noTurn
+		late    *noTurnError
 		failure *unavailable
 	)
 	switch {

@@ -236,7 +236,7 @@ func (s *slot) land(f *flight, tok *cachedToken, err error) (news *mintError) {
 	}
 	var (
 		failure *unavailable
-		late    *noTurn
+		late    *noTurnError
 	)
 	if errors.As(f.err, &failure) && s.cache.isCurrent(f.up) {
 		if err != nil && !failure.unasked {

@@ -112,7 +112,7 @@ func (c *tokenCache) cached(q *query) (served, bool) {
 }
 
 // await answers a read that found no fresh token. The error is an *unavailable or a
-// *noTurn, errOutdated, errClosed, or why ctx ended.
+// *noTurnError, errOutdated, errClosed, or why ctx ended.
 func (c *tokenCache) await(ctx context.Context, q *query) (served, error) {
 	s, err := c.slot(q.spec)
 	if err != nil {
@@ -410,7 +410,7 @@ func (c *tokenCache) confirm(spec *spec, up *upstream) error {
 }
 
 // wait waits for done, as somebody who has joined a turn, if it could be joined. The
-// error is a *noTurn of the upstream's gate when time is over, errClosed, or why ctx
+// error is a *noTurnError of the upstream's gate when time is over, errClosed, or why ctx
 // ended.
 func (c *tokenCache) wait(ctx context.Context, done <-chan struct{}, waiter *gate.Waiter, up *upstream) error {
 	var tooLate <-chan struct{}
@@ -421,15 +421,15 @@ func (c *tokenCache) wait(ctx context.Context, done <-chan struct{}, waiter *gat
 	case <-done:
 		return nil
 	case <-tooLate:
-		return &noTurn{waiter.Err(), up.config.name}
+		return &noTurnError{waiter.Err(), up.config.name}
 	case <-ctx.Done():
 		switch {
 		case !errors.Is(ctx.Err(), context.DeadlineExceeded):
 			return context.Cause(ctx)
 		case waiter != nil:
-			return &noTurn{waiter.Err(), up.config.name}
+			return &noTurnError{waiter.Err(), up.config.name}
 		default:
-			return &noTurn{up.gate.NoTurn(), up.config.name}
+			return &noTurnError{up.gate.NoTurn(), up.config.name}
 		}
 	case <-c.ctx.Done():
 		return errClosed
@@ -456,7 +456,7 @@ func (c *tokenCache) waitFor(ctx context.Context, f *flight, waiter *gate.Waiter
 // *unavailable when the request had all the time that it may have.
 func (c *tokenCache) toTheEnd(ctx context.Context, f *flight, waiter *gate.Waiter) error {
 	err := c.wait(ctx, f.done, waiter, f.up)
-	var late *noTurn
+	var late *noTurnError
 	allowed := f.up.config.entry.RequestTimeout
 	if left := f.turn.left.Load(); errors.As(err, &late) && left != nil && time.Since(*left) >= allowed {
 		return &unavailable{mintError: &mintError{class: classTimeout, allowed: allowed}, config: f.up.config.name}

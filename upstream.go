@@ -133,14 +133,14 @@ func (u *unavailable) Error() string {
 
 func (u *unavailable) Unwrap() error { return u.mintError }
 
-// noTurn is why MojoAuth was not asked: the request had no turn at the config's gate.
-type noTurn struct {
+// noTurnError is why MojoAuth was not asked: the request had no turn at the config's gate.
+type noTurnError struct {
 	*gate.NoTurnError
 	config string
 }
 
 // Error names the config and says how crowded the gate is, and when to come back.
-func (n *noTurn) Error() string {
+func (n *noTurnError) Error() string {
 	var why string
 	switch n.Reason {
 	case gate.RetryAfter:
@@ -157,7 +157,7 @@ func (n *noTurn) Error() string {
 	return fmt.Sprintf("config %q: %s (%d waiting, at %.3g a second%s). Try again in %s", n.config, why, n.Waiting, n.Pace, throttles, n.ComeBack)
 }
 
-func (n *noTurn) Unwrap() error { return n.NoTurnError }
+func (n *noTurnError) Unwrap() error { return n.NoTurnError }
 
 // leave is permission to mint once. It has to be given back: settle.
 type leave struct {
@@ -259,7 +259,7 @@ func (u *upstream) minter() (minter, error) {
 }
 
 // mint asks for one token and accounts for how it went. The error is an *unavailable
-// without a next try when MojoAuth was asked; else a *noTurn, one of turn.wait, or the
+// without a next try when MojoAuth was asked; else a *noTurnError, one of turn.wait, or the
 // end of ctx.
 func (u *upstream) mint(ctx context.Context, f *flight) (*cachedToken, error) {
 	started := time.Now()
@@ -337,7 +337,7 @@ func (u *upstream) unasked(err error) error {
 	switch {
 	case errors.As(err, &late):
 		u.telemetry.noTurn(u.config.name)
-		return &noTurn{late, u.config.name}
+		return &noTurnError{late, u.config.name}
 	case errors.Is(err, gate.ErrAbandoned):
 		u.telemetry.noTurn(u.config.name)
 	case errors.Is(err, gate.ErrClosed):
