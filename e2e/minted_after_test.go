@@ -43,6 +43,7 @@ func TestMintedAfterMintsOnceForAll(t *testing.T) {
 	w.write("config", w.config(nil))
 	w.write("roles/app", role(nil))
 	refused := w.read("creds/app")
+	time.Sleep(1100 * time.Millisecond) // a token of the same second would not do
 	before := len(w.oauth.Requests())
 	client := w.reader(readers)
 	start := make(chan struct{})

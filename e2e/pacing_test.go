@@ -29,15 +29,6 @@ import (
 // defaultPace is the default of max_requests_per_second.
 const defaultPace = 20
 
-// unpaced is fields of a config whose pace is not what the test is about.
-func unpaced(more map[string]any) map[string]any {
-	data := map[string]any{"max_requests_per_second": 1000}
-	for k, v := range more {
-		data[k] = v
-	}
-	return data
-}
-
 // coldRoles writes that many roles of a config, which nobody has read, and returns
 // their names.
 func (w *world) coldRoles(n int, prefix, config string) (names []string) {
