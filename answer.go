@@ -107,7 +107,7 @@ func classify(status int, code string) (class errorClass, failed bool) {
 	class, known := oauthErrorClass[code]
 	ok := status >= 200 && status <= 299
 	switch {
-	case known:
+	case known && !(status == http.StatusTooManyRequests && class == classServerError):
 		return class, true
 	case ok && code == "":
 		return "", false

@@ -21,8 +21,6 @@ type backoff struct {
 	last     *mintError
 	failedAt time.Time
 	until    time.Time
-	// asked is set when until comes from Retry-After, which is never ignored.
-	asked bool
 }
 
 // blocks reports whether nothing may be tried at now.
@@ -36,20 +34,10 @@ func (b *backoff) fail(failed *mintError, started, now time.Time, random float64
 		b.failures++
 	}
 	b.last, b.failedAt = failed, now
-
-	if failed.retryAfter > 0 {
-		if until := now.Add(failed.retryAfter); !b.asked || until.After(b.until) {
-			b.until, b.asked = until, true
-		}
-		return
-	}
-	if b.asked && now.Before(b.until) {
-		return
-	}
 	// Up to a fifth is taken off, so that nodes that failed together do not
 	// come back together.
 	wait := min(longestBackoff, shortestBackoff<<min(b.failures-1, 10))
-	b.until, b.asked = now.Add(wait-lifetime.Share(wait/5, random)), false
+	b.until = now.Add(wait - lifetime.Share(wait/5, random))
 }
 
 // endBy has the back-off end at that time at the latest, if it is to come.

@@ -135,11 +135,11 @@ func BenchmarkHandleRequest(b *testing.B) {
 func BenchmarkCache(b *testing.B) {
 	const roles = 10_000
 	read := func(b *testing.B, m *backend, role string) {
-		sp, _, err := m.spec(context.Background(), benchStorage, role, nil)
+		q, err := m.query(context.Background(), benchStorage, role, nil)
 		if err != nil {
 			b.Fatal(err)
 		}
-		if _, ok := m.tokens.cached(sp, 0); !ok {
+		if _, ok := m.tokens.cached(q); !ok {
 			b.Fatal("no cached token")
 		}
 	}

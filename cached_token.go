@@ -24,6 +24,8 @@ type cachedToken struct {
 	// repeatedUntil is when a token expires that MojoAuth has returned again, zero
 	// for others. It is never later than what the first answer said.
 	repeatedUntil time.Time
+	// draw is the random number, in [0, 1), of when the token is renewed.
+	draw float64
 
 	spec     *spec
 	schedule lifetime.Schedule
@@ -40,8 +42,8 @@ type tokenAnswer struct {
 	accessToken, tokenType, scope, expiresAt, expiresAtSeconds, rotationPeriod, lastVaultRotation any
 }
 
-func newCachedToken(tok *token, spec *spec) *cachedToken {
-	return (&cachedToken{token: tok, use: new(atomic.Int32)}).view(spec)
+func newCachedToken(tok *token, spec *spec, random float64) *cachedToken {
+	return (&cachedToken{token: tok, use: new(atomic.Int32), draw: random}).view(spec)
 }
 
 // view is the token as it is served for a spec.
@@ -60,6 +62,7 @@ func (t *cachedToken) view(spec *spec) *cachedToken {
 		token:         t.token,
 		use:           t.use,
 		repeatedUntil: t.repeatedUntil,
+		draw:          t.draw,
 		spec:          spec,
 		schedule:      schedule,
 		endsAt:        endsAt,
@@ -131,16 +134,31 @@ func (t *cachedToken) scheduleFor(minTTL time.Duration) lifetime.Schedule {
 // servableUntil is when the token comes to its floor.
 func (t *cachedToken) servableUntil() time.Time { return t.endsAt.Add(-t.schedule.Floor) }
 
+// hurtsAt is when those who wait for the next token begin to be hurt by it: a minute
+// before this one comes to its floor.
+func (t *cachedToken) hurtsAt() time.Time { return t.servableUntil().Add(-time.Minute) }
+
+// renewIn is how long after now the next token is to be asked for: 0 when it is time.
+func (t *cachedToken) renewIn(now time.Time) time.Duration {
+	return max(0, t.timeLeft(now)-t.schedule.Ahead(t.draw))
+}
+
 // fresh reports whether the token may be served at now to a reader who wants minTTL
 // without a new one being due.
 func (t *cachedToken) fresh(minTTL time.Duration, now time.Time) bool {
 	return t != nil && t.scheduleFor(minTTL).Phase(t.timeLeft(now)) == lifetime.Fresh
 }
 
-// hit serves the token if it is fresh.
-func (t *cachedToken) hit(minTTL time.Duration, random func() float64) (served, bool) {
-	schedule, left := t.scheduleFor(minTTL), t.timeLeft(time.Now())
-	if schedule.Phase(left) != lifetime.Fresh {
+// isAfter reports whether the token was minted after that time, by the whole seconds
+// that are shown. It is, when the time is zero.
+func (t *cachedToken) isAfter(at time.Time) bool {
+	return at.IsZero() || t.mintedAt.Unix() > at.Unix()
+}
+
+// hit serves the token if it is fresh and as new as the reader wants it.
+func (t *cachedToken) hit(q *query, random func() float64) (served, bool) {
+	schedule, left := t.scheduleFor(q.minTTL), t.timeLeft(time.Now())
+	if schedule.Phase(left) != lifetime.Fresh || !t.isAfter(q.mintedAfter) {
 		return served{}, false
 	}
 	return t.serve(schedule, left, outcomeHit, random), true
@@ -148,11 +166,11 @@ func (t *cachedToken) hit(minTTL time.Duration, random func() float64) (served, 
 
 // stale serves an old token, if there is one that may still be served. failure is
 // why no new one could be had, nil when its mint is slow.
-func (t *cachedToken) stale(minTTL time.Duration, failure error, random func() float64) (served, bool) {
+func (t *cachedToken) stale(q *query, failure error, random func() float64) (served, bool) {
 	if !t.usable(time.Now()) {
 		return served{}, false
 	}
-	answer := t.serve(t.scheduleFor(minTTL), t.timeLeft(time.Now()), outcomeStale, random)
+	answer := t.serve(t.scheduleFor(q.minTTL), t.timeLeft(time.Now()), outcomeStale, random)
 	answer.failure = failure
 	return answer, true
 }

@@ -24,13 +24,15 @@ import (
 	"golang.org/x/oauth2"
 	"golang.org/x/oauth2/clientcredentials"
 
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/redact"
 )
 
 // This file asks MojoAuth for one token. From the outside in:
 //
-//	mint                tries, until one brings a token or there is no use or time
+//	mint                waits for its turn, and starts again after a 429
+//	tries               until one brings a token or there is no use or time
 //	clientcredentials   the protocol (RFC 6749 §4.4)
 //	try                 one request and its whole, bounded answer
 //	mintTransport       connections that end with the mint
@@ -89,10 +91,38 @@ func newTokenClientOver(config *configEntry, userAgent string, transport func(co
 	}
 }
 
-// mint asks for one token and waits for it, at most the config's
-// request_timeout with all tries. Any error is a *mintError, but for the end of
-// ctx, which is returned as it is.
-func (c *tokenClient) mint(ctx context.Context, req tokenRequest) (*token, error) {
+// departures is where the requests of one mint wait until they may leave.
+type departures interface {
+	// wait returns when a request may leave, or why none will.
+	wait(ctx context.Context) error
+	// answered tells what came of the request that left last, and the Retry-After
+	// of its answer if there was one.
+	answered(how gate.Answer, retryAfter time.Duration)
+}
+
+// mint asks for one token and waits for it. A request that is throttled waits for its
+// turn again, as if it had not left. The error is a *mintError, one of wait, or the
+// end of ctx, as it is.
+func (c *tokenClient) mint(ctx context.Context, req tokenRequest, leave departures) (*token, error) {
+	for {
+		if err := leave.wait(ctx); err != nil {
+			return nil, err
+		}
+		tok, failed := c.tries(ctx, req, leave)
+		switch {
+		case failed == nil:
+			return tok, nil
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case !failed.throttled():
+			return nil, failed
+		}
+	}
+}
+
+// tries asks, now and again after failures that may pass, for at most the config's
+// request_timeout.
+func (c *tokenClient) tries(ctx context.Context, req tokenRequest, leave departures) (*token, *mintError) {
 	deadline := time.Now().Add(c.config.RequestTimeout)
 	timed, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
@@ -101,17 +131,16 @@ func (c *tokenClient) mint(ctx context.Context, req tokenRequest) (*token, error
 	var before *mintError // why the last try failed
 	for tries := 1; ; tries++ {
 		tok, failed := c.try(timed, transport, req)
+		leave.answered(failed.answer())
 		switch {
 		case failed == nil:
 			return tok, nil
-		case ctx.Err() != nil:
-			return nil, ctx.Err()
 		case failed.status == 0 && !time.Now().Before(deadline):
 			return nil, c.outOfTime(before)
 		case !failed.retryable() || tries > req.retries:
 			return nil, failed
 		}
-		if !c.pause(timed, tries, failed.retryAfter) {
+		if !c.pause(timed, tries) || leave.wait(timed) != nil {
 			return nil, failed
 		}
 		before = failed
@@ -127,15 +156,12 @@ func (c *tokenClient) outOfTime(before *mintError) *mintError {
 	return &mintError{class: classTimeout, allowed: c.config.RequestTimeout}
 }
 
-// pause waits before the next try, and reports whether there is time for one. What
-// the server asks for by Retry-After counts, else a doubling wait of which a random
-// half is taken off, so that nodes that failed together do not return together.
-func (c *tokenClient) pause(ctx context.Context, tries int, asked time.Duration) bool {
-	wait := asked
-	if wait == 0 {
-		longest := min(longestPause, shortestPause<<min(tries-1, 10))
-		wait = longest/2 + lifetime.Share(longest/2, c.random())
-	}
+// pause waits before the next try, and reports whether there is time for one. The
+// wait doubles, and a random half of it is taken off, so that nodes that failed
+// together do not return together.
+func (c *tokenClient) pause(ctx context.Context, tries int) bool {
+	longest := min(longestPause, shortestPause<<min(tries-1, 10))
+	wait := longest/2 + lifetime.Share(longest/2, c.random())
 	// A pause that does not fit would only spend the reader's time.
 	if deadline, ok := ctx.Deadline(); ok && time.Now().Add(wait).After(deadline) {
 		return false

@@ -16,11 +16,13 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
@@ -80,7 +82,7 @@ func mintOnce(t *testing.T, config *configEntry, req tokenRequest) (*token, *min
 	if err != nil {
 		t.Fatal(err)
 	}
-	tok, err := client.mint(t.Context(), req)
+	tok, err := client.mint(t.Context(), req, new(testTurn))
 	if err == nil {
 		return tok, nil
 	}
@@ -237,8 +239,6 @@ func TestMintClassifiesEveryBadAnswer(t *testing.T) {
 		{"bare 403", 403, ``, classClientRefused, 1, "(HTTP 403)"},
 		{"not found", 404, `page not found`, classClientRefused, 1, "(HTTP 404)"},
 		{"teapot", 418, ``, classClientRefused, 1, "(HTTP 418)"},
-		{"throttled", 429, ``, classThrottled, 3, "throttles (HTTP 429)"},
-		{"throttled in other words", 429, `{"error":"temporarily_unavailable"}`, classServerError, 3, "temporarily_unavailable (HTTP 429)"},
 		{"500", 500, ``, classServerError, 3, "(HTTP 500)"},
 		{"501", 501, ``, classServerError, 1, "(HTTP 501)"},
 		{"502", 502, `<html>bad gateway</html>`, classServerError, 3, "(HTTP 502)"},
@@ -330,7 +330,7 @@ func TestMintBoundsWhatItReads(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = client.mint(t.Context(), tokenRequest{})
+	_, err = client.mint(t.Context(), tokenRequest{}, new(testTurn))
 	var failed *mintError
 	if !errors.As(err, &failed) || !strings.Contains(failed.reason, "longer than 64 KiB") {
 		t.Errorf("got %v, want the answer refused for its length", err)
@@ -347,7 +347,7 @@ func TestMintTakesLittleMemory(t *testing.T) {
 	client := newTokenClientOver((&endpoint{Server: &httptest.Server{}}).config(nil), "", func(context.Context) http.RoundTripper { return endless })
 	allocated := testing.Benchmark(func(b *testing.B) {
 		for b.Loop() {
-			if _, err := client.mint(context.Background(), tokenRequest{}); err == nil {
+			if _, err := client.mint(context.Background(), tokenRequest{}, new(testTurn)); err == nil {
 				b.Fatal("got a token")
 			}
 		}
@@ -357,7 +357,7 @@ func TestMintTakesLittleMemory(t *testing.T) {
 	}
 	t.Logf("allocated %d bytes", allocated)
 	read.Store(0)
-	_, _ = client.mint(t.Context(), tokenRequest{})
+	_, _ = client.mint(t.Context(), tokenRequest{}, new(testTurn))
 	if got := read.Load(); got == 0 || got > 2*maxAnswerBytes {
 		t.Errorf("%d bytes were read of 10 MB", got)
 	}
@@ -461,37 +461,69 @@ func TestMintEndsInTime(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := client.mint(ctx, tokenRequest{}); err != context.DeadlineExceeded {
+	if _, err := client.mint(ctx, tokenRequest{}, new(testTurn)); err != context.DeadlineExceeded {
 		t.Errorf("got %v, want the context's own error", err)
 	}
 }
 
-func TestMintHonoursRetryAfter(t *testing.T) {
-	var e *endpoint
-	e = newEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
-		if e.requests.Load() == 1 {
-			w.Header().Set("Retry-After", "1")
-			w.WriteHeader(429)
-			return
-		}
-		says(200, goodAnswer)(w, r)
-	})
-	began := time.Now()
-	if _, failed := mintOnce(t, e.config(nil), tokenRequest{retries: 2}); failed != nil {
-		t.Fatal(failed)
+// A request that is throttled waits for its turn again, and that costs no retry. In what
+// words the endpoint throttles does not matter.
+func TestThrottledRequestGoesBackToItsPlace(t *testing.T) {
+	answers := []http.HandlerFunc{
+		func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Retry-After", "20")
+			w.WriteHeader(http.StatusTooManyRequests)
+		},
+		says(200, goodAnswer),
 	}
-	if waited := time.Since(began); waited < time.Second {
-		t.Errorf("waited %s, want the second that was asked for", waited)
+	for _, body := range []string{``, `{"error":"temporarily_unavailable"}`} {
+		var e *endpoint
+		e = newEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
+			answers[e.requests.Load()-1](w, r)
+			if e.requests.Load() == 1 {
+				_, _ = io.WriteString(w, body)
+			}
+		})
+		client, err := newTokenClient(e.config(nil), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		leave := new(testTurn)
+		if _, err := client.mint(t.Context(), tokenRequest{}, leave); err != nil {
+			t.Fatal(err)
+		}
+		if want := []gate.Answer{gate.Throttled, gate.Answered}; !slices.Equal(leave.answers, want) || leave.asked[0] != 20*time.Second {
+			t.Errorf("the gate was told %v with Retry-After %v, want %v with 20s", leave.answers, leave.asked, want)
+		}
 	}
 
-	// One that does not fit into request_timeout ends the mint at once.
-	e = newEndpoint(t, func(w http.ResponseWriter, _ *http.Request) {
+	// Who gets no turn any more is told so, and not that the endpoint throttles.
+	e := newEndpoint(t, says(429, ``))
+	client, err := newTokenClient(e.config(nil), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.mint(t.Context(), tokenRequest{}, new(testTurn)); err != errNoTurn {
+		t.Errorf("got %v, want that there was no turn", err)
+	}
+}
+
+// What a server in trouble asks for by Retry-After closes the gate, too.
+func TestRetryAfterOfAServerErrorIsToldToTheGate(t *testing.T) {
+	e := newEndpoint(t, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Retry-After", "20")
-		w.WriteHeader(429)
+		w.WriteHeader(http.StatusServiceUnavailable)
 	})
-	_, failed := mintOnce(t, e.config(nil), tokenRequest{retries: 2})
-	if failed == nil || failed.retryAfter != 20*time.Second || e.requests.Load() != 1 {
-		t.Errorf("got %v after %d requests, want one request and 20s remembered", failed, e.requests.Load())
+	client, err := newTokenClient(e.config(nil), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	leave := new(testTurn)
+	if _, err := client.mint(t.Context(), tokenRequest{}, leave); err == nil {
+		t.Fatal("got a token")
+	}
+	if want := []gate.Answer{gate.Answered}; !slices.Equal(leave.answers, want) || leave.asked[0] != 20*time.Second {
+		t.Errorf("the gate was told %v with Retry-After %v, want %v with 20s", leave.answers, leave.asked, want)
 	}
 }
 
@@ -569,7 +601,7 @@ func mintThrough(t *testing.T, config *configEntry, proxy http.HandlerFunc) (*mi
 	}
 	settings.Proxy = proxyFor(http.ProxyURL(address))
 	client := newTokenClientOver(config, "", func(ctx context.Context) http.RoundTripper { return mintTransport(ctx, settings) })
-	_, err = client.mint(t.Context(), tokenRequest{})
+	_, err = client.mint(t.Context(), tokenRequest{}, new(testTurn))
 	var failed *mintError
 	if err != nil && !errors.As(err, &failed) {
 		t.Fatalf("got the error %v (%T), want a *mintError", err, err)

@@ -450,6 +450,28 @@ func TestDocsTexts(t *testing.T) {
 		{"client refused", fails(refusedClient), read, "creds/reports", nil},
 		{"scope refused", fails(refusedScope), read, "creds/reports", nil},
 		{"throttled", fails(throttled), read, "creds/reports", nil},
+		{"no turn in time", func(m *testMount) {
+			fails(nil)(m)
+			for i := range 100 {
+				m.write(fmt.Sprintf("roles/r%d", i), nil)
+				go m.creds(fmt.Sprintf("r%d", i), nil)
+			}
+			m.write("config", fields{"max_requests_per_second": 1})
+			synctest.Wait()
+		}, read, "creds/reports", nil},
+		{"minted_after that is no time", fails(nil), read, "creds/reports", fields{"minted_after": "yesterday"}},
+		{"minted_after ahead", fails(nil), read, "creds/reports", fields{"minted_after": "2345-01-01T00:00:00Z"}},
+		{"minted_after twice", func(m *testMount) {
+			fails(nil)(m)
+			m.read("creds/reports")
+			m.do(read, "creds/reports", fields{"minted_after": formatTime(time.Now())})
+		}, read, "creds/reports", fields{"minted_after": "2000-01-01T00:00:00Z"}},
+		{"minted_after while MojoAuth is slow", func(m *testMount) {
+			fails(nil)(m)
+			m.read("creds/reports")
+			m.mojo.set(func(s *standIn) { s.latency = 5 * time.Second })
+		}, read, "creds/reports", fields{"minted_after": "2000-01-01T00:00:00Z"}},
+		{"config with a high limit", nil, write, "config", testConfig(fields{"max_requests_per_second": 1001})},
 		{"down", fails(errDown), read, "creds/reports", nil},
 		{"timed out", fails(timedOut), read, "creds/reports", nil},
 		{"rotation of a role that changes", func(m *testMount) {
@@ -465,16 +487,6 @@ func TestDocsTexts(t *testing.T) {
 			m.write("roles/reports", fields{"max_ttl": "1s"})
 			m.mojo.set(func(s *standIn) { s.latency = 2 * time.Second })
 		}, read, "creds/reports", nil},
-		{"too many narrowed sets", func(m *testMount) {
-			fails(nil)(m)
-			scopes := manyScopes(7)
-			m.write("roles/reports", fields{"scopes": scopes})
-			m.mojo.set(func(s *standIn) { s.latency = time.Minute })
-			for _, set := range subsets(scopes, maxNarrowedMints) {
-				go m.creds("reports", fields{"scopes": set})
-			}
-			synctest.Wait()
-		}, read, "creds/reports", fields{"scopes": "s5,s6"}},
 		{"repeated token", func(m *testMount) {
 			fails(nil)(m)
 			m.repeats()

@@ -24,6 +24,8 @@ import (
 	"github.com/hashicorp/vault/sdk/helper/errutil"
 	"github.com/hashicorp/vault/sdk/helper/testhelpers/schema"
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
 // canary is the client secret of tests: it must turn up nowhere.
@@ -178,6 +180,30 @@ func (s *standIn) client(config *configEntry) (minter, error) {
 	return &standInClient{s, *config}, nil
 }
 
+// testTurn has all requests leave at once, and notes what came of them. Whoever is
+// throttled waits once more, and then no longer.
+type testTurn struct {
+	answers   []gate.Answer
+	asked     []time.Duration // by Retry-After
+	throttled int
+}
+
+var errNoTurn = errors.New("no turn any more")
+
+func (t *testTurn) wait(ctx context.Context) error {
+	if t.throttled > 1 {
+		return errNoTurn
+	}
+	return ctx.Err()
+}
+
+func (t *testTurn) answered(how gate.Answer, retryAfter time.Duration) {
+	t.answers, t.asked = append(t.answers, how), append(t.asked, retryAfter)
+	if how == gate.Throttled {
+		t.throttled++
+	}
+}
+
 // set changes how the stand-in behaves from now on.
 func (s *standIn) set(change func(*standIn)) {
 	s.mu.Lock()
@@ -198,7 +224,22 @@ func (s *standIn) since(n int64) []time.Time {
 	return slices.Clone(s.sent[n:])
 }
 
-func (c *standInClient) mint(ctx context.Context, req tokenRequest) (*token, error) {
+func (c *standInClient) mint(ctx context.Context, req tokenRequest, leave departures) (*token, error) {
+	for {
+		if err := leave.wait(ctx); err != nil {
+			return nil, err
+		}
+		tok, err := c.ask(ctx, req)
+		var failed *mintError
+		errors.As(err, &failed)
+		leave.answered(failed.answer())
+		if failed == nil || !failed.throttled() {
+			return tok, err
+		}
+	}
+}
+
+func (c *standInClient) ask(ctx context.Context, req tokenRequest) (*token, error) {
 	s := c.mojo
 	n := s.mints.Add(1)
 	sent := time.Now()

@@ -184,7 +184,7 @@ func TestMintEndsWithItsContextWhateverTheEndpointDoes(t *testing.T) {
 				t.Fatal(err)
 			}
 			began := time.Now()
-			if _, err := client.mint(ctx, tokenRequest{retries: 2}); err != context.Canceled {
+			if _, err := client.mint(ctx, tokenRequest{retries: 2}, new(testTurn)); err != context.Canceled {
 				t.Errorf("got %v, want the context's own error", err)
 			}
 			if took := time.Since(began); took > soon {
@@ -221,7 +221,7 @@ func TestMintEndsWithoutATunnel(t *testing.T) {
 	client := newTokenClientOver(config, "", func(ctx context.Context) http.RoundTripper { return mintTransport(ctx, settings) })
 	began := time.Now()
 	var failed *mintError
-	if _, err := client.mint(t.Context(), tokenRequest{}); !errors.As(err, &failed) || failed.class != classTimeout || time.Since(began) > soon {
+	if _, err := client.mint(t.Context(), tokenRequest{}, new(testTurn)); !errors.As(err, &failed) || failed.class != classTimeout || time.Since(began) > soon {
 		t.Errorf("got %v after %s, want a timeout after 300ms", err, time.Since(began))
 	}
 	proxy.waitUntilClosed(1)
@@ -242,7 +242,7 @@ func TestDialingEndsWithTheMint(t *testing.T) {
 	e := newHostileEndpoint(t, false, readRequest)
 	client := newTokenClientOver(e.config(100*time.Millisecond), "", func(ctx context.Context) http.RoundTripper { return mintTransport(ctx, settings) })
 	var failed *mintError
-	if _, err := client.mint(t.Context(), tokenRequest{}); !errors.As(err, &failed) || failed.class != classTimeout {
+	if _, err := client.mint(t.Context(), tokenRequest{}, new(testTurn)); !errors.As(err, &failed) || failed.class != classTimeout {
 		t.Errorf("got %v, want a timeout", err)
 	}
 	select {
@@ -334,7 +334,7 @@ func TestNoConnectionIsKeptThatAnEndpointCouldTalkOn(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 3 {
-		if _, err := client.mint(t.Context(), tokenRequest{}); err != nil {
+		if _, err := client.mint(t.Context(), tokenRequest{}, new(testTurn)); err != nil {
 			t.Fatal(err)
 		}
 		minted <- struct{}{}

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
 // This file says why a mint gave no token: what kind of trouble it was, whom it
@@ -29,7 +31,8 @@ const (
 	// classRequestRefused: MojoAuth accepted the client but not what it asked
 	// for. Concerns one role, or one caller's scopes.
 	classRequestRefused errorClass = "request_refused"
-	// classThrottled: HTTP 429.
+	// classThrottled: HTTP 429. No mint ends with it: its request goes back to its
+	// place at the gate.
 	classThrottled errorClass = "throttled"
 	// classServerError: HTTP 5xx, or an OAuth error that says the same.
 	classServerError errorClass = "server_error"
@@ -144,15 +147,34 @@ func (e *mintError) acceptsClient() bool {
 // retryable reports whether the same request may succeed within moments.
 func (e *mintError) retryable() bool {
 	switch e.class {
-	case classNetwork, classThrottled:
+	case classNetwork:
 		return true
 	case classServerError:
 		switch e.status {
-		case http.StatusTooManyRequests, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+		case http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
 			return true
 		}
 	}
 	return false
+}
+
+// throttled reports whether MojoAuth wants to be asked more slowly, which says
+// nothing of the request.
+func (e *mintError) throttled() bool { return e.class == classThrottled }
+
+// answer is what a try that ended so, without an error if e is nil, says of the pace
+// of requests.
+func (e *mintError) answer() (how gate.Answer, retryAfter time.Duration) {
+	switch {
+	case e == nil:
+		return gate.Answered, 0
+	case e.status == http.StatusTooManyRequests:
+		return gate.Throttled, e.retryAfter
+	case e.status == 0:
+		return gate.NoAnswer, 0
+	default:
+		return gate.Answered, e.retryAfter
+	}
 }
 
 // withoutDescription is the error as it is told to readers of other roles than

@@ -4,6 +4,7 @@
 package mojoauth
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/x509"
@@ -21,6 +22,8 @@ import (
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
 // This file is the path config/<name>: one MojoAuth machine-to-machine
@@ -41,6 +44,9 @@ const (
 
 	defaultMaxRetries = 2
 	maxMaxRetries     = 10
+
+	defaultMaxRequestsPerSecond = 20
+	maxMaxRequestsPerSecond     = 1000
 )
 
 // configEntry is a config as it is stored.
@@ -52,6 +58,7 @@ type configEntry struct {
 	CACert                  string        `json:"ca_cert,omitempty"`
 	RequestTimeout          time.Duration `json:"request_timeout"` // nanoseconds
 	MaxRetries              int           `json:"max_retries"`
+	MaxRequestsPerSecond    int           `json:"max_requests_per_second"`
 
 	// TokenGeneration is random and changes with what tokens depend on: who
 	// the client is, and where. Every node serves only tokens that were minted
@@ -153,16 +160,24 @@ switched off. At most 64 KiB. To change it, send client_secret in the same reque
 		"request_timeout": {
 			Type:    framework.TypeDurationSecond,
 			Default: int(defaultRequestTimeout / time.Second),
-			Description: `Longest time that getting one token may take, all tries included: 1s to 60s,
-in seconds or as a duration like 10s.`,
+			Description: `Longest time that getting one token may take, all tries included, from when its
+first request leaves: 1s to 60s, in seconds or as a duration like 10s.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Request timeout", Value: "10s"},
 		},
 		"max_retries": {
 			Type:    framework.TypeInt,
 			Default: defaultMaxRetries,
 			Description: `How often a try that failed is repeated within request_timeout when the failure
-may pass (network, 429, 500, 502, 503, 504): 0 to 10.`,
+may pass (network, 500, 502, 503, 504): 0 to 10. A 429 costs none of these.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Max retries", Value: defaultMaxRetries},
+		},
+		"max_requests_per_second": {
+			Type:    framework.TypeInt,
+			Default: defaultMaxRequestsPerSecond,
+			Description: `The most requests in a second to this token endpoint, retries, rotations and
+verifications included: 1 to 1000. Choose it by what MojoAuth's plan allows this
+host, less what others ask from the same address. It applies at once.`,
+			DisplayAttrs: &framework.DisplayAttributes{Name: "Max requests per second", Value: defaultMaxRequestsPerSecond},
 		},
 		"verify_connection": {
 			Type:    framework.TypeBool,
@@ -202,6 +217,7 @@ func (b *backend) configOperations(suffix string) map[logical.Operation]framewor
 					"ca_cert":                    {Type: framework.TypeString, Required: true, Description: "PEM certificates trusted in addition to the system's."},
 					"request_timeout":            {Type: framework.TypeInt64, Required: true, Description: "Longest time, in seconds, that getting one token may take."},
 					"max_retries":                {Type: framework.TypeInt, Required: true, Description: "How often a failed try is repeated."},
+					"max_requests_per_second":    {Type: framework.TypeInt, Required: true, Description: "The most requests in a second to the token endpoint."},
 				},
 			}}},
 		},
@@ -254,7 +270,14 @@ func (c *configEntry) toResponseData() map[string]any {
 		"ca_cert":                    c.CACert,
 		"request_timeout":            int64(c.RequestTimeout / time.Second),
 		"max_retries":                c.MaxRetries,
+		"max_requests_per_second":    c.requestsPerSecond(),
 	}
+}
+
+// requestsPerSecond is the limit of the config's gate. An entry that was stored before
+// there was one has the default.
+func (c *configEntry) requestsPerSecond() int {
+	return cmp.Or(c.MaxRequestsPerSecond, defaultMaxRequestsPerSecond)
 }
 
 func (b *backend) configDelete(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
@@ -284,7 +307,7 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, name st
 	resp := &logical.Response{}
 	if d.Get("verify_connection").(bool) {
 		// Before update takes its lock, so that no other write waits for MojoAuth.
-		warning, err := b.verifyConnection(ctx, config)
+		warning, err := b.verifyConnection(ctx, name, config)
 		if err != nil {
 			return nil, err
 		}
@@ -312,6 +335,7 @@ func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, 
 		TokenEndpointAuthMethod: authMethodPost,
 		RequestTimeout:          defaultRequestTimeout,
 		MaxRetries:              defaultMaxRetries,
+		MaxRequestsPerSecond:    defaultMaxRequestsPerSecond,
 	}
 	if old != nil {
 		config = old.entry
@@ -338,6 +362,9 @@ func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, 
 	}
 	if v, ok := d.GetOk("max_retries"); ok {
 		config.MaxRetries = v.(int)
+	}
+	if v, ok := d.GetOk("max_requests_per_second"); ok {
+		config.MaxRequestsPerSecond = v.(int)
 	}
 
 	if err := config.validate(); err != nil {
@@ -407,6 +434,9 @@ func (c *configEntry) validate() error {
 	}
 	if c.MaxRetries < 0 || c.MaxRetries > maxMaxRetries {
 		return fmt.Errorf("max_retries %d is out of range: send 0 to %d", c.MaxRetries, maxMaxRetries)
+	}
+	if n := c.MaxRequestsPerSecond; n < 1 || n > maxMaxRequestsPerSecond {
+		return fmt.Errorf("max_requests_per_second %d is out of range: send 1 to %d", n, maxMaxRequestsPerSecond)
 	}
 	return nil
 }
@@ -504,23 +534,32 @@ func validateCACert(bundle string) error {
 // verifyConnection asks for a token with the config and throws it away. A refusal
 // that is about the request only, such as a scope being needed, shows that the
 // credentials are good: that is a warning. The error is a problem, or the end of ctx.
-func (b *backend) verifyConnection(ctx context.Context, config *configEntry) (warning string, err error) {
+func (b *backend) verifyConnection(ctx context.Context, name string, config *configEntry) (warning string, err error) {
 	leave, err := b.verifications.enter(ctx, config.RequestTimeout)
 	if err != nil {
 		return "", err
 	}
+	ctx, cancel := context.WithTimeout(ctx, config.RequestTimeout+time.Second)
+	defer cancel()
 	ended := make(chan error, 1)
 	go func() {
 		defer leave()
-		ended <- b.tryClient(ctx, config)
+		ended <- b.tokens.tryOut(ctx, name, config)
 	}()
 	select {
 	case err = <-ended:
-	case <-time.After(config.RequestTimeout + time.Second): // a client that is not well either
-		err = &mintError{class: classTimeout, allowed: config.RequestTimeout}
+	case <-ctx.Done(): // a client that is not well either
+		err = ctx.Err()
 	}
-	var failed *mintError
+	var (
+		failed *mintError
+		late   *noTurn
+	)
 	switch {
+	case errors.As(err, &late):
+		return "", problemf("trying it failed: %s, or send verify_connection=false to save it without asking MojoAuth", late)
+	case errors.Is(err, context.DeadlineExceeded):
+		failed = &mintError{class: classTimeout, allowed: config.RequestTimeout}
 	case !errors.As(err, &failed):
 		return "", err
 	case failed.acceptsClient():
@@ -529,13 +568,23 @@ func (b *backend) verifyConnection(ctx context.Context, config *configEntry) (wa
 	return "", problemf("trying it failed: %s. %s, or send verify_connection=false to save it without asking MojoAuth", failed, failed.remedy())
 }
 
-// tryClient mints a token with a config, and throws it away.
-func (b *backend) tryClient(ctx context.Context, config *configEntry) error {
-	client, err := b.tokens.newClient(config)
+// tryOut mints a token with a config that may be saved under that name, and throws it
+// away. The error is that of minter.mint, or a *noTurn when time is over.
+func (c *tokenCache) tryOut(ctx context.Context, name string, config *configEntry) error {
+	client, err := c.newClient(config)
 	if err != nil {
 		return err
 	}
-	_, err = client.mint(ctx, tokenRequest{retries: config.MaxRetries})
+	t := &turn{
+		Turn:    c.gates.tryOut(name, config).Turn("", gate.Verification),
+		waiting: ctx,
+		account: func(how gate.Answer) { c.telemetry.requested(name, how) },
+	}
+	_, err = client.mint(ctx, tokenRequest{retries: config.MaxRetries}, t)
+	var late *gate.NoTurnError
+	if errors.As(err, &late) {
+		return &noTurn{late, name}
+	}
 	return err
 }
 

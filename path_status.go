@@ -5,6 +5,7 @@ package mojoauth
 
 import (
 	"context"
+	"math"
 	"net/http"
 	"strings"
 
@@ -38,7 +39,7 @@ func (b *backend) pathStatus() []*framework.Path {
 							"reads":         {Type: framework.TypeMap, Required: true, Description: "Reads of creds by how they were answered: hit, refreshed, minted, stale, error."},
 							"mints":         {Type: framework.TypeInt64, Required: true, Description: "Tokens that MojoAuth gave for reads, refreshes and rotations."},
 							"mint_failures": {Type: framework.TypeMap, Required: true, Description: "Failed mints by the class of the failure."},
-							"configs":       {Type: framework.TypeMap, Required: true, Description: "Per config: last_mint_at, last_error, last_error_class, last_error_at, next_attempt_at, where there is one. Times are RFC 3339, UTC."},
+							"configs":       {Type: framework.TypeMap, Required: true, Description: "Per config: last_mint_at, last_error, last_error_class, last_error_at, next_attempt_at, requests_waiting, requests_per_second (the pace in force), peak_requests_per_second (since started_at), peak_requests_per_second_last_hour, where there is one. Times are RFC 3339, UTC."},
 						},
 					}}},
 				},
@@ -97,8 +98,14 @@ func (b *backend) statusRead(ctx context.Context, req *logical.Request, _ *frame
 			state["last_error_class"] = string(c.lastError.class)
 			state["last_error_at"] = formatTime(c.lastFailed)
 		}
-		if until := n.backoff[name]; !until.IsZero() {
-			state["next_attempt_at"] = formatTime(until)
+		if next := n.nextAttempt(name); !next.IsZero() {
+			state["next_attempt_at"] = formatTime(next)
+		}
+		if at, ok := n.gates[name]; ok {
+			state["requests_waiting"] = at.Waiting
+			state["requests_per_second"] = math.Round(at.Pace*100) / 100
+			state["peak_requests_per_second"] = at.Peak
+			state["peak_requests_per_second_last_hour"] = at.PeakHour
 		}
 		configs[name] = state
 	}
@@ -154,8 +161,10 @@ func (b *backend) metricsRead(ctx context.Context, req *logical.Request, _ *fram
 const statusHelp = `
 What this node has done for the mount since it began to serve it, and how each
 config fares: when it last gave a token (last_mint_at), what failed last
-(last_error, last_error_class, last_error_at), and when MojoAuth is asked again
-(next_attempt_at). Other nodes of a cluster have their own numbers. No token and no
+(last_error, last_error_class, last_error_at), when MojoAuth is asked again
+(next_attempt_at), how many requests wait for their turn (requests_waiting), at what
+pace they leave (requests_per_second), and the most that left in a second
+(peak_requests_per_second, peak_requests_per_second_last_hour). Other nodes of a cluster have their own numbers. No token and no
 secret is shown.
 `
 

@@ -57,6 +57,13 @@ may do less. All of them when it is empty.`,
 a new one is minted if need be. As far as the lifetime that MojoAuth gives
 tokens allows (0.8 of it). In seconds or as a duration like 10m.`,
 				},
+				"minted_after": {
+					Type:  framework.TypeString,
+					Query: true,
+					Description: `The last_vault_rotation of a token that the API refused: a token that was minted
+later is wanted. A new one is minted if need be, at most every 30 s; if there is none
+within 2 s, the answer is the token there is, with a warning.`,
+				},
 			},
 			Operations: map[logical.Operation]framework.OperationHandler{
 				// Not forwarded: any node that may read serves from its own cache.
@@ -179,108 +186,119 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 
 func (b *backend) readToken(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, outcome, error) {
 	name := d.Get("role").(string)
-	spec, minTTL, err := b.spec(ctx, req.Storage, name, d)
+	q, err := b.query(ctx, req.Storage, name, d)
 	if err != nil {
 		resp, err := mintFailure(name, err)
 		return resp, outcomeError, err
 	}
-	answer, ok := b.tokens.cached(spec, minTTL)
+	answer, ok := b.tokens.cached(q)
 	if !ok {
-		if spec, minTTL, answer, err = b.awaitToken(ctx, req.Storage, spec, minTTL, d); err != nil {
+		if q, answer, err = b.awaitToken(ctx, req.Storage, q, d); err != nil {
 			resp, err := mintFailure(name, err)
 			return resp, outcomeError, err
 		}
 	}
-	return b.tokenResponse(spec, minTTL, &answer), answer.outcome, nil
+	return b.tokenResponse(q, &answer), answer.outcome, nil
 }
 
 // awaitToken waits for a token, and looks role and config up again when they are
 // written meanwhile.
-func (b *backend) awaitToken(ctx context.Context, s logical.Storage, sp *spec, minTTL time.Duration, d *framework.FieldData) (*spec, time.Duration, served, error) {
-	ctx, cancel := withDeadline(ctx, sp)
+func (b *backend) awaitToken(ctx context.Context, s logical.Storage, q *query, d *framework.FieldData) (*query, served, error) {
+	arrived := time.Now()
+	if err := b.checkMintedAfter(q, arrived); err != nil {
+		return nil, served{}, err
+	}
+	ctx, cancel := withDeadline(ctx, q)
 	defer cancel()
 	for {
-		answer, err := b.tokens.await(ctx, sp, minTTL)
+		q.arrived = arrived
+		answer, err := b.tokens.await(ctx, q)
 		if !errors.Is(err, errOutdated) || ctx.Err() != nil {
-			return sp, minTTL, answer, err
+			return q, answer, err
 		}
-		if sp, minTTL, err = b.spec(ctx, s, sp.role.name, d); err != nil {
-			return nil, 0, served{}, inTime(ctx, err)
+		if q, err = b.query(ctx, s, q.role.name, d); err != nil {
+			return nil, served{}, err
 		}
 	}
 }
 
-// inTime is err, or that the deadline has passed when that is why storage failed.
-func inTime(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return err
+// withDeadline bounds all that a request for a token waits for on this node: its turn,
+// another mint, a mint of its own.
+func withDeadline(ctx context.Context, q *query) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, q.config.entry.RequestTimeout+time.Second)
 }
 
-// withDeadline bounds all that a request for a token waits for on this node: another
-// mint, a probe, a mint of its own.
-func withDeadline(ctx context.Context, sp *spec) (context.Context, context.CancelFunc) {
-	timeout := sp.config.entry.RequestTimeout
-	return context.WithTimeoutCause(ctx, timeout+time.Second, &unavailable{
-		mintError: &mintError{class: classTimeout, allowed: timeout},
-		config:    sp.config.name,
-	})
-}
-
-// spec looks up what a role's token is requested for. d has the query of a read, and
+// query looks up what a role's token is requested for. d has the query of a read, and
 // is nil where there is none. The error is a problem when the user can solve it.
-func (b *backend) spec(ctx context.Context, s logical.Storage, name string, d *framework.FieldData) (*spec, time.Duration, error) {
+func (b *backend) query(ctx context.Context, s logical.Storage, name string, d *framework.FieldData) (*query, error) {
 	role, err := b.roles.get(ctx, s, name)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	if role == nil {
-		return nil, 0, problemf("role %q does not exist: create it by writing roles/%s, or list the roles there are at roles/", name, name)
+		return nil, problemf("role %q does not exist: create it by writing roles/%s, or list the roles there are at roles/", name, name)
 	}
 	config, err := b.configs.get(ctx, s, role.entry.Config)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	if config == nil {
-		return nil, 0, problemf("config %q, which role %q names, does not exist: create it by writing config/%s, or change the role's field config", role.entry.Config, name, role.entry.Config)
+		return nil, problemf("config %q, which role %q names, does not exist: create it by writing config/%s, or change the role's field config", role.entry.Config, name, role.entry.Config)
 	}
-	sp := &spec{role: role, config: config, scopes: role.entry.Scopes}
+	q := &query{spec: &spec{role: role, config: config, scopes: role.entry.Scopes}, minTTL: role.entry.MinTTL}
 	if d == nil {
-		return sp, 0, nil
+		return q, nil
 	}
-	minTTL, err := narrow(sp, d)
-	return sp, minTTL, err
+	return q, q.narrow(d)
 }
 
-// narrow takes the query of a read into a spec: fewer scopes, and the life that the
-// token should have left. The error is what is wrong with the query.
-func narrow(sp *spec, d *framework.FieldData) (minTTL time.Duration, err error) {
-	minTTL = sp.role.entry.MinTTL
+// narrow takes in the query fields of a read. The error is what is wrong with them.
+func (q *query) narrow(d *framework.FieldData) error {
 	if asked, ok := d.GetOk("min_ttl"); ok {
-		minTTL = max(minTTL, time.Duration(asked.(int))*time.Second)
+		q.minTTL = max(q.minTTL, time.Duration(asked.(int))*time.Second)
+	}
+	if after, ok := d.GetOk("minted_after"); ok && after.(string) != "" {
+		at, err := time.Parse(time.RFC3339, after.(string))
+		if err != nil {
+			return problem("minted_after is not a time as RFC 3339 writes it: send the last_vault_rotation of the token that was refused, as the read gave it, or omit minted_after")
+		}
+		q.mintedAfter = at
 	}
 	sent, ok := d.GetOk("scopes")
 	if !ok {
-		return minTTL, nil
+		return nil
 	}
 	asked, err := parseScopes(sent.([]string))
 	if err != nil {
-		return 0, problem(err.Error())
+		return problem(err.Error())
 	}
-	if outside, ok := subsetOf(sp.role.entry.Scopes, asked); !ok {
-		return 0, problemf("scopes holds %q, which role %q does not have: request a subset of %q, or omit scopes", outside, sp.role.name, sp.role.entry.Scopes)
+	if outside, ok := subsetOf(q.role.entry.Scopes, asked); !ok {
+		return problemf("scopes holds %q, which role %q does not have: request a subset of %q, or omit scopes", outside, q.role.name, q.role.entry.Scopes)
 	}
-	if len(asked) == 0 || len(asked) == len(sp.role.entry.Scopes) {
-		return minTTL, nil // all of them, since neither holds one twice
+	if len(asked) == 0 || len(asked) == len(q.role.entry.Scopes) {
+		return nil // all of them, since neither holds one twice
 	}
 	slices.Sort(asked)
-	sp.scopes, sp.narrowed = asked, joinScopes(asked)
-	return minTTL, nil
+	q.scopes, q.narrowed = asked, joinScopes(asked)
+	return nil
+}
+
+// checkMintedAfter refuses a minted_after that no token has been refused for: it is
+// ahead of the clock, and of the token that is held.
+func (b *backend) checkMintedAfter(q *query, now time.Time) error {
+	if q.mintedAfter.Unix() <= now.Unix() {
+		return nil
+	}
+	if s := b.tokens.peek(q.key()); s != nil {
+		if held := s.held(q.spec); held != nil && held.mintedAt.Unix() >= q.mintedAfter.Unix() {
+			return nil
+		}
+	}
+	return problemf("minted_after %s is ahead of this node's clock, and no token of role %q was minted then: send the last_vault_rotation of the token that was refused, or omit minted_after", formatTime(q.mintedAfter), q.role.name)
 }
 
 // tokenResponse is the answer to a read of creds/<role>.
-func (b *backend) tokenResponse(sp *spec, minTTL time.Duration, answer *served) *logical.Response {
+func (b *backend) tokenResponse(q *query, answer *served) *logical.Response {
 	same := &answer.common
 	data := map[string]any{
 		"access_token":        same.accessToken,
@@ -296,23 +314,26 @@ func (b *backend) tokenResponse(sp *spec, minTTL time.Duration, answer *served) 
 		data["rotation_period"] = answer.schedule.RotationPeriod()
 	}
 	resp := &logical.Response{Data: data}
-	if sp.role.entry.GenerateLease {
+	if q.role.entry.GenerateLease {
 		resp = b.Secret(secretType).Response(data, nil)
 		resp.Secret.TTL = answer.lease
 	}
-	if answer.left < minTTL {
-		resp.AddWarning(shortLived(minTTL, answer))
+	if answer.left < q.minTTL {
+		resp.AddWarning(fmt.Sprintf("The token has %s left, less than the min_ttl of %s: %s.", answer.left.Round(time.Second), q.minTTL, whyNot(answer)))
+	}
+	if !answer.isAfter(q.mintedAfter) {
+		resp.AddWarning(fmt.Sprintf("The token was minted at %s, which is not after the minted_after of %s: %s.", same.lastVaultRotation, formatTime(q.mintedAfter), whyNot(answer)))
 	}
 	if answer.repeated() && answer.left <= lifetime.New(answer.schedule.Lifetime, 0).Floor {
 		resp.AddWarning(fmt.Sprintf("The token has %s left, and MojoAuth returns the same one when asked for another.", answer.left.Round(time.Second)))
 	}
 	if answer.assumed {
-		resp.AddWarning(fmt.Sprintf("MojoAuth reported no lifetime; assuming %dm. Set max_ttl of role %q to the lifetime of its tokens.", lifetime.Assumed/time.Minute, sp.role.name))
+		resp.AddWarning(fmt.Sprintf("MojoAuth reported no lifetime; assuming %dm. Set max_ttl of role %q to the lifetime of its tokens.", lifetime.Assumed/time.Minute, q.role.name))
 	} else if answer.schedule.Lifetime < shortestKeepable {
-		resp.AddWarning(fmt.Sprintf("The token's lifetime is %s: no reader can keep up with that. Have MojoAuth issue tokens that live longer, or raise max_ttl of role %q.", answer.schedule.Lifetime, sp.role.name))
+		resp.AddWarning(fmt.Sprintf("The token's lifetime is %s: no reader can keep up with that. Have MojoAuth issue tokens that live longer, or raise max_ttl of role %q.", answer.schedule.Lifetime, q.role.name))
 	}
 	if len(answer.missing) > 0 {
-		resp.AddWarning(fmt.Sprintf("MojoAuth granted fewer scopes than requested for role %q: %s missing.", sp.role.name, joinScopes(answer.missing)))
+		resp.AddWarning(fmt.Sprintf("MojoAuth granted fewer scopes than requested for role %q: %s missing.", q.role.name, joinScopes(answer.missing)))
 	}
 	return resp
 }
@@ -320,16 +341,17 @@ func (b *backend) tokenResponse(sp *spec, minTTL time.Duration, answer *served) 
 // shortestKeepable is the shortest lifetime that readers can keep up with.
 const shortestKeepable = 10 * time.Second
 
-// shortLived says why a token has less life left than the reader wants.
-func shortLived(minTTL time.Duration, answer *served) string {
-	text := fmt.Sprintf("The token has %s left, less than the min_ttl of %s: ", answer.left.Round(time.Second), minTTL)
+// whyNot says why a reader did not get a newer token.
+func whyNot(answer *served) string {
 	switch {
 	case answer.failure != nil:
-		return text + "no new one could be had: " + answer.failure.Error() + "."
+		return "no new one could be had: " + answer.failure.Error()
 	case answer.outcome == outcomeStale:
-		return text + "a new one is being minted, but MojoAuth is slow."
+		return "a new one is on its way, but that takes long"
+	case answer.outcome == outcomeHit:
+		return fmt.Sprintf("its whole lifetime is %s, and one that has more than %s left is not replaced", answer.schedule.Lifetime, answer.schedule.Refresh)
 	default:
-		return text + fmt.Sprintf("its whole lifetime is %s, and one that has more than %s left is not replaced.", answer.schedule.Lifetime, answer.schedule.Refresh)
+		return fmt.Sprintf("it is new, and its whole lifetime is %s", answer.schedule.Lifetime)
 	}
 }
 
@@ -358,22 +380,21 @@ func (b *backend) rotateRole(ctx context.Context, req *logical.Request, d *frame
 // rotate mints a token and makes it the role's on every node. When that fails,
 // nothing is dropped.
 func (b *backend) rotate(ctx context.Context, s logical.Storage, name string) (*cachedToken, error) {
-	sp, _, err := b.spec(ctx, s, name, nil)
+	arrived := time.Now()
+	q, err := b.query(ctx, s, name, nil)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := withDeadline(ctx, sp)
+	ctx, cancel := withDeadline(ctx, q)
 	defer cancel()
 	for {
-		tok, err := b.tokens.mintNow(ctx, sp)
-		if err == nil {
-			return b.rotateTo(ctx, s, sp, tok)
-		}
+		q.arrived = arrived
+		tok, err := b.tokens.rotate(ctx, q, b.rotateTo)
 		if !errors.Is(err, errOutdated) || ctx.Err() != nil {
-			return nil, err
+			return tok, err
 		}
-		if sp, _, err = b.spec(ctx, s, name, nil); err != nil {
-			return nil, inTime(ctx, err)
+		if q, err = b.query(ctx, s, name, nil); err != nil {
+			return nil, err
 		}
 	}
 }
@@ -381,8 +402,8 @@ func (b *backend) rotate(ctx context.Context, s logical.Storage, name string) (*
 // rotateTo makes tok, which was minted for a spec, the token of its role. The new
 // generation in the role's entry has all nodes drop the older tokens, as any write
 // does.
-func (b *backend) rotateTo(ctx context.Context, s logical.Storage, minted *spec, tok *cachedToken) (*cachedToken, error) {
-	name := minted.role.name
+func (b *backend) rotateTo(ctx context.Context, minted *spec, tok *cachedToken) (*cachedToken, error) {
+	name, s := minted.role.name, b.tokens.storage
 	var (
 		next     *cachedToken
 		prepared *slot
@@ -417,21 +438,21 @@ func (b *backend) rotateTo(ctx context.Context, s logical.Storage, minted *spec,
 }
 
 // mintFailure is how a request that got no token is answered: 400 for a user's mistake
-// and for what MojoAuth refused, 504 when it gave no answer in time, 429 when this
-// engine has too much under way, and 502 for other faults of MojoAuth's.
+// and for what MojoAuth refused, 504 when it gave no answer in time, 429 when the
+// request had no turn at the gate, and 502 for other faults of MojoAuth's.
 //
 // A CodedError has to be the outermost error: wrapped, it reaches Vault as 500.
 func mintFailure(role string, err error) (*logical.Response, error) {
 	var (
 		mistake problem
-		busy    *crowded
+		late    *noTurn
 		failure *unavailable
 	)
 	switch {
 	case errors.As(err, &mistake):
 		return logical.ErrorResponse(string(mistake)), nil
-	case errors.As(err, &busy):
-		return nil, logical.CodedError(http.StatusTooManyRequests, fmt.Sprintf("no token for role %q: %s.", role, busy))
+	case errors.As(err, &late):
+		return nil, logical.CodedError(http.StatusTooManyRequests, fmt.Sprintf("no token for role %q: %s.", role, late))
 	case !errors.As(err, &failure):
 		return nil, err
 	}
@@ -454,8 +475,8 @@ minute, whichever is less, and usually a quarter or more. It comes from a cache
 in memory when there is one, and is minted by MojoAuth when there is none.
 
 When there is no token that may be served and none can be had, the answer is 400
-if MojoAuth refused, 504 if it gave no answer in time, and else 502; it says what
-failed and when the next try is.
+if MojoAuth refused, 504 if it gave no answer in time, 429 if the request for one had
+no turn in time, and else 502; it says what failed and when to come back.
 
 Read again after "ttl" seconds. The engine has the next token ready by then.
 
@@ -464,8 +485,8 @@ not end the token, which MojoAuth cannot do: it stays valid until "expires_at".
 `
 
 const rotateHelp = `
-A new token is minted at once, whatever is cached and whatever failed before; only
-while MojoAuth has asked to be left alone by Retry-After is it not asked. Then the
+A new token is minted, whatever is cached and whatever failed before; its request
+waits for a turn at the config's gate like any other, and comes early there. Then the
 role's older tokens are dropped on every node, and reads get the new one. When no
 new token can be had, nothing is dropped and the error is told.
 

@@ -4,7 +4,6 @@
 package mojoauth
 
 import (
-	"fmt"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -77,26 +76,6 @@ func TestRefreshAheadTriesAgainAfterEachBackoff(t *testing.T) {
 		time.Sleep(24 * time.Hour)
 		synctest.Wait()
 		m.wantMints(n)
-	})
-}
-
-func TestRefreshAheadOfManyRolesIsNoBurst(t *testing.T) {
-	bubble(t, func(m *testMount) {
-		m.write("config", testConfig(nil))
-		const roles = 200
-		for i := range roles {
-			m.write(fmt.Sprintf("roles/r%d", i), nil)
-			m.creds(fmt.Sprintf("r%d", i), nil)
-		}
-		m.mojo.set(func(s *standIn) { s.latency = time.Second })
-		time.Sleep(45*time.Minute + 500*time.Millisecond)
-		synctest.Wait()
-		if got := m.mojo.mints.Load() - roles; got > maxAhead {
-			t.Errorf("%d mints were under way at once without a reader, want at most %d", got, maxAhead)
-		}
-		time.Sleep(5 * time.Minute)
-		synctest.Wait()
-		m.wantMints(2 * roles)
 	})
 }
 

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
@@ -19,12 +20,24 @@ const (
 	// still do.
 	patience = 2 * time.Second
 
+	// demandPause is how long after a newer token than a fresh one was asked for
+	// nobody can have that asked again: no reader may drive the token endpoint.
+	demandPause = 30 * time.Second
+
 	// rememberFor is how long a failure is remembered after its back-off that no
 	// token outlives, so that the next one doubles it. A key that fails alone is
 	// remembered longer: forgotten, it would back off its whole config again.
 	rememberFor      = 5 * time.Minute
 	rememberAloneFor = 24 * time.Hour
 )
+
+// errDemanded is for a reader who wants a newer token than the held one so soon after
+// one was asked for.
+var errDemanded = fmt.Errorf("a newer one was asked for less than %s ago", demandPause)
+
+// errImpatient is for a reader who has waited long enough for a mint, since the old
+// token would do.
+var errImpatient = errors.New("the mint is slow")
 
 // slot has the token of one key: of one role, or one narrowed set of its scopes, in
 // one generation of role and config. What it is for never changes. It mints the next
@@ -42,20 +55,26 @@ type slot struct {
 	backoff backoff    // of failures that concern this key only
 	history history
 	timer   *time.Timer
-	freed   bool
+	// demanded is when a newer token than a fresh one was asked for last.
+	demanded time.Time
+	freed    bool
 	// prepared is set while the role that the slot is for is not saved yet.
 	prepared bool
 }
 
-// flight is one mint. It goes on when its readers give up.
+// flight is one mint. It goes on when its readers give up, once its request has left.
 type flight struct {
 	spec    *spec
 	up      *upstream
 	leave   leave
 	past    history
-	ahead   bool // no reader waits: it holds a place of the cache's
+	turn    *turn
 	started time.Time
-	done    chan struct{} // closed when what follows is set
+	done    chan struct{} // closed when token and err are set
+
+	// renews is set when the slot itself waits for the token, and replaces when the
+	// token is to be kept whatever is held. Both are under the slot's lock.
+	renews, replaces bool
 
 	token *cachedToken
 	err   error
@@ -64,14 +83,16 @@ type flight struct {
 // await answers a reader who found no fresh token: it joins or starts a mint, and
 // serves the old token when that is slow or fails. The errors are those of
 // tokenCache.await.
-func (s *slot) await(ctx context.Context, spec *spec, minTTL time.Duration) (served, error) {
+func (s *slot) await(ctx context.Context, q *query) (served, error) {
+	deadline, _ := ctx.Deadline()
 	for {
-		f, old, err := s.board(spec, minTTL)
+		f, waiter, err := s.board(q, deadline)
+		old := s.held(q.spec)
 		switch {
 		case errors.Is(err, errOutdated):
 			return served{}, err
 		case err != nil:
-			if answer, ok := old.stale(minTTL, err, s.cache.random); ok {
+			if answer, ok := old.stale(q, err, s.cache.random); ok {
 				return answer, nil
 			}
 			var refusal *unavailable
@@ -79,51 +100,84 @@ func (s *slot) await(ctx context.Context, spec *spec, minTTL time.Duration) (ser
 				return served{}, err
 			}
 			// Another mint is finding out whether the trouble is over.
-			if err := s.cache.wait(ctx, refusal.probe); err != nil {
+			if err := s.cache.waitForProbe(ctx, refusal, q.arrived); err != nil {
 				return served{}, err
 			}
 		case f == nil:
-			if answer, ok := old.hit(minTTL, s.cache.random); ok {
+			if answer, ok := old.hit(q, s.cache.random); ok {
 				return answer, nil
 			}
-		default:
-			landed, err := s.cache.waitFor(ctx, f, old)
-			if err != nil {
+		case waiter == nil: // the mint has just been abandoned
+			if err := s.cache.wait(ctx, f.done, nil, f.up); err != nil {
 				return served{}, err
 			}
-			if landed {
-				return s.arrived(f, spec, old, minTTL)
+		default:
+			err := s.cache.waitFor(ctx, f, waiter, old)
+			waiter.Leave()
+			switch {
+			case err == nil:
+				return s.arrived(f, q, old)
+			case errors.Is(err, errImpatient):
+				err = nil
 			}
-			if answer, ok := old.stale(minTTL, nil, s.cache.random); ok {
+			if answer, ok := old.stale(q, err, s.cache.random); ok {
 				return answer, nil
+			}
+			if err != nil {
+				return served{}, err
 			}
 		}
 	}
 }
 
-// board finds the mint that a reader should wait for, or starts one, and the old
-// token if there is one. Without a mint and an error, the token is fresh. The error
-// is why nothing may be tried.
-func (s *slot) board(spec *spec, minTTL time.Duration) (*flight, *cachedToken, error) {
+// board finds the mint that a reader should wait for, or starts one, and joins its
+// turn. Without a mint and an error, the token is fresh. The error is why nothing may
+// be tried.
+func (s *slot) board(q *query, deadline time.Time) (*flight, *gate.Waiter, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.freed {
 		return nil, nil, errOutdated
 	}
 	now := time.Now()
-	old := s.held(spec)
-	if old.fresh(minTTL, now) {
-		return nil, old, nil
+	old := s.held(q.spec)
+	fresh := old.fresh(q.minTTL, now)
+	refused := old.usable(now) && !old.isAfter(q.mintedAfter)
+	switch {
+	case fresh && !refused:
+		return nil, nil, nil
+	case fresh && s.flight == nil && now.Sub(s.demanded) < demandPause:
+		return nil, nil, errDemanded
 	}
 	if old != nil {
 		old.markUsed() // so that the next one is minted by itself if this mint fails
 	}
-	s.spec = spec
+	s.spec = q.spec
 	f, err := s.start(now)
 	if err != nil {
 		s.next()
+		return nil, nil, err
 	}
-	return f, old, err
+	hurts := q.arrived
+	if old.usable(now) {
+		hurts = old.hurtsAt()
+		if old.phase(now) == lifetime.Due {
+			f.renew(old)
+		}
+	}
+	if refused {
+		f.replaces, s.demanded = true, now
+	}
+	waiter, _ := f.turn.Join(deadline, hurts)
+	return f, waiter, nil
+}
+
+// renew has a mint go on without readers, since old comes to its end. The caller holds
+// the slot's lock.
+func (f *flight) renew(old *cachedToken) {
+	if !f.renews {
+		_, f.renews = f.turn.Join(time.Time{}, old.hurtsAt())
+	}
 }
 
 // held is the slot's token as it is served for spec, or nil.
@@ -151,7 +205,7 @@ func (s *slot) start(now time.Time) (*flight, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &flight{spec: s.spec, up: up, leave: leave, past: s.history, started: now, done: make(chan struct{})}
+	f := s.cache.newFlight(s.spec, up, leave, s.history)
 	if !s.cache.spawn(func() { s.fly(f) }) {
 		up.settle(leave, nil)
 		return nil, errClosed
@@ -162,12 +216,9 @@ func (s *slot) start(now time.Time) (*flight, error) {
 
 // fly carries a mint out.
 func (s *slot) fly(f *flight) {
-	tok, err := s.cache.mint(f.up, f.leave, f.spec, f.past)
+	tok, err := s.cache.mint(f)
 	if news := s.land(f, tok, err); news != nil {
 		f.up.log(f.spec, news)
-	}
-	if f.ahead {
-		<-s.cache.ahead
 	}
 }
 
@@ -181,9 +232,12 @@ func (s *slot) land(f *flight, tok *cachedToken, err error) (news *mintError) {
 	now := time.Now()
 	f.token, f.err = tok, err
 	if err == nil {
-		f.token, f.err = s.keep(tok.under(s.spec), f.up, now)
+		f.token, f.err = s.keep(tok.under(s.spec), f, now)
 	}
-	var failure *unavailable
+	var (
+		failure *unavailable
+		late    *noTurn
+	)
 	if errors.As(f.err, &failure) && s.cache.isCurrent(f.up) {
 		if err != nil && !failure.unasked {
 			s.history = history{failedAt: now, alone: failure.alone}
@@ -203,13 +257,17 @@ func (s *slot) land(f *flight, tok *cachedToken, err error) (news *mintError) {
 	if s.key.narrowed != "" && !s.cache.narrowed.has(s) {
 		s.free() // it was kept for its mint only
 	}
+	if errors.As(err, &late) && !s.freed {
+		s.wakeIn(late.ComeBack) // others are more urgent, now
+		return nil
+	}
 	s.next()
 	return news
 }
 
-// keep makes tok the slot's token, unless it renews nothing: of two tokens the one
-// that may be served longer stays. The caller holds s.mu.
-func (s *slot) keep(tok *cachedToken, up *upstream, now time.Time) (*cachedToken, error) {
+// keep makes tok, which came by f, the slot's token, unless it renews nothing: of two
+// tokens the one that may be served longer stays. The caller holds s.mu.
+func (s *slot) keep(tok *cachedToken, f *flight, now time.Time) (*cachedToken, error) {
 	old := s.token.Load()
 	s.history = history{}
 	var failed *mintError
@@ -218,7 +276,7 @@ func (s *slot) keep(tok *cachedToken, up *upstream, now time.Time) (*cachedToken
 		failed = repeats(old)
 		old = old.repeatedBy(tok)
 		s.token.Store(old)
-	case old.usable(now) && !tok.servableUntil().After(old.servableUntil()):
+	case old.usable(now) && !f.replaces && !tok.servableUntil().After(old.servableUntil()):
 		failed = &mintError{class: classNothingNewer, reason: fmt.Sprintf("the new one, which expires at %s, may be served no longer than the cached one", formatTime(tok.endsAt))}
 	default:
 		s.backoff = backoff{}
@@ -226,7 +284,7 @@ func (s *slot) keep(tok *cachedToken, up *upstream, now time.Time) (*cachedToken
 		return tok, nil
 	}
 	old.use.Add(-1) // an idle role is not asked for again and again
-	return old, &unavailable{mintError: failed, config: up.config.name, keyOnly: true}
+	return old, &unavailable{mintError: failed, config: f.up.config.name, keyOnly: true}
 }
 
 // repeats is what is wrong with a token that is the cached one again.
@@ -235,21 +293,21 @@ func repeats(old *cachedToken) *mintError {
 }
 
 // arrived answers a reader when the mint that it waited for has landed.
-func (s *slot) arrived(f *flight, spec *spec, old *cachedToken, minTTL time.Duration) (served, error) {
+func (s *slot) arrived(f *flight, q *query, old *cachedToken) (served, error) {
 	now := time.Now()
 	if errors.Is(f.err, errOutdated) {
 		return served{}, f.err
 	}
 	if f.err != nil {
-		if answer, ok := s.held(spec).stale(minTTL, f.err, s.cache.random); ok {
+		if answer, ok := s.held(q.spec).stale(q, f.err, s.cache.random); ok {
 			return answer, nil
 		}
-		if s.cache.outdated(spec, f.up) {
+		if s.cache.outdated(q.spec, f.up) {
 			return served{}, errOutdated // what was written since ends what failed before
 		}
 		return served{}, f.err
 	}
-	tok := f.token.under(spec)
+	tok := f.token.under(q.spec)
 	if !tok.usable(now) {
 		return served{}, &unavailable{mintError: expiredOnArrival(tok), config: f.up.config.name}
 	}
@@ -257,7 +315,7 @@ func (s *slot) arrived(f *flight, spec *spec, old *cachedToken, minTTL time.Dura
 	if old.usable(now) {
 		how = outcomeRefreshed
 	}
-	return tok.serve(tok.scheduleFor(minTTL), tok.timeLeft(now), how, s.cache.random), nil
+	return tok.serve(tok.scheduleFor(q.minTTL), tok.timeLeft(now), how, s.cache.random), nil
 }
 
 // next is the one place that decides what the slot does by itself: it starts a mint
@@ -276,12 +334,14 @@ func (s *slot) next() {
 		} else {
 			s.free()
 		}
-	case tok.phase(now) == lifetime.Fresh:
+	case tok.renewIn(now) > 0:
+		s.wakeIn(tok.renewIn(now))
+	case !tok.inUse() && tok.phase(now) == lifetime.Fresh: // somebody may yet read it
 		s.wakeIn(tok.timeLeft(now) - tok.schedule.Refresh)
 	case !tok.inUse(): // nobody reads it: it lapses
 		s.wakeIn(tok.timeLeft(now) - tok.schedule.Floor)
 	default:
-		s.renew(now)
+		s.renew(tok, now)
 	}
 }
 
@@ -299,7 +359,7 @@ func (s *slot) rememberUntil() time.Time {
 
 // renew starts the mint of the next token, with no reader waiting, or sets the timer
 // to when that may be tried again. The caller holds s.mu.
-func (s *slot) renew(now time.Time) {
+func (s *slot) renew(tok *cachedToken, now time.Time) {
 	role, config := s.cache.roles.current(s.key.role), s.cache.configs.current(s.key.config)
 	if role == nil || config == nil { // one is gone, or about to be loaded
 		s.wakeIn(time.Second)
@@ -311,19 +371,11 @@ func (s *slot) renew(now time.Time) {
 		return
 	}
 	s.spec = spec
-
-	select {
-	case s.cache.ahead <- struct{}{}:
-	default: // many are renewed already
-		s.wakeIn(time.Second/10 + lifetime.Share(time.Second, s.cache.random()))
-		return
-	}
 	f, err := s.start(now)
 	if err == nil {
-		f.ahead = true
+		f.renew(tok)
 		return
 	}
-	<-s.cache.ahead
 	wait := time.Second
 	var refusal *unavailable
 	if errors.As(err, &refusal) && refusal.probe == nil {
@@ -402,16 +454,15 @@ func (s *slot) free() {
 	if s.timer != nil {
 		s.timer.Stop()
 	}
+	if s.flight != nil {
+		s.flight.turn.interrupt(errOutdated)
+	}
 	s.cache.remove(s)
 }
 
-// askedToWait is what the slot knows of the key's failures, with a refusal when
-// MojoAuth asked by Retry-After not to be asked for this key just now.
-func (s *slot) askedToWait(up *upstream) (history, *unavailable) {
+// past is what the slot knows of the key's failures.
+func (s *slot) past() history {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.backoff.asked && s.backoff.blocks(time.Now()) {
-		return s.history, &unavailable{mintError: s.backoff.last, config: up.config.name, next: s.backoff.until}
-	}
-	return s.history, nil
+	return s.history
 }

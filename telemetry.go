@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
 // This file counts what this node does for one mount. status and metrics tell the
@@ -23,13 +25,20 @@ var outcomes = [...]outcome{outcomeHit, outcomeRefreshed, outcomeMinted, outcome
 
 func (o outcome) index() int { return slices.Index(outcomes[:], o) }
 
-// resultOK is the result of a mint that gave a token; the others are errorClasses.
-const resultOK = "ok"
+// The results of a mint that gave a token, and of one that ended before its request had
+// a turn at the gate; the others are errorClasses.
+const (
+	resultOK     = "ok"
+	resultNoTurn = "no_turn"
+)
+
+// answers are what may come of a request, as its label tells.
+var answers = map[gate.Answer]string{gate.Answered: "answered", gate.Throttled: "throttled", gate.NoAnswer: "no_answer"}
 
 // results are all that a mint may have. Each is told from the start, as 0: a
 // counter that begins with its first event hides that event from increase().
 var results = []string{
-	resultOK, string(classClientRefused), string(classRequestRefused), string(classThrottled), string(classServerError),
+	resultOK, resultNoTurn, string(classClientRefused), string(classRequestRefused), string(classServerError),
 	string(classUnexpected), string(classTLS), string(classNetwork), string(classTimeout),
 	string(classExpiredOnArrival), string(classInternal),
 }
@@ -47,7 +56,8 @@ type telemetry struct {
 
 // configTelemetry is the account of the mints with one config.
 type configTelemetry struct {
-	results    map[string]int64 // by resultOK or errorClass
+	results    map[string]int64 // by resultOK, resultNoTurn or errorClass
+	requests   map[string]int64 // by what came of them
 	lastMint   time.Time
 	lastError  *mintError
 	lastFailed time.Time
@@ -78,16 +88,40 @@ func (t *telemetry) minted(config string, took time.Duration, failed *mintError)
 	if failed != nil {
 		result = string(failed.class)
 	}
+	c := t.count(config, result)
+	switch {
+	case c == nil:
+	case failed == nil:
+		c.lastMint = time.Now()
+	default:
+		c.lastError, c.lastFailed = failed, time.Now()
+	}
+}
+
+// noTurn counts a mint with a config that ended before its request had a turn.
+func (t *telemetry) noTurn(config string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.count(config, resultNoTurn)
+}
+
+// count counts a mint's result, and finds the account of its config: nil when that was
+// deleted while the mint was under way. The caller holds t.mu.
+func (t *telemetry) count(config, result string) *configTelemetry {
 	t.results[result]++
 	c := t.configs[config]
-	if c == nil {
-		return // deleted while the mint was under way
+	if c != nil {
+		c.results[result]++
 	}
-	c.results[result]++
-	if failed == nil {
-		c.lastMint = time.Now()
-	} else {
-		c.lastError, c.lastFailed = failed, time.Now()
+	return c
+}
+
+// requested counts a request with a config by what came of it.
+func (t *telemetry) requested(config string, how gate.Answer) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if c := t.configs[config]; c != nil {
+		c.requests[answers[how]]++
 	}
 }
 
@@ -96,7 +130,7 @@ func (t *telemetry) configSeen(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.configs[name] == nil {
-		t.configs[name] = &configTelemetry{results: make(map[string]int64)}
+		t.configs[name] = &configTelemetry{results: make(map[string]int64), requests: make(map[string]int64)}
 	}
 }
 
@@ -129,7 +163,7 @@ func (t *telemetry) snapshot(names []string) map[string]configTelemetry {
 	for _, name := range names {
 		if c := t.configs[name]; c != nil {
 			copied := *c
-			copied.results = maps.Clone(c.results)
+			copied.results, copied.requests = maps.Clone(c.results), maps.Clone(c.requests)
 			configs[name] = copied
 		}
 	}
@@ -140,7 +174,13 @@ func (t *telemetry) snapshot(names []string) map[string]configTelemetry {
 var (
 	descBuild   = prometheus.NewDesc("mojoauth_build_info", "The plugin's version and commit; always 1.", []string{"version", "commit", "goversion"}, nil)
 	descReads   = prometheus.NewDesc("mojoauth_reads_total", "Reads of creds/<role> on this node, by how they were answered.", []string{"outcome"}, nil)
-	descMints   = prometheus.NewDesc("mojoauth_mints_total", "Requests for a token to MojoAuth, retries included in one, by config and by result: ok or the class of the failure.", []string{"config", "result"}, nil)
+	descMints   = prometheus.NewDesc("mojoauth_mints_total", "Mints, retries included in one, by config and by result: ok, no_turn for one that ended before its request had a turn at the gate, or the class of the failure.", []string{"config", "result"}, nil)
+	descSent    = prometheus.NewDesc("mojoauth_requests_total", "HTTP requests to the token endpoint, retries, rotations and verifications included, by config and by result: answered, throttled (HTTP 429) or no_answer.", []string{"config", "result"}, nil)
+	descWaiting = prometheus.NewDesc("mojoauth_requests_waiting", "Requests that wait for their turn at the config's gate.", []string{"config"}, nil)
+	descPace    = prometheus.NewDesc("mojoauth_requests_per_second", "The pace in force: requests that may leave in a second.", []string{"config"}, nil)
+	descLimit   = prometheus.NewDesc("mojoauth_requests_per_second_limit", "The config's max_requests_per_second.", []string{"config"}, nil)
+	descPeak    = prometheus.NewDesc("mojoauth_peak_requests_per_second", "The highest number of requests in a second since the node began to serve the mount.", []string{"config"}, nil)
+	descHour    = prometheus.NewDesc("mojoauth_peak_requests_per_second_last_hour", "The highest number of requests in a second of the last hour.", []string{"config"}, nil)
 	descCached  = prometheus.NewDesc("mojoauth_cached_tokens", "Tokens in memory that may be served.", nil, nil)
 	descDue     = prometheus.NewDesc("mojoauth_due_tokens", "Tokens in use that should have been replaced by a new one already.", nil, nil)
 	descNearest = prometheus.NewDesc("mojoauth_due_token_servable_seconds", "How long the first of the due tokens may still be served. Absent when none is due.", nil, nil)
@@ -156,7 +196,10 @@ type collector struct {
 }
 
 func (c collector) Describe(out chan<- *prometheus.Desc) {
-	for _, desc := range []*prometheus.Desc{descBuild, descReads, descMints, descCached, descDue, descNearest, descBackoff, descLast} {
+	for _, desc := range []*prometheus.Desc{
+		descBuild, descReads, descMints, descSent, descWaiting, descPace, descLimit, descPeak, descHour,
+		descCached, descDue, descNearest, descBackoff, descLast,
+	} {
 		out <- desc
 	}
 }
@@ -176,6 +219,9 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 		for _, result := range results {
 			counter(descMints, config.results[result], name, result)
 		}
+		for _, result := range answers {
+			counter(descSent, config.requests[result], name, result)
+		}
 		if !config.lastMint.IsZero() {
 			gauge(descLast, float64(config.lastMint.UnixMilli())/1000, name)
 		}
@@ -192,5 +238,12 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 			value = 1
 		}
 		gauge(descBackoff, value, name)
+		if at, ok := n.gates[name]; ok {
+			gauge(descWaiting, float64(at.Waiting), name)
+			gauge(descPace, at.Pace, name)
+			gauge(descLimit, float64(at.Limit), name)
+			gauge(descPeak, float64(at.Peak), name)
+			gauge(descHour, float64(at.PeakHour), name)
+		}
 	}
 }

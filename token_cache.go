@@ -6,15 +6,13 @@ package mojoauth
 import (
 	"context"
 	"errors"
-	"maps"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"github.com/hashicorp/golang-lru/v2/simplelru"
 	"github.com/hashicorp/vault/sdk/logical"
 
-	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
 // This file finds the slot that a read goes to, and the upstream that a slot asks.
@@ -25,11 +23,6 @@ import (
 // that anything holds across I/O.
 
 const (
-	// maxAhead bounds how many mints are under way at once without a reader
-	// waiting, so that thousands of roles that were minted together are not renewed
-	// in one burst.
-	maxAhead = 16
-
 	// storagePatience is how long a mint waits for storage before it goes by what
 	// is in memory.
 	storagePatience = time.Second
@@ -65,10 +58,11 @@ type tokenCache struct {
 	ctx       context.Context // of everything that outlives a read; ends in close
 	cancel    context.CancelFunc
 	work      sync.WaitGroup // counts the goroutines that do so
-	ahead     chan struct{}  // holds a place for each mint without a reader
 	reloading chan struct{}  // holds a place for each reload
 
-	narrowed narrowedSlots
+	gates     gates
+	rotations rotations
+	narrowed  narrowedSlots
 
 	// changing lets changes of roles and configs be taken in one after the other, so
 	// that an older one does not free what a newer one brought. Never held across I/O.
@@ -88,8 +82,9 @@ func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], new
 		telemetry: telemetry,
 		logger:    logger,
 		random:    random,
-		ahead:     make(chan struct{}, maxAhead),
 		reloading: make(chan struct{}, maxReloads),
+		gates:     newGates(),
+		rotations: newRotations(),
 		narrowed:  newNarrowedSlots(),
 		slots:     make(map[string]map[slotKey]*slot),
 		upstreams: make(map[string]*upstream),
@@ -100,31 +95,30 @@ func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], new
 	return c
 }
 
-// cached answers a read with the cached token, if that is fresh for a reader who
-// wants minTTL.
-func (c *tokenCache) cached(spec *spec, minTTL time.Duration) (served, bool) {
-	s := c.peek(spec.key())
+// cached answers a read with the cached token, if that is fresh.
+func (c *tokenCache) cached(q *query) (served, bool) {
+	s := c.peek(q.key())
 	if s == nil {
 		return served{}, false
 	}
-	tok := s.held(spec)
+	tok := s.held(q.spec)
 	if tok == nil {
 		return served{}, false
 	}
-	if spec.narrowed != "" {
+	if q.narrowed != "" {
 		c.touch(s)
 	}
-	return tok.hit(minTTL, c.random)
+	return tok.hit(q, c.random)
 }
 
 // await answers a read that found no fresh token. The error is an *unavailable or a
-// *crowded, errOutdated, errClosed, or why ctx ended.
-func (c *tokenCache) await(ctx context.Context, spec *spec, minTTL time.Duration) (served, error) {
-	s, err := c.slot(spec)
+// *noTurn, errOutdated, errClosed, or why ctx ended.
+func (c *tokenCache) await(ctx context.Context, q *query) (served, error) {
+	s, err := c.slot(q.spec)
 	if err != nil {
 		return served{}, err
 	}
-	return s.await(ctx, spec, minTTL)
+	return s.await(ctx, q)
 }
 
 // peek finds the slot of a key, if there is one.
@@ -251,6 +245,7 @@ func (c *tokenCache) configChanged(name string, config *held[configEntry]) {
 		return
 	}
 	c.detach(name, config)
+	c.gates.written(name, config)
 	if config == nil {
 		c.telemetry.configGone(name)
 	}
@@ -326,7 +321,10 @@ func (c *tokenCache) upstream(config *held[configEntry]) (*upstream, error) {
 	case c.configs.current(config.name) != config:
 		return nil, errOutdated
 	}
-	up = &upstream{config: config, newClient: c.newClient, telemetry: c.telemetry, logger: c.logger, random: c.random}
+	if old != nil {
+		old.retire(errOutdated)
+	}
+	up = c.newUpstream(config)
 	c.upstreams[config.name] = up
 	c.telemetry.configSeen(config.name)
 	return up, nil
@@ -337,6 +335,7 @@ func (c *tokenCache) detach(name string, now *held[configEntry]) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if up := c.upstreams[name]; up != nil && up.config != now {
+		up.retire(errOutdated)
 		delete(c.upstreams, name)
 	}
 }
@@ -348,33 +347,43 @@ func (c *tokenCache) isCurrent(up *upstream) bool {
 	return c.upstreams[up.config.name] == up
 }
 
-// standing reports whether role and config of spec are those in memory.
-func (c *tokenCache) standing(spec *spec) bool {
-	return c.roles.current(spec.role.name) == spec.role && c.configs.current(spec.config.name) == spec.config
-}
-
 // outdated reports whether role or config were written since spec was looked up, or
 // since up was asked.
 func (c *tokenCache) outdated(spec *spec, up *upstream) bool {
-	return !c.standing(spec) || !c.isCurrent(up)
+	return c.roles.current(spec.role.name) != spec.role || c.configs.current(spec.config.name) != spec.config || !c.isCurrent(up)
 }
 
-// mint asks for a token of spec. It reads role and config from storage before: an
-// invalidation that was lost costs no wrong token. The error is that of
-// upstream.mint, or errOutdated.
-func (c *tokenCache) mint(up *upstream, l leave, spec *spec, past history) (*cachedToken, error) {
-	err := c.confirm(spec, up)
-	if c.ctx.Err() != nil {
-		err = errClosed
-	}
+// standing reports whether a mint still asks for what its role and config, which are
+// in memory, would have it ask for.
+func (c *tokenCache) standing(f *flight) bool {
+	role := c.roles.current(f.spec.role.name)
+	return role != nil && role.entry.TokenGeneration == f.spec.role.entry.TokenGeneration && c.isCurrent(f.up)
+}
+
+// newFlight makes a mint that has leave.
+func (c *tokenCache) newFlight(spec *spec, up *upstream, l leave, past history) *flight {
+	f := &flight{spec: spec, up: up, leave: l, past: past, started: time.Now(), done: make(chan struct{})}
+	f.turn = up.turn(l, func() error {
+		if !c.standing(f) {
+			return errOutdated
+		}
+		return up.withdrawn(l, time.Now())
+	})
+	return f
+}
+
+// mint asks for a token. It reads role and config from storage before: an invalidation
+// that was lost costs no wrong token. The error is that of upstream.mint, errOutdated
+// or errClosed.
+func (c *tokenCache) mint(f *flight) (*cachedToken, error) {
+	defer f.turn.interrupt(nil)
+	err := c.confirm(f.spec, f.up)
+	var tok *cachedToken
 	if err == nil {
-		err = up.withdrawn(l, time.Now())
+		tok, err = f.up.mint(c.ctx, f)
+	} else {
+		f.up.settle(f.leave, nil)
 	}
-	if err != nil {
-		up.settle(l, nil)
-		return nil, err
-	}
-	tok, err := up.mint(c.ctx, l, spec, past)
 	if err != nil && c.ctx.Err() != nil {
 		return nil, errClosed
 	}
@@ -400,117 +409,58 @@ func (c *tokenCache) confirm(spec *spec, up *upstream) error {
 	return nil
 }
 
-// mintNow mints a token of spec beside whatever is cached or under way, and does not
-// keep it. A back-off is ignored, a Retry-After is not. The errors are those of await.
-func (c *tokenCache) mintNow(ctx context.Context, spec *spec) (*cachedToken, error) {
-	up, err := c.upstream(spec.config)
-	if err != nil {
-		return nil, err
+// wait waits for done, as somebody who has joined a turn, if it could be joined. The
+// error is a *noTurn of the upstream's gate when time is over, errClosed, or why ctx
+// ended.
+func (c *tokenCache) wait(ctx context.Context, done <-chan struct{}, waiter *gate.Waiter, up *upstream) error {
+	var tooLate <-chan struct{}
+	if waiter != nil {
+		tooLate = waiter.TooLate()
 	}
-	var past history
-	if s := c.peek(spec.key()); s != nil {
-		var refusal *unavailable
-		if past, refusal = s.askedToWait(up); refusal != nil {
-			return nil, refusal
-		}
-	}
-	l, err := up.admitNow(spec.key(), time.Now())
-	if err != nil {
-		return nil, err
-	}
-	var tok *cachedToken
-	done := make(chan struct{})
-	if !c.spawn(func() {
-		defer close(done)
-		tok, err = c.mint(up, l, spec, past)
-	}) {
-		return nil, errClosed
-	}
-	if err := c.wait(ctx, done); err != nil {
-		return nil, err
-	}
-	if err != nil && c.outdated(spec, up) {
-		return nil, errOutdated
-	}
-	return tok, err
-}
-
-// successor is the token that a spec's role has after a rotation that minted tok: tok,
-// or one that was minted after it and is there already. It counts as in use when the
-// token is that it replaces. The error is an *unavailable when tok is no new token.
-func (c *tokenCache) successor(spec *spec, tok *cachedToken) (*cachedToken, error) {
-	next := tok.view(spec)
-	if s := c.peek(spec.key()); s != nil {
-		if old := s.held(spec); old != nil {
-			switch {
-			case old.accessToken == tok.accessToken:
-				return nil, &unavailable{mintError: repeats(old), config: spec.config.name}
-			case old.mintedAt.After(tok.mintedAt):
-				next = old
-			}
-			next.use.Store(old.use.Load())
-		}
-	}
-	if !next.usable(time.Now()) {
-		return nil, &unavailable{mintError: expiredOnArrival(next), config: spec.config.name}
-	}
-	return next, nil
-}
-
-// prepare makes the slot of a spec that no reader can have yet, with a token in it.
-// roleChanged wakes it, once the role is saved.
-func (c *tokenCache) prepare(spec *spec, tok *cachedToken) (*slot, error) {
-	s, err := c.slot(spec)
-	if err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.spec, s.prepared = spec, true
-	s.token.Store(tok)
-	return s, nil
-}
-
-// unprepare has a prepared slot go by what storage has of its role, after saving it
-// failed.
-func (c *tokenCache) unprepare(s *slot) {
-	s.mu.Lock()
-	s.prepared = false
-	s.mu.Unlock()
-	c.roleForgotten(s.key.role)
-}
-
-// wait waits for done. The error is errClosed or why ctx ended.
-func (c *tokenCache) wait(ctx context.Context, done <-chan struct{}) error {
 	select {
 	case <-done:
 		return nil
+	case <-tooLate:
+		return &noTurn{waiter.Err(), up.config.name}
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		switch {
+		case !errors.Is(ctx.Err(), context.DeadlineExceeded):
+			return context.Cause(ctx)
+		case waiter != nil:
+			return &noTurn{waiter.Err(), up.config.name}
+		default:
+			return &noTurn{up.gate.NoTurn(), up.config.name}
+		}
 	case <-c.ctx.Done():
 		return errClosed
 	}
 }
 
 // waitFor waits for a mint: to its end, or, while the old token would do, until
-// patience is over, when landed is false.
-func (c *tokenCache) waitFor(ctx context.Context, f *flight, old *cachedToken) (landed bool, err error) {
+// patience is over, when the error is errImpatient. The others are those of wait.
+func (c *tokenCache) waitFor(ctx context.Context, f *flight, waiter *gate.Waiter, old *cachedToken) error {
 	now := time.Now()
 	if !old.usable(now) {
-		return true, c.wait(ctx, f.done)
+		return c.wait(ctx, f.done, waiter, f.up)
 	}
-	impatient := time.NewTimer(min(old.timeLeft(now)-old.schedule.Floor, patience-now.Sub(f.started)))
-	defer impatient.Stop()
-	select {
-	case <-f.done:
-		return true, nil
-	case <-impatient.C:
-		return false, nil
-	case <-ctx.Done():
-		return false, context.Cause(ctx)
-	case <-c.ctx.Done():
-		return false, errClosed
+	patient, cancel := context.WithTimeoutCause(ctx, min(old.timeLeft(now)-old.schedule.Floor, patience-now.Sub(f.started)), errImpatient)
+	defer cancel()
+	err := c.wait(patient, f.done, waiter, f.up)
+	if err != nil && ctx.Err() == nil && patient.Err() != nil {
+		return errImpatient
 	}
+	return err
+}
+
+// waitForProbe waits until the mint has ended that finds out whether the trouble is
+// over.
+func (c *tokenCache) waitForProbe(ctx context.Context, refusal *unavailable, arrived time.Time) error {
+	deadline, _ := ctx.Deadline()
+	waiter, ok := refusal.turn.Join(deadline, arrived)
+	if ok {
+		defer waiter.Leave()
+	}
+	return c.wait(ctx, refusal.probe, waiter, refusal.up)
 }
 
 // spawn runs work in a goroutine that close waits for. It is false, and nothing
@@ -535,6 +485,7 @@ func (c *tokenCache) close() {
 	for _, s := range c.all() {
 		s.drop()
 	}
+	c.gates.close()
 	ended := make(chan struct{})
 	go func() {
 		c.work.Wait()
@@ -547,123 +498,4 @@ func (c *tokenCache) close() {
 	case <-late.C:
 		c.logger().Warn("closing doesn't wait longer for what is under way", "waited", closingTime)
 	}
-}
-
-const (
-	// maxNarrowed bounds the slots for narrowed scopes of a mount, so that no caller
-	// can grow memory, and maxNarrowedOfRole those of one role, so that a caller who
-	// goes through its subsets pushes out few of other roles.
-	maxNarrowed       = 1024
-	maxNarrowedOfRole = 128
-)
-
-// narrowedSlots notes in which order the slots for narrowed scopes were last read.
-type narrowedSlots struct {
-	mu    sync.Mutex // never held across I/O
-	mount *simplelru.LRU[slotKey, *slot]
-	roles map[string]*simplelru.LRU[slotKey, *slot]
-}
-
-func newNarrowedSlots() narrowedSlots {
-	return narrowedSlots{mount: newLRU(maxNarrowed + 1), roles: make(map[string]*simplelru.LRU[slotKey, *slot])}
-}
-
-// newLRU makes a list that evicts nothing by itself while it holds no more than size.
-func newLRU(size int) *simplelru.LRU[slotKey, *slot] {
-	list, err := simplelru.NewLRU[slotKey, *slot](size, nil)
-	if err != nil {
-		panic(err) // only for a size below 1
-	}
-	return list
-}
-
-// use makes s the last one read, and returns the slot that has to go for it: the
-// role's least recently read one when the role has its share, else the mount's.
-func (n *narrowedSlots) use(s *slot) (evicted *slot) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	of := n.roles[s.key.role]
-	if of == nil {
-		of = newLRU(maxNarrowedOfRole + 1)
-		n.roles[s.key.role] = of
-	}
-	of.Add(s.key, s)
-	n.mount.Add(s.key, s)
-	switch {
-	case of.Len() > maxNarrowedOfRole:
-		_, evicted, _ = of.GetOldest()
-	case n.mount.Len() > maxNarrowed:
-		_, evicted, _ = n.mount.GetOldest()
-	default:
-		return nil
-	}
-	n.take(evicted)
-	return evicted
-}
-
-// remove forgets a freed slot.
-func (n *narrowedSlots) remove(s *slot) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if listed, ok := n.mount.Peek(s.key); ok && listed == s {
-		n.take(s)
-	}
-}
-
-// take takes a slot out. The caller holds n.mu.
-func (n *narrowedSlots) take(s *slot) {
-	n.mount.Remove(s.key)
-	of := n.roles[s.key.role]
-	of.Remove(s.key)
-	if of.Len() == 0 {
-		delete(n.roles, s.key.role)
-	}
-}
-
-// has reports whether s is among the slots that are kept.
-func (n *narrowedSlots) has(s *slot) bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	listed, ok := n.mount.Peek(s.key)
-	return ok && listed == s
-}
-
-// census is what the cache holds at one moment.
-type census struct {
-	cached int // tokens that may be served
-	// due counts the tokens in use for which a new one is due and not there, and
-	// nearest is how long the first of them may still be served.
-	due     int
-	nearest time.Duration
-	// backoff has the configs that are in a back-off, and until when.
-	backoff map[string]time.Time
-}
-
-// census counts what the cache holds.
-func (c *tokenCache) census() census {
-	now := time.Now()
-	n := census{backoff: make(map[string]time.Time)}
-	c.mu.RLock()
-	upstreams := maps.Clone(c.upstreams)
-	c.mu.RUnlock()
-	for _, s := range c.all() {
-		tok := s.token.Load()
-		if !tok.usable(now) {
-			continue
-		}
-		n.cached++
-		if tok.phase(now) == lifetime.Due && tok.inUse() {
-			servable := tok.timeLeft(now) - tok.schedule.Floor
-			if n.due == 0 || servable < n.nearest {
-				n.nearest = servable
-			}
-			n.due++
-		}
-	}
-	for name, up := range upstreams {
-		if until := up.nextTry(); now.Before(until) {
-			n.backoff[name] = until
-		}
-	}
-	return n
 }

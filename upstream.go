@@ -12,38 +12,41 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
-// This file is a token endpoint as one config sees it: the client that asks it,
-// and whether it may be asked just now.
+// This file is a token endpoint as one config sees it: the client that asks it, and
+// what its failures mean for those who want to ask it too.
 
 // minter asks MojoAuth for tokens with one config: a tokenClient.
 type minter interface {
-	mint(ctx context.Context, req tokenRequest) (*token, error)
+	mint(ctx context.Context, req tokenRequest, leave departures) (*token, error)
 }
 
 // clientFactory makes the minter of a config.
 type clientFactory func(*configEntry) (minter, error)
 
-const (
-	// maxNarrowedMints bounds the mints for narrowed scopes that are under way
-	// with one config, so that readers who go through subsets leave room for others.
-	maxNarrowedMints = 64
+// precedence is for how long, after a back-off, the key that failed leaves the first
+// try to others, if they were turned away that recently.
+const precedence = 2 * time.Second
 
-	// precedence is for how long, after a back-off, the key that failed leaves the
-	// first try to others, if they were turned away that recently.
-	precedence = 2 * time.Second
-)
+// errBackoff ends the waiting of mints when a back-off of their config begins.
+var errBackoff = errors.New("the config is backed off")
 
 // upstream is the token endpoint of one version of a config. A write of the config
 // makes a new one, so that failures of the old are forgotten with it.
 type upstream struct {
 	config    *held[configEntry]
+	gate      *gate.Gate
 	newClient clientFactory
 	telemetry *telemetry
 	logger    func() hclog.Logger
 	random    func() float64
+
+	// standing ends when the config is written, and retire ends it.
+	standing context.Context
+	retire   context.CancelCauseFunc
 
 	making sync.Mutex // held while the client is made
 	client minter     // nil before the first mint
@@ -57,10 +60,27 @@ type upstream struct {
 	// succeeded is when the last token came.
 	succeeded time.Time
 	// probe is set while a mint is under way that finds out whether the trouble is
-	// over, and closed when it ends.
-	probe chan struct{}
-	// narrowed counts the mints for narrowed scopes that are under way.
-	narrowed int
+	// over, and closed when it ends. probing is its turn.
+	probe   chan struct{}
+	probing *gate.Turn
+	// open ends when a back-off begins, and shut ends it.
+	open context.Context
+	shut context.CancelCauseFunc
+}
+
+// newUpstream makes the upstream of a config, which goes with the cache.
+func (c *tokenCache) newUpstream(config *held[configEntry]) *upstream {
+	u := &upstream{
+		config:    config,
+		gate:      c.gates.enter(config.name, &config.entry),
+		newClient: c.newClient,
+		telemetry: c.telemetry,
+		logger:    c.logger,
+		random:    c.random,
+	}
+	u.standing, u.retire = context.WithCancelCause(c.ctx)
+	u.open, u.shut = context.WithCancelCause(u.standing)
+	return u
 }
 
 // unavailable is why a read got no new token: what failed, and when the engine
@@ -72,9 +92,11 @@ type unavailable struct {
 
 	// probe is closed when the try ends that is under way, nil when there is none.
 	probe <-chan struct{}
+	turn  *gate.Turn // of that try
+	up    *upstream  // that it asks
 	// yields is set for the key that failed last, when others were turned away since.
 	yields bool
-	// unasked is set when a mint ended before MojoAuth was asked.
+	// unasked is set when MojoAuth was not asked: another mint's failure came first.
 	unasked bool
 	// keyOnly is set when the failure backs off no other key of the config, and
 	// alone when that is because the key fails while others succeed.
@@ -111,23 +133,42 @@ func (u *unavailable) Error() string {
 
 func (u *unavailable) Unwrap() error { return u.mintError }
 
-// crowded is for a read of narrowed scopes while too many others are minted.
-type crowded struct{ config string }
-
-func (c *crowded) Error() string {
-	return fmt.Sprintf("config %q: %d tokens for narrowed scopes are being minted already. Read again in a second, or omit scopes", c.config, maxNarrowedMints)
+// noTurn is why MojoAuth was not asked: the request had no turn at the config's gate.
+type noTurn struct {
+	*gate.NoTurnError
+	config string
 }
+
+// Error names the config and says how crowded the gate is, and when to come back.
+func (n *noTurn) Error() string {
+	var why string
+	switch n.Reason {
+	case gate.RetryAfter:
+		why = "MojoAuth asked by Retry-After for a longer wait than a read has"
+	case gate.Crowded:
+		why = "too many requests wait that are more urgent"
+	default:
+		why = "no turn to ask MojoAuth came in time"
+	}
+	throttles := ""
+	if n.Throttled {
+		throttles = "; MojoAuth throttles by HTTP 429"
+	}
+	return fmt.Sprintf("config %q: %s (%d waiting, %.3g requests a second%s). Try again in %s", n.config, why, n.Waiting, n.Pace, throttles, n.ComeBack)
+}
+
+func (n *noTurn) Unwrap() error { return n.NoTurnError }
 
 // leave is permission to mint once. It has to be given back: settle.
 type leave struct {
 	key   slotKey
 	probe bool
-	now   bool // a back-off is ignored
+	now   bool // it is a rotation, which ignores a back-off
 }
 
 // admit gives leave to mint for a key, or says why not. After a failure one mint
 // goes ahead to find out whether the trouble is over, and the others wait for it.
-// The error is an *unavailable or a *crowded.
+// The error is an *unavailable.
 func (u *upstream) admit(key slotKey, now time.Time) (leave, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -141,34 +182,35 @@ func (u *upstream) admit(key slotKey, now time.Time) (leave, error) {
 			return leave{}, u.remembered(key, u.backoff.until)
 		case u.probe != nil:
 			refusal := u.remembered(key, time.Time{})
-			refusal.probe = u.probe
+			refusal.probe, refusal.turn, refusal.up = u.probe, u.probing, u
 			return leave{}, refusal
 		case key == u.failed && now.Before(first) && now.Sub(u.turnedAway) < precedence:
 			return leave{}, u.remembered(key, first)
 		}
 		l.probe = true
-	}
-	if key.narrowed != "" {
-		if u.narrowed >= maxNarrowedMints {
-			return leave{}, &crowded{config: u.config.name}
-		}
-		u.narrowed++
-	}
-	if l.probe {
-		u.probe = make(chan struct{})
+		u.probe, u.probing = make(chan struct{}), u.gate.Turn(key.role, key.kind())
 	}
 	return l, nil
 }
 
-// admitNow gives leave to mint whatever failed before, unless MojoAuth asked to
-// be left alone until later.
-func (u *upstream) admitNow(key slotKey, now time.Time) (leave, error) {
+// turn is the turn of a mint at the gate, which waits as long as the config stands and,
+// unless the leave ignores that, no back-off begins.
+func (u *upstream) turn(l leave, useless func() error) *turn {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.backoff.asked && u.backoff.blocks(now) {
-		return leave{}, u.remembered(key, u.backoff.until)
+	t := &turn{useless: useless, account: func(how gate.Answer) { u.telemetry.requested(u.config.name, how) }}
+	waiting := u.standing
+	switch {
+	case l.now:
+		t.Turn = u.gate.Turn(l.key.role, gate.Rotation)
+	case l.probe:
+		t.Turn = u.probing
+	default:
+		t.Turn = u.gate.Turn(l.key.role, l.key.kind())
+		waiting = u.open
 	}
-	return leave{key: key, now: true}, nil
+	t.waiting, t.interrupt = context.WithCancelCause(waiting)
+	return t
 }
 
 // withdrawn is why a leave is good no more: a back-off began since it was given.
@@ -216,83 +258,119 @@ func (u *upstream) minter() (minter, error) {
 	return u.client, nil
 }
 
-// mint asks for one token and accounts for how it went. past is what the key's slot
-// knows of earlier failures. The error is an *unavailable without a next try, or the
+// mint asks for one token and accounts for how it went. The error is an *unavailable
+// without a next try when MojoAuth was asked; else a *noTurn, one of turn.wait, or the
 // end of ctx.
-func (u *upstream) mint(ctx context.Context, l leave, spec *spec, past history) (*cachedToken, error) {
+func (u *upstream) mint(ctx context.Context, f *flight) (*cachedToken, error) {
 	started := time.Now()
-	tok, err := u.ask(ctx, l, spec)
-	var failed *mintError
-	if err != nil && !errors.As(err, &failed) {
-		u.settle(l, nil)
-		return nil, err
+	tok, failed, err := u.ask(ctx, f)
+	if err != nil {
+		u.settle(f.leave, nil)
+		return nil, u.unasked(err)
+	}
+	if !f.turn.left.IsZero() {
+		started = f.turn.left
 	}
 	u.telemetry.minted(u.config.name, time.Since(started), failed)
 
-	refusal := &unavailable{mintError: failed, config: u.config.name}
-	var before, after *mintError
-	u.settle(l, func() {
+	var (
+		refusal       *unavailable
+		before, after *mintError
+	)
+	u.settle(f.leave, func() {
 		before = u.backoff.last
-		defer func() { after = u.backoff.last }()
-		now := time.Now()
-		switch {
-		case failed == nil:
-			u.succeeded = now
-			u.backoff.succeed(started)
-			return
-		case failed.concernsRequest():
-			refusal.keyOnly, refusal.alone = true, past.alone
-		case past.isAlone(u.succeeded):
-			refusal.keyOnly, refusal.alone = true, true
-		case started.Before(u.succeeded): // others came through meanwhile: no news
-			refusal.keyOnly = true
-		default:
-			u.backoff.fail(failed, started, now, u.random())
-			u.failed, u.turnedAway = l.key, time.Time{}
-			refusal.next = u.backoff.until
-		}
-		if failed.concernsRequest() && before != nil && before.class == classClientRefused {
-			// The client was accepted. Whether a server in trouble is well again, this
-			// doesn't show.
-			u.backoff.succeed(started)
-		}
+		refusal = u.judge(f, failed, started)
+		after = u.backoff.last
 	})
 
 	// Logged without the lock: the log's reader may be slow.
 	log := u.logger()
 	if before != nil && after == nil {
-		log.Info("tokens are minted again", "config", u.config.name, "role", spec.role.name)
+		log.Info("tokens are minted again", "config", u.config.name, "role", f.spec.role.name)
 	}
 	if failed == nil {
-		log.Debug("minted a token", "config", u.config.name, "role", spec.role.name, "duration", time.Since(started), "lifetime", tok.told)
+		log.Debug("minted a token", "config", u.config.name, "role", f.spec.role.name, "duration", time.Since(started), "lifetime", tok.told)
 		return tok, nil
 	}
 	if !refusal.keyOnly && (before == nil || before.class != failed.class) {
-		u.log(spec, failed)
+		u.log(f.spec, failed)
 	}
 	return nil, refusal
 }
 
-// ask makes the request. The error is a *mintError or the end of ctx.
-func (u *upstream) ask(ctx context.Context, l leave, spec *spec) (*cachedToken, error) {
+// judge takes in how a mint ended whose first request left at that time, without a
+// failure if failed is nil: whether it concerns the whole config, or only the key. The
+// caller holds u.mu.
+func (u *upstream) judge(f *flight, failed *mintError, started time.Time) *unavailable {
+	now := time.Now()
+	refusal := &unavailable{mintError: failed, config: u.config.name}
+	before := u.backoff.last
+	switch {
+	case failed == nil:
+		u.succeeded = now
+		u.backoff.succeed(started)
+		return nil
+	case failed.concernsRequest():
+		refusal.keyOnly, refusal.alone = true, f.past.alone
+		if before != nil && before.class == classClientRefused {
+			// The client was accepted. Whether a server in trouble is well again, this
+			// doesn't show.
+			u.backoff.succeed(started)
+		}
+	case f.past.isAlone(u.succeeded):
+		refusal.keyOnly, refusal.alone = true, true
+	case started.Before(u.succeeded): // others came through meanwhile: no news
+		refusal.keyOnly = true
+	default:
+		u.backoff.fail(failed, started, now, u.random())
+		u.failed, u.turnedAway = f.leave.key, time.Time{}
+		refusal.next = u.backoff.until
+		u.shut(errBackoff)
+		u.open, u.shut = context.WithCancelCause(u.standing)
+	}
+	return refusal
+}
+
+// unasked is the error of a mint without a request.
+func (u *upstream) unasked(err error) error {
+	var late *gate.NoTurnError
+	switch {
+	case errors.As(err, &late):
+		u.telemetry.noTurn(u.config.name)
+		return &noTurn{late, u.config.name}
+	case errors.Is(err, gate.ErrAbandoned):
+		u.telemetry.noTurn(u.config.name)
+	case errors.Is(err, gate.ErrClosed):
+		return errOutdated
+	}
+	return err
+}
+
+// ask makes the request. failed is how it ended; err is why there was none.
+func (u *upstream) ask(ctx context.Context, f *flight) (tok *cachedToken, failed *mintError, err error) {
 	client, err := u.minter()
 	if err != nil {
-		return nil, &mintError{class: classInternal, reason: err.Error()}
+		return nil, &mintError{class: classInternal, reason: err.Error()}, nil
 	}
-	req := spec.request()
+	req := f.spec.request()
 	req.retries = u.config.entry.MaxRetries
-	if l.probe {
+	if f.leave.probe {
 		req.retries = 0 // a server in trouble gets one request, not three
 	}
-	tok, err := client.mint(ctx, req)
-	if err != nil {
-		return nil, err
+	minted, err := client.mint(ctx, req, f.turn)
+	var refusal *unavailable // another mint's failure
+	switch {
+	case err == nil:
+	case !errors.As(err, &refusal) && errors.As(err, &failed):
+		return nil, failed, nil
+	default:
+		return nil, nil, err
 	}
-	cached := newCachedToken(tok, spec)
-	if now := time.Now(); cached.phase(now) == lifetime.Spent {
-		return nil, expiredOnArrival(cached)
+	tok = newCachedToken(minted, f.spec, u.random())
+	if tok.phase(time.Now()) == lifetime.Spent {
+		return nil, expiredOnArrival(tok), nil
 	}
-	return cached, nil
+	return tok, nil, nil
 }
 
 // expiredOnArrival is the failure of a mint whose token may not be served any more.
@@ -312,10 +390,7 @@ func (u *upstream) settle(l leave, account func()) {
 	}
 	if l.probe {
 		close(u.probe)
-		u.probe = nil
-	}
-	if l.key.narrowed != "" {
-		u.narrowed--
+		u.probe, u.probing = nil, nil
 	}
 }
 

@@ -116,6 +116,7 @@ type Stats struct {
 	InFlight    int       // requests under way
 	Sent        uint64    // requests that have left since the start
 	Pace        float64   // requests a second, at most, now
+	Limit       int       // requests a second, at most, ever
 	Throttled   bool      // the endpoint throttled a short while ago
 	ClosedUntil time.Time // nothing leaves before: a Retry-After; zero when it is over
 	Peak        int       // most requests in a second since the start
@@ -132,6 +133,7 @@ func (g *Gate) Stats() Stats {
 		InFlight:  g.inFlight,
 		Sent:      g.sent,
 		Pace:      g.pace.rate,
+		Limit:     g.pace.limit,
 		Throttled: g.pace.isThrottled(now),
 		Peak:      g.peaks.ever,
 		PeakHour:  g.peaks.lastHour(now),
@@ -251,6 +253,14 @@ func (e *NoTurnError) Error() string {
 	}
 	return fmt.Sprintf("the request was not sent: %s; %d wait, at a pace of %.3g a second; the endpoint %s; try again in %s",
 		e.Reason, e.Waiting, e.Pace, throttles, e.ComeBack)
+}
+
+// NoTurn is the error for somebody whose time is over and who waited for the turn
+// of another.
+func (g *Gate) NoTurn() *NoTurnError {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.noTurn(OutOfTime)
 }
 
 // noTurn makes the error. The caller holds g.mu. It does not estimate when the

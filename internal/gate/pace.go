@@ -61,6 +61,7 @@ type pace struct {
 	cutAt   time.Time // zero: never
 	cutFrom float64   // requests a second that left when the endpoint throttled
 	steady  time.Time // until then the rate does not exceed the safe share of that
+	refused time.Time // when the last 429 came
 
 	closed time.Time   // until then nothing leaves: the endpoint asked for it
 	last   time.Time   // when the last request left, or should have
@@ -154,6 +155,7 @@ func (p *pace) answered(now time.Time, d demand) {
 // rate does not grow.
 func (p *pace) throttled(now time.Time, d departure, retryAfter time.Duration) {
 	p.close(now, retryAfter)
+	p.refused = now
 	if p.cutAt.IsZero() || d.at.After(p.cutAt.Add(echo)) {
 		p.cutAt = now
 		p.cutFrom = min(max(float64(d.inSecond), d.rate/2), d.rate)
@@ -172,8 +174,11 @@ func (p *pace) close(now time.Time, retryAfter time.Duration) {
 	}
 }
 
-// isThrottled reports whether the endpoint throttled a short while ago.
-func (p *pace) isThrottled(now time.Time) bool { return now.Before(p.steady) }
+// isThrottled reports whether the endpoint throttled a short while ago: within the time
+// in which two requests leave, or a cut is in force.
+func (p *pace) isThrottled(now time.Time) bool {
+	return !p.refused.IsZero() && (now.Before(p.steady) || now.Sub(p.refused) < 2*interval(p.rate))
+}
 
 func latest(a, b time.Time) time.Time {
 	if a.After(b) {

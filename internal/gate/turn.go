@@ -58,7 +58,7 @@ type Waiter struct {
 	turn     *Turn
 	deadline time.Time
 	tooLate  chan struct{}
-	err      error // set before tooLate is closed
+	err      *NoTurnError // set before tooLate is closed
 	index    int
 	left     bool
 }
@@ -104,7 +104,7 @@ func (g *Gate) watch(t *Turn, deadline time.Time) *Waiter {
 func (w *Waiter) TooLate() <-chan struct{} { return w.tooLate }
 
 // Err is a *NoTurnError: why the waiter, who waits no longer, got no turn.
-func (w *Waiter) Err() error {
+func (w *Waiter) Err() *NoTurnError {
 	g := w.turn.gate
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -148,7 +148,7 @@ func (g *Gate) tellLate() {
 	}
 }
 
-func (w *Waiter) tell(err error) {
+func (w *Waiter) tell(err *NoTurnError) {
 	w.err = err
 	close(w.tooLate)
 }

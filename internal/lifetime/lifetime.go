@@ -52,6 +52,14 @@ func New(lifetime, minTTL time.Duration) Schedule {
 	}
 }
 
+// Ahead is with how much left the next token is asked for before a reader needs it:
+// a little before one is due, by a random share of the lifetime from 1/100 to 1/20, so
+// that tokens that were minted together are not renewed together. random is uniform in
+// [0, 1), and is to be drawn once for each token.
+func (s Schedule) Ahead(random float64) time.Duration {
+	return s.Refresh + s.Lifetime/100 + Share(s.Lifetime/25, random)
+}
+
 // Phase is where in its life a token is.
 type Phase int
 

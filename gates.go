@@ -1,0 +1,150 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
+)
+
+// This file puts the gate between a config and its token endpoint: which gate a
+// request passes, and when waiting for a turn there has no use any more.
+
+// gates has the gate of each config at work. A gate outlives a write of its config,
+// with its pace and its Retry-After, unless that names another endpoint.
+type gates struct {
+	mu sync.Mutex // never held across I/O
+	of map[string]configGate
+}
+
+type configGate struct {
+	*gate.Gate
+	tokenURL string
+}
+
+func newGates() gates { return gates{of: make(map[string]configGate)} }
+
+// enter is the gate of a config. It is made, in place of that of another endpoint, if
+// there is none.
+func (g *gates) enter(name string, config *configEntry) *gate.Gate {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if known, ok := g.of[name]; ok {
+		if known.tokenURL == config.TokenURL {
+			return known.Gate
+		}
+		known.Close()
+	}
+	made := gate.New(config.requestsPerSecond(), nil)
+	g.of[name] = configGate{made, config.TokenURL}
+	return made
+}
+
+// tryOut is the gate for a config that may never be saved. A new endpoint has one that
+// nobody else passes.
+func (g *gates) tryOut(name string, config *configEntry) *gate.Gate {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if known, ok := g.of[name]; ok && known.tokenURL == config.TokenURL {
+		return known.Gate
+	}
+	return gate.New(config.requestsPerSecond(), nil)
+}
+
+// written has the gate of a config go by what was written: config is nil when the
+// config is gone.
+func (g *gates) written(name string, config *held[configEntry]) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	known, ok := g.of[name]
+	switch {
+	case !ok:
+	case config == nil || config.entry.TokenURL != known.tokenURL:
+		known.Close()
+		delete(g.of, name)
+	default:
+		known.SetLimit(config.entry.requestsPerSecond())
+	}
+}
+
+// stats are the states of all gates, by config.
+func (g *gates) stats() map[string]gate.Stats {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	stats := make(map[string]gate.Stats, len(g.of))
+	for name, known := range g.of {
+		stats[name] = known.Stats()
+	}
+	return stats
+}
+
+// close turns all away for good.
+func (g *gates) close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, known := range g.of {
+		known.Close()
+	}
+}
+
+// turn is the turn of one mint at its config's gate: the departures of its requests.
+type turn struct {
+	*gate.Turn
+	// waiting ends when there is no use in waiting any more, and interrupt ends it.
+	// That ends no request which has left.
+	waiting   context.Context
+	interrupt context.CancelCauseFunc
+	// useless, if set, is why the request should not leave though it may, or nil.
+	useless func() error
+	account func(gate.Answer)
+
+	pass *gate.Pass
+	left time.Time // when the first request left; zero before, and after a 429
+}
+
+// wait waits until a request may leave. The error is one of gate.Turn.Wait, of useless,
+// or why waiting ended.
+func (t *turn) wait(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(t.waiting, func() { cancel(context.Cause(t.waiting)) })()
+
+	pass, err := t.Wait(ctx)
+	if errors.Is(err, context.Canceled) {
+		err = context.Cause(ctx)
+	}
+	if why := t.whyUseless(); why != nil {
+		if pass != nil {
+			pass.Done(gate.NoAnswer, 0)
+		}
+		return why
+	}
+	if err != nil {
+		return err
+	}
+	t.pass = pass
+	if t.left.IsZero() {
+		t.left = time.Now()
+	}
+	return nil
+}
+
+func (t *turn) whyUseless() error {
+	if t.useless == nil {
+		return nil
+	}
+	return t.useless()
+}
+
+func (t *turn) answered(how gate.Answer, retryAfter time.Duration) {
+	t.pass.Done(how, retryAfter)
+	t.account(how)
+	if how == gate.Throttled {
+		t.left = time.Time{}
+	}
+}
