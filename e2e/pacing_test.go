@@ -4,6 +4,7 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -583,6 +584,15 @@ func TestRetryAfterOfTheEngine(t *testing.T) {
 	}
 	if seconds, err := strconv.Atoi(got[0]); err != nil || seconds < 500 || seconds > 610 {
 		t.Errorf("on a tuned mount: Retry-After %q, want about 600", got[0])
+	}
+	// With the header it waits that long, or as long as it may: a minute by default.
+	requests.Store(0)
+	client.SetClientTimeout(3 * time.Second)
+	if _, err = client.Logical().Read("mojoauth/creds/app0"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Vault's client did not wait as long as the Retry-After says: %v", err)
+	}
+	if got := requests.Load(); got != 1 {
+		t.Errorf("Vault's client made %d requests in 3 s, want 1", got)
 	}
 }
 
