@@ -513,6 +513,7 @@ func TestNothingIsKeptOfWhatIsGone(t *testing.T) {
 // others that are held: here in bytes, which are the same in every run.
 func TestWritingARoleDoesNotGoThroughAllRoles(t *testing.T) {
 	m := newTestMount(t)
+	m.mojo.unpaced = true
 	m.write("config", testConfig(nil))
 	scopes := manyScopes(4)
 	n := 0

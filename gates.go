@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
@@ -104,7 +105,8 @@ type turn struct {
 	account func(gate.Answer)
 
 	pass *gate.Pass
-	left time.Time // when the first request left; zero before, and after a 429
+	// left is when the first request left: nil before, and after a 429.
+	left atomic.Pointer[time.Time]
 }
 
 // wait waits until a request may leave. The error is one of gate.Turn.Wait, of useless,
@@ -128,8 +130,9 @@ func (t *turn) wait(ctx context.Context) error {
 		return err
 	}
 	t.pass = pass
-	if t.left.IsZero() {
-		t.left = time.Now()
+	if t.left.Load() == nil {
+		now := time.Now()
+		t.left.Store(&now)
 	}
 	return nil
 }
@@ -145,6 +148,6 @@ func (t *turn) answered(how gate.Answer, retryAfter time.Duration) {
 	t.pass.Done(how, retryAfter)
 	t.account(how)
 	if how == gate.Throttled {
-		t.left = time.Time{}
+		t.left.Store(nil)
 	}
 }

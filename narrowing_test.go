@@ -5,12 +5,9 @@ package mojoauth
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -24,7 +21,6 @@ import (
 const (
 	narrowedOfARole  = 128  // tokens for narrowed scopes that a role holds at most
 	narrowedOfAMount = 1024 // and a mount
-	narrowedMints    = 64   // mints for narrowed scopes that a config has under way at most
 )
 
 func TestNarrowedScopesHaveATokenForEachSet(t *testing.T) {
@@ -155,6 +151,7 @@ func TestKeyHasOneMintThoughItsPlaceWasTaken(t *testing.T) {
 		sets := subsets(scopes, narrowedOfAMount+narrowedOfARole)
 		first := sets[0]
 		m.configure("app", map[string]any{"scopes": scopes})
+		m.mojo.unpaced = true
 		m.mojo.set(func(s *standIn) {
 			s.respond = func(req tokenRequest) (time.Duration, error) {
 				if slices.Equal(req.scopes, first) {
@@ -191,58 +188,6 @@ func TestKeyHasOneMintThoughItsPlaceWasTaken(t *testing.T) {
 	})
 }
 
-func TestMintsForNarrowedScopesAreBoundedPerConfig(t *testing.T) {
-	bubble(t, func(m *testMount) {
-		const readers = 100
-		scopes := manyScopes(8)
-		m.configure("app", map[string]any{"scopes": scopes})
-		m.write("roles/other", nil)
-		m.write("config/second", testConfig(nil))
-		m.write("roles/second", map[string]any{"config": "second", "scopes": "a,b"})
-		m.mojo.set(func(s *standIn) { s.latency = 5 * time.Second })
-		var mu sync.Mutex
-		var tokens int
-		var refusals []error
-		var took time.Duration // of the refusals
-		var wg sync.WaitGroup
-		for _, some := range subsets(scopes, readers) {
-			wg.Go(func() {
-				got, waited := m.patiently("app", map[string]any{"scopes": some})
-				mu.Lock()
-				defer mu.Unlock()
-				if got.err == nil {
-					tokens++
-					return
-				}
-				refusals, took = append(refusals, got.err), max(took, waited)
-			})
-		}
-		synctest.Wait()
-		m.mojo.set(func(s *standIn) {
-			if s.peak != narrowedMints {
-				t.Errorf("%d mints for narrowed scopes were under way at once, want %d", s.peak, narrowedMints)
-			}
-			s.latency = 0
-		})
-		// Others are not concerned.
-		for role, query := range map[string]map[string]any{"app": nil, "other": nil, "second": {"scopes": "a"}} {
-			if got, waited := m.patiently(role, query); got.err != nil || waited != 0 {
-				t.Errorf("role %s with the query %v got %v after %s, want a token at once", role, query, got.err, waited)
-			}
-		}
-		wg.Wait()
-		if tokens != narrowedMints || took != 0 {
-			t.Errorf("%d readers got a token, and the others waited up to %s to be refused; want %d, and at once", tokens, took, narrowedMints)
-		}
-		for _, err := range refusals {
-			wantStatus(t, err, http.StatusTooManyRequests, `role "app"`)
-		}
-		if got := m.creds("app", map[string]any{"scopes": subsets(scopes, readers)[readers-1]}); got.err != nil {
-			t.Errorf("when the mints had ended a reader who was refused got %v", got.err)
-		}
-	})
-}
-
 // Readers who give up leave nothing behind that grows with their number.
 func TestReadersWhoGiveUpLeaveNoCrowdOfMints(t *testing.T) {
 	bubble(t, func(m *testMount) {
@@ -255,7 +200,7 @@ func TestReadersWhoGiveUpLeaveNoCrowdOfMints(t *testing.T) {
 			ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
 			got := m.credsCtx(ctx, "app", map[string]any{"scopes": some})
 			cancel()
-			if errors.Is(got.err, context.DeadlineExceeded) {
+			if got.err != nil {
 				gaveUp++
 			}
 		}
@@ -263,8 +208,8 @@ func TestReadersWhoGiveUpLeaveNoCrowdOfMints(t *testing.T) {
 			m.t.Fatal("nobody gave up")
 		}
 		m.mojo.set(func(s *standIn) {
-			if s.busy > narrowedMints {
-				t.Errorf("4,000 readers who were gone after 1ms left %d requests under way, want at most %d", s.busy, narrowedMints)
+			if s.busy > 25 { // at 5 a second
+				t.Errorf("4,000 readers who were gone after 1ms each left %d requests under way, want those that had a turn in 4s", s.busy)
 			}
 		})
 		if n := m.kept().narrowed; n > narrowedOfARole {

@@ -339,6 +339,7 @@ func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, 
 	}
 	if old != nil {
 		config = old.entry
+		config.MaxRequestsPerSecond = config.requestsPerSecond()
 	}
 
 	if v, ok := d.GetOk("token_url"); ok {

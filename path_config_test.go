@@ -38,6 +38,7 @@ func TestConfigRoundTrip(t *testing.T) {
 		"ca_cert":                    "",
 		"request_timeout":            int64(10),
 		"max_retries":                2,
+		"max_requests_per_second":    20,
 	}
 	if got := m.read("config"); !maps.Equal(got, want) {
 		t.Errorf("read: got %v, want %v", got, want)
@@ -280,7 +281,6 @@ func TestConfigIsVerifiedBeforeItIsSaved(t *testing.T) {
 		{"wrong secret", upstream(classClientRefused, 401, "invalid_client"), false, false},
 		{"not found", upstream(classClientRefused, 404, ""), false, false},
 		{"bad request without an OAuth error", upstream(classRequestRefused, 400, ""), false, false},
-		{"throttled", upstream(classThrottled, 429, ""), false, false},
 		{"server error", upstream(classServerError, 503, ""), false, false},
 		{"nonsense", upstream(classUnexpected, 200, ""), false, false},
 		{"TLS", upstream(classTLS, 0, ""), false, false},

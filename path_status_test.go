@@ -20,6 +20,7 @@ import (
 
 // aBadDay makes a mount whose config has minted, failed and is in a back-off.
 func aBadDay(m *testMount) {
+	m.random = func() float64 { return 0 }
 	m.write("config/unused", testConfig(nil))
 	m.configure("app", nil)
 	m.wantToken("app", 1)
@@ -41,10 +42,10 @@ func TestStatusTellsWhatTheNodeDid(t *testing.T) {
 		began := time.Now()
 		aBadDay(m)
 		got := m.read("status")
-		failed := formatTime(time.Now())
+		failed := formatTime(time.Now().Add(-time.Second))
 		configs := got["configs"].(map[string]any)
 		next, err := time.Parse(time.RFC3339, configs["default"].(map[string]any)["next_attempt_at"].(string))
-		if wait := time.Until(next); err != nil || wait < 3*time.Second || wait > 5*time.Second {
+		if wait := time.Until(next); err != nil || wait < 28*time.Second || wait > 30*time.Second {
 			t.Errorf("next_attempt_at is %s away, %v", wait, err)
 		}
 		delete(configs["default"].(map[string]any), "next_attempt_at")
@@ -55,7 +56,7 @@ func TestStatusTellsWhatTheNodeDid(t *testing.T) {
 			"cached_tokens": int64(1),
 			"reads":         map[string]any{"hit": int64(1), "refreshed": int64(0), "minted": int64(1), "stale": int64(1), "error": int64(2)},
 			"mints":         int64(1),
-			"mint_failures": map[string]any{"request_refused": int64(1), "server_error": int64(1)},
+			"mint_failures": map[string]any{"request_refused": int64(1), "server_error": int64(4)},
 			"configs": map[string]any{
 				"unused": map[string]any{},
 				"default": map[string]any{
@@ -63,6 +64,11 @@ func TestStatusTellsWhatTheNodeDid(t *testing.T) {
 					"last_error":       "MojoAuth failed (HTTP 503)",
 					"last_error_class": "server_error",
 					"last_error_at":    failed,
+
+					"requests_waiting":                   0,
+					"requests_per_second":                5.0,
+					"peak_requests_per_second":           2,
+					"peak_requests_per_second_last_hour": 2,
 				},
 			},
 		}
@@ -116,14 +122,22 @@ func TestMetricsTellTheSameAsStatus(t *testing.T) {
 			`mojoauth_reads_total{outcome="error"} 2`,
 			`mojoauth_reads_total{outcome="refreshed"} 0`,
 			`mojoauth_mints_total{config="default",result="ok"} 1`,
-			`mojoauth_mints_total{config="default",result="throttled"} 0`,
+			`mojoauth_mints_total{config="default",result="no_turn"} 0`,
+			`mojoauth_requests_total{config="default",result="answered"} 6`,
+			`mojoauth_requests_total{config="default",result="throttled"} 0`,
+			`mojoauth_requests_total{config="default",result="no_answer"} 0`,
+			`mojoauth_requests_waiting{config="default"} 0`,
+			`mojoauth_requests_per_second{config="default"} 5`,
+			`mojoauth_requests_per_second_limit{config="default"} 20`,
+			`mojoauth_peak_requests_per_second{config="default"} 2`,
+			`mojoauth_peak_requests_per_second_last_hour{config="default"} 2`,
 			`mojoauth_mints_total{config="unused",result="ok"} 0`,
 			`mojoauth_mints_total{config="default",result="request_refused"} 1`,
-			`mojoauth_mints_total{config="default",result="server_error"} 1`,
-			`mojoauth_mint_duration_seconds_count 3`,
+			`mojoauth_mints_total{config="default",result="server_error"} 4`,
+			`mojoauth_mint_duration_seconds_count 6`,
 			`mojoauth_cached_tokens 1`,
 			`mojoauth_due_tokens 1`,
-			`mojoauth_due_token_servable_seconds 840`,
+			`mojoauth_due_token_servable_seconds 839.8`,
 			`mojoauth_config_in_backoff{config="default"} 1`,
 			`mojoauth_config_last_mint_timestamp_seconds{config="default"} 9.466848e+08`,
 			`go_goroutines `,

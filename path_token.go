@@ -260,7 +260,7 @@ func (q *query) narrow(d *framework.FieldData) error {
 	if after, ok := d.GetOk("minted_after"); ok && after.(string) != "" {
 		at, err := time.Parse(time.RFC3339, after.(string))
 		if err != nil {
-			return problem("minted_after is not a time as RFC 3339 writes it: send the last_vault_rotation of the token that was refused, as the read gave it, or omit minted_after")
+			return problem("minted_after cannot be read: send the last_vault_rotation of the token that was refused, a time like 2026-03-02T09:00:00Z")
 		}
 		q.mintedAfter = at
 	}
@@ -294,7 +294,7 @@ func (b *backend) checkMintedAfter(q *query, now time.Time) error {
 			return nil
 		}
 	}
-	return problemf("minted_after %s is ahead of this node's clock, and no token of role %q was minted then: send the last_vault_rotation of the token that was refused, or omit minted_after", formatTime(q.mintedAfter), q.role.name)
+	return problem("minted_after is ahead of the clock and of the cached token: send the last_vault_rotation of the token that was refused")
 }
 
 // tokenResponse is the answer to a read of creds/<role>.
@@ -319,10 +319,14 @@ func (b *backend) tokenResponse(q *query, answer *served) *logical.Response {
 		resp.Secret.TTL = answer.lease
 	}
 	if answer.left < q.minTTL {
-		resp.AddWarning(fmt.Sprintf("The token has %s left, less than the min_ttl of %s: %s.", answer.left.Round(time.Second), q.minTTL, whyNot(answer)))
+		why := whyNot(answer)
+		if answer.failure != nil {
+			why = "no new one could be had: " + why
+		}
+		resp.AddWarning(fmt.Sprintf("The token has %s left, less than the min_ttl of %s: %s.", answer.left.Round(time.Second), q.minTTL, why))
 	}
 	if !answer.isAfter(q.mintedAfter) {
-		resp.AddWarning(fmt.Sprintf("The token was minted at %s, which is not after the minted_after of %s: %s.", same.lastVaultRotation, formatTime(q.mintedAfter), whyNot(answer)))
+		resp.AddWarning(fmt.Sprintf("No token minted after %s could be had: %s.", formatTime(q.mintedAfter), whyNot(answer)))
 	}
 	if answer.repeated() && answer.left <= lifetime.New(answer.schedule.Lifetime, 0).Floor {
 		resp.AddWarning(fmt.Sprintf("The token has %s left, and MojoAuth returns the same one when asked for another.", answer.left.Round(time.Second)))
@@ -345,9 +349,9 @@ const shortestKeepable = 10 * time.Second
 func whyNot(answer *served) string {
 	switch {
 	case answer.failure != nil:
-		return "no new one could be had: " + answer.failure.Error()
+		return answer.failure.Error()
 	case answer.outcome == outcomeStale:
-		return "a new one is on its way, but that takes long"
+		return "a new one is being minted, which takes longer than a read waits"
 	case answer.outcome == outcomeHit:
 		return fmt.Sprintf("its whole lifetime is %s, and one that has more than %s left is not replaced", answer.schedule.Lifetime, answer.schedule.Refresh)
 	default:

@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -62,31 +61,6 @@ func TestRotateRole(t *testing.T) {
 			m.wantToken("app", 3)
 		})
 	})
-	t.Run("obeys Retry-After", func(t *testing.T) {
-		bubble(t, func(m *testMount) {
-			m.configure("app", nil)
-			m.mojo.set(func(s *standIn) {
-				s.fail = &mintError{class: classThrottled, status: 429, retryAfter: time.Minute}
-			})
-			m.creds("app", nil)
-			_, err := rotate(m)
-			wantStatus(t, err, http.StatusBadGateway, "HTTP 429", "The next try is at")
-			m.wantMints(1)
-		})
-	})
-	t.Run("obeys a Retry-After for the role alone", func(t *testing.T) {
-		bubble(t, func(m *testMount) {
-			m.configure("app", nil)
-			m.mojo.set(func(s *standIn) {
-				s.fail = &mintError{class: classRequestRefused, status: 429, oauthError: "invalid_request", retryAfter: time.Minute}
-			})
-			m.creds("app", nil)
-			if resp, err := rotate(m); err != nil || !resp.IsError() {
-				t.Errorf("got %v, %v", resp, err)
-			}
-			m.wantMints(1)
-		})
-	})
 	t.Run("starts a mint of its own", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
@@ -134,22 +108,41 @@ func TestRotateRole(t *testing.T) {
 	})
 }
 
-// The rotation that was started last decides, whichever ends first.
-func TestEarlierRotationDoesNotUndoALaterOne(t *testing.T) {
+// The rotation that was asked for last decides, however long an earlier one takes.
+func TestRotationsOfARoleGoOneAfterTheOther(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
-		m.mojo.set(func(s *standIn) { s.latency = 10 * time.Second })
+		m.mojo.set(func(s *standIn) { s.latency = 9 * time.Second })
 		earlier := make(chan *logical.Response, 1)
 		go func() { earlier <- m.do(logical.UpdateOperation, "rotate-role/app", nil) }()
 		time.Sleep(time.Second)
 		m.mojo.set(func(s *standIn) { s.latency = time.Second })
 		later := m.do(logical.UpdateOperation, "rotate-role/app", nil)
-		m.wantToken("app", 2)
-		if got := <-earlier; !reflect.DeepEqual(got.Data, later.Data) {
-			t.Errorf("the earlier rotation answers %v, want what the later one did: %v", got.Data, later.Data)
+		if got := <-earlier; got.Data["last_vault_rotation"].(string) >= later.Data["last_vault_rotation"].(string) {
+			t.Errorf("the earlier rotation answers %v, the later one %v", got.Data, later.Data)
 		}
 		m.wantToken("app", 2)
 		m.wantMints(2)
+		m.mojo.set(func(s *standIn) {
+			if s.peak != 1 {
+				t.Errorf("%d rotations of a role were under way at once", s.peak)
+			}
+		})
+	})
+}
+
+// Those who ask for a rotation before its request has left get the same one.
+func TestRotationIsSharedUntilItsRequestHasLeft(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1) // the next turn is 200 ms away
+		var wg sync.WaitGroup
+		for range 50 {
+			wg.Go(func() { m.do(logical.UpdateOperation, "rotate-role/app", nil) })
+		}
+		wg.Wait()
+		m.wantMints(2)
+		m.wantToken("app", 2)
 	})
 }
 

@@ -32,7 +32,7 @@ func (c *tokenCache) rotate(ctx context.Context, q *query, save func(context.Con
 		return nil, err
 	}
 	defer waiter.Leave()
-	if err := c.wait(ctx, f.done, waiter, f.up); err != nil {
+	if err := c.toTheEnd(ctx, f, waiter); err != nil {
 		return nil, err
 	}
 	return f.token, f.err

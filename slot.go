@@ -33,7 +33,7 @@ const (
 
 // errDemanded is for a reader who wants a newer token than the held one so soon after
 // one was asked for.
-var errDemanded = fmt.Errorf("a newer one was asked for less than %s ago", demandPause)
+var errDemanded = fmt.Errorf("one was asked for less than %s ago", demandPause)
 
 // errImpatient is for a reader who has waited long enough for a mint, since the old
 // token would do.

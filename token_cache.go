@@ -441,13 +441,25 @@ func (c *tokenCache) wait(ctx context.Context, done <-chan struct{}, waiter *gat
 func (c *tokenCache) waitFor(ctx context.Context, f *flight, waiter *gate.Waiter, old *cachedToken) error {
 	now := time.Now()
 	if !old.usable(now) {
-		return c.wait(ctx, f.done, waiter, f.up)
+		return c.toTheEnd(ctx, f, waiter)
 	}
 	patient, cancel := context.WithTimeoutCause(ctx, min(old.timeLeft(now)-old.schedule.Floor, patience-now.Sub(f.started)), errImpatient)
 	defer cancel()
 	err := c.wait(patient, f.done, waiter, f.up)
 	if err != nil && ctx.Err() == nil && patient.Err() != nil {
 		return errImpatient
+	}
+	return err
+}
+
+// toTheEnd waits for a mint to its end. The errors are those of wait, and an
+// *unavailable when the request had all the time that it may have.
+func (c *tokenCache) toTheEnd(ctx context.Context, f *flight, waiter *gate.Waiter) error {
+	err := c.wait(ctx, f.done, waiter, f.up)
+	var late *noTurn
+	allowed := f.up.config.entry.RequestTimeout
+	if left := f.turn.left.Load(); errors.As(err, &late) && left != nil && time.Since(*left) >= allowed {
+		return &unavailable{mintError: &mintError{class: classTimeout, allowed: allowed}, config: f.up.config.name}
 	}
 	return err
 }

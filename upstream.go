@@ -154,7 +154,7 @@ func (n *noTurn) Error() string {
 	if n.Throttled {
 		throttles = "; MojoAuth throttles by HTTP 429"
 	}
-	return fmt.Sprintf("config %q: %s (%d waiting, %.3g requests a second%s). Try again in %s", n.config, why, n.Waiting, n.Pace, throttles, n.ComeBack)
+	return fmt.Sprintf("config %q: %s (%d waiting, at %.3g a second%s). Try again in %s", n.config, why, n.Waiting, n.Pace, throttles, n.ComeBack)
 }
 
 func (n *noTurn) Unwrap() error { return n.NoTurnError }
@@ -268,8 +268,8 @@ func (u *upstream) mint(ctx context.Context, f *flight) (*cachedToken, error) {
 		u.settle(f.leave, nil)
 		return nil, u.unasked(err)
 	}
-	if !f.turn.left.IsZero() {
-		started = f.turn.left
+	if left := f.turn.left.Load(); left != nil {
+		started = *left
 	}
 	u.telemetry.minted(u.config.name, time.Since(started), failed)
 
