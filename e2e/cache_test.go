@@ -290,7 +290,7 @@ func TestMemoryOfManyRoles(t *testing.T) {
 	)
 	w := newWorld(t)
 	w.oauth.SetPadding(900) // beside the 600 bytes that a token has anyhow
-	w.write("config", w.config(nil))
+	w.write("config", w.config(unpaced(nil)))
 	w.write("roles/first", role(nil))
 	if size := len(w.token("first")); size < 1500 || size > 1700 {
 		t.Errorf("a token has %d bytes, want about 1.5 KB", size)

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -59,7 +60,7 @@ func TestExamples(t *testing.T) {
 	w.write("config", w.config(nil))
 	w.write("roles/demo", role(nil))
 	w.token("demo")
-	for _, row := range rows {
+	for i, row := range rows {
 		language, command := row[1], row[2]
 		t.Run(language, func(t *testing.T) {
 			tools := exampleTools[language]
@@ -73,7 +74,7 @@ func TestExamples(t *testing.T) {
 			}
 			inner := *w
 			inner.TB = t
-			(&example{world: &inner, root: root, command: command}).check()
+			(&example{world: &inner, root: root, command: command, role: fmt.Sprintf("demo%d", i)}).check()
 		})
 	}
 }
@@ -83,6 +84,7 @@ type example struct {
 	*world
 	root    string
 	command string
+	role    string   // that no other example reads
 	secrets []string // that no output may hold, beside the tokens
 }
 
@@ -119,7 +121,7 @@ func (e *example) check() {
 	e.fails([]string{nobody}, "API_URL="+api, "VAULT_ADDR="+nobody)
 
 	// The API refuses a token: it is read again, although it is cached, and once.
-	refusing := e.front(api, func(n int64, w http.ResponseWriter) bool {
+	refusing := e.front(api, func(n int64, w http.ResponseWriter, _ *http.Request) bool {
 		if n == 2 {
 			http.Error(w, "refused", http.StatusUnauthorized)
 		}
@@ -130,7 +132,7 @@ func (e *example) check() {
 	e.wantReads("a call that was refused once", reads, 2)
 	refusing.wantRequests("three calls, one of them refused once", 4)
 
-	stubborn := e.front(api, func(_ int64, w http.ResponseWriter) bool {
+	stubborn := e.front(api, func(_ int64, w http.ResponseWriter, _ *http.Request) bool {
 		http.Error(w, "refused", http.StatusUnauthorized)
 		return true
 	}, nil)
@@ -139,23 +141,45 @@ func (e *example) check() {
 	e.wantReads("a call that is always refused", reads, 2)
 	stubborn.wantRequests("a call that is always refused", 2)
 
-	// A Vault that fails once, and says that a token is to be read again after
-	// a second.
-	failing := e.front(e.vault.Address(), func(n int64, w http.ResponseWriter) bool {
-		if n == 1 {
-			http.Error(w, `{"errors":["plugin is shut down"]}`, http.StatusInternalServerError)
+	// The API accepts a token no longer: the program comes back with a newer one.
+	var revoked atomic.Pointer[string]
+	revoking := e.front(api, func(_ int64, w http.ResponseWriter, r *http.Request) bool {
+		authorization := r.Header.Get("Authorization")
+		revoked.CompareAndSwap(nil, &authorization)
+		if authorization != *revoked.Load() {
+			return false
 		}
-		return n == 1
-	}, func(body []byte) []byte { return regexp.MustCompile(`"ttl":\d+`).ReplaceAll(body, []byte(`"ttl":1`)) })
-	e.succeeds(strings.Repeat(hello, 2), "API_URL="+api, "VAULT_ADDR="+failing.URL+"/", "CALLS=2", "INTERVAL=2")
-	failing.wantRequests("a failure and two reads", 3)
-
-	broken := e.front(e.vault.Address(), func(_ int64, w http.ResponseWriter) bool {
-		http.Error(w, `{"errors":["plugin is shut down","try \"later\""]}`, http.StatusBadGateway)
+		http.Error(w, "revoked", http.StatusUnauthorized)
 		return true
 	}, nil)
-	e.fails([]string{"502", `plugin is shut down; try "later"`}, "API_URL="+api, "VAULT_ADDR="+broken.URL)
-	broken.wantRequests("a Vault that always fails", 2)
+	e.write("roles/"+e.role, role(nil)) // nobody else has asked for a newer one
+	reads, mints := e.reads(), len(e.oauth.Requests())
+	e.succeeds(strings.Repeat(hello, 3), "API_URL="+revoking.URL, "ROLE="+e.role, "CALLS=3", "INTERVAL=0")
+	e.wantReads("a token that was revoked", reads, 2)
+	revoking.wantRequests("three calls, the first with a token that was revoked", 4)
+	if got := len(e.oauth.Requests()) - mints; got != 2 {
+		e.Errorf("a token that was revoked: %d were minted, want 2", got)
+	}
+
+	for _, status := range []int{http.StatusTooManyRequests, http.StatusInternalServerError, http.StatusBadGateway} {
+		// A Vault that fails once, and says that a token is to be read again after
+		// a second.
+		failing := e.front(e.vault.Address(), func(n int64, w http.ResponseWriter, _ *http.Request) bool {
+			if n == 1 {
+				http.Error(w, `{"errors":["not now"]}`, status)
+			}
+			return n == 1
+		}, func(body []byte) []byte { return regexp.MustCompile(`"ttl":\d+`).ReplaceAll(body, []byte(`"ttl":1`)) })
+		e.succeeds(strings.Repeat(hello, 2), "API_URL="+api, "VAULT_ADDR="+failing.URL+"/", "CALLS=2", "INTERVAL=2")
+		failing.wantRequests("a failure and two reads", 3)
+
+		broken := e.front(e.vault.Address(), func(_ int64, w http.ResponseWriter, _ *http.Request) bool {
+			http.Error(w, `{"errors":["not now","try \"later\""]}`, status)
+			return true
+		}, nil)
+		e.fails([]string{strconv.Itoa(status), `not now; try "later"`}, "API_URL="+api, "VAULT_ADDR="+broken.URL)
+		broken.wantRequests("a Vault that always fails", 2)
+	}
 
 	// What that is for: Vault starts a plugin that was killed, when it is asked.
 	e.vault.SignalPlugin(e.TB, pluginBinary, syscall.SIGKILL)
@@ -171,7 +195,7 @@ func (e *example) check() {
 	// The agent replaces the file after the program has read it.
 	e.secrets = append(e.secrets, "canary-access-token")
 	fill("canary-access-token")
-	late := e.front(api, func(int64, http.ResponseWriter) bool {
+	late := e.front(api, func(int64, http.ResponseWriter, *http.Request) bool {
 		fill(e.token("demo"))
 		return false
 	}, nil)
@@ -286,7 +310,7 @@ type front struct {
 
 // front starts one. intercept sees the number of each request, and answers it or
 // lets it pass; change may change the body of what passes.
-func (e *example) front(target string, intercept func(n int64, w http.ResponseWriter) bool, change func(body []byte) []byte) *front {
+func (e *example) front(target string, intercept func(n int64, w http.ResponseWriter, r *http.Request) bool, change func(body []byte) []byte) *front {
 	e.Helper()
 	to, err := url.Parse(target)
 	if err != nil {
@@ -310,7 +334,7 @@ func (e *example) front(target string, intercept func(n int64, w http.ResponseWr
 	}
 	f := &front{t: e.TB}
 	f.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if n := f.requests.Add(1); intercept == nil || !intercept(n, w) {
+		if n := f.requests.Add(1); intercept == nil || !intercept(n, w, r) {
 			proxy.ServeHTTP(w, r)
 		}
 	}))

@@ -40,7 +40,7 @@ func TestEveryFaultThroughVault(t *testing.T) {
 		fault  oauthserver.Faults
 		status int // 200: a token is read
 		text   string
-		tries  int // of at most 2
+		tries  int // of at most 2; 0 when the pace decides
 	}{
 		{"well", oauthserver.Faults{}, 200, "", 1},
 		{"latency", oauthserver.Faults{Latency: oauthserver.Duration(300 * time.Millisecond)}, 200, "", 1},
@@ -64,9 +64,10 @@ func TestEveryFaultThroughVault(t *testing.T) {
 		{"mojoauth-error", oauthserver.Faults{Status: 401, Body: `{"error_code":900,"message":"no","description":"` + canary + `"}`}, 400, "[description withheld] (HTTP 401)", 1},
 		{"not-found", oauthserver.Faults{Status: 404, Body: canary}, 400, "(HTTP 404). The next try is at", 1},
 		{"forbidden", oauthserver.Faults{Status: 403}, 400, "(HTTP 403)", 1},
-		{"throttled", oauthserver.Faults{Status: 429}, 502, "throttles (HTTP 429). The next try is at", 2},
-		{"throttled-for-long", oauthserver.Faults{Status: 429, Header: map[string]string{"Retry-After": "300"}}, 502, "in 5m0s", 1},
-		{"throttled-until", oauthserver.Faults{Status: 429, Header: map[string]string{"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}}, 502, "in 10m0s", 1},
+		{"one-429", oauthserver.Faults{Status: 429, Requests: 1}, 200, "", 2},
+		{"throttled", oauthserver.Faults{Status: 429}, 429, "HTTP 429", 0},
+		{"throttled-for-long", oauthserver.Faults{Status: 429, Header: map[string]string{"Retry-After": "300"}}, 429, "Try again in 5m", 1},
+		{"throttled-until", oauthserver.Faults{Status: 429, Header: map[string]string{"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}}, 429, "Try again in 10m", 1},
 		{"500", oauthserver.Faults{Status: 500, Body: canary}, 502, "(HTTP 500)", 2},
 		{"501", oauthserver.Faults{Status: 501}, 502, "(HTTP 501)", 1},
 		{"502", oauthserver.Faults{Status: 502}, 502, "(HTTP 502)", 2},
@@ -98,7 +99,7 @@ func TestEveryFaultThroughVault(t *testing.T) {
 		} else {
 			w.wantError(err, c.status, fmt.Sprintf("role %q: config %q: ", c.name, c.name), c.text)
 		}
-		if got := len(w.oauth.Requests()) - before; got != c.tries {
+		if got := len(w.oauth.Requests()) - before; c.tries > 0 && got != c.tries {
 			t.Errorf("%s: %d requests, want %d", c.name, got, c.tries)
 		}
 	}
@@ -112,14 +113,14 @@ func TestEveryFaultThroughVault(t *testing.T) {
 			continue
 		}
 		w.oauth.SetFaults(c.fault)
-		_, err := w.vault.Logical().Write("mojoauth/config/verified", w.config(map[string]any{"max_retries": 0, "request_timeout": "2s"}))
+		_, err := w.vault.Logical().Write("mojoauth/config/verified-"+c.name, w.config(map[string]any{"max_retries": 0, "request_timeout": "2s"}))
 		if slices.Contains([]string{"invalid-scope", "invalid-target", "denied", "error-under-200"}, c.name) {
 			if err != nil { // the client was accepted
 				t.Errorf("%s: %v", c.name, err)
 			}
 			continue
 		}
-		w.wantError(err, 400, `config "verified" was not saved`, "verify_connection=false")
+		w.wantError(err, 400, fmt.Sprintf("config %q was not saved", "verified-"+c.name), "verify_connection=false")
 	}
 	status, metrics := toJSON(t, w.read("status").Data), w.scrape()
 	for _, token := range w.oauth.Issued() {
@@ -236,7 +237,7 @@ func TestOutageDrill(t *testing.T) {
 		"refused": {},
 		"hang":    {Hang: true},
 		"503":     {Status: 503},
-		"429":     {Status: 429, Header: map[string]string{"Retry-After": "20"}},
+		"429":     {Status: 429, Header: map[string]string{"Retry-After": "30"}}, // beyond what a read waits
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -281,7 +282,9 @@ func TestOutageDrill(t *testing.T) {
 						case time.Now().Before(expires.Add(-floor)):
 							errorsEarly.Add(1)
 							t.Logf("an error while the old token was above the floor: %v", err)
-						case errors.As(err, &answer) && (answer.StatusCode == 502 || answer.StatusCode == 504) && strings.Contains(err.Error(), "The next try is "):
+						case errors.As(err, &answer) && name != "429" && (answer.StatusCode == 502 || answer.StatusCode == 504) && strings.Contains(err.Error(), "The next try is "):
+							errorsLate.Add(1)
+						case errors.As(err, &answer) && name == "429" && answer.StatusCode == 429 && strings.Contains(err.Error(), "Try again in "):
 							errorsLate.Add(1)
 						default:
 							badErrors.Add(1)
@@ -301,7 +304,8 @@ func TestOutageDrill(t *testing.T) {
 				w.oauth.SetFaults(fault)
 			}
 
-			// Past the end of the token the remembered error is told at once.
+			// Past the end of the token the remembered error is told at once, and so is
+			// a Retry-After that is too long.
 			time.Sleep(time.Until(expires.Add(-floor / 2)))
 			var took []time.Duration
 			for time.Since(began) < outage-2*time.Second {
@@ -319,14 +323,17 @@ func TestOutageDrill(t *testing.T) {
 				t.Fatal(err)
 			}
 			config := status.Data["configs"].(map[string]any)["default"].(map[string]any)
+			failures := status.Data["mint_failures"].(map[string]any)
+			class := map[string]string{"refused": "network", "hang": "timeout", "503": "server_error"}[name]
+			series := `mojoauth_mints_total{config="default",result="` + class + `"}`
 			for _, key := range []string{"last_error", "last_error_class", "last_error_at", "last_mint_at"} {
-				if config[key] == nil {
-					t.Errorf("status tells no %s: %v", key, config)
+				if outage := class != "" || key == "last_mint_at"; (config[key] != nil) != outage { // a 429 is none
+					t.Errorf("status tells %s: %v", key, config)
 				}
 			}
-			failures := status.Data["mint_failures"].(map[string]any)
-			class := map[string]string{"refused": "network", "hang": "timeout", "503": "server_error", "429": "throttled"}[name]
-			if config["last_error_class"] != class || failures[class] == nil {
+			if class == "" {
+				series = `mojoauth_requests_total{config="default",result="throttled"}`
+			} else if config["last_error_class"] != class || failures[class] == nil {
 				t.Errorf("status tells of %v and %v, want %s", config["last_error_class"], failures, class)
 			}
 			if name == "refused" { // nobody was there to count: a first mint of three tries, then one each
@@ -374,7 +381,7 @@ func TestOutageDrill(t *testing.T) {
 			} else {
 				body, _ := io.ReadAll(resp.Body)
 				resp.Body.Close()
-				for _, line := range []string{`mojoauth_config_in_backoff{config="default"} 0`, `mojoauth_mints_total{config="default",result="` + class + `"}`, `mojoauth_reads_total{outcome="stale"}`} {
+				for _, line := range []string{`mojoauth_config_in_backoff{config="default"} 0`, series, `mojoauth_reads_total{outcome="stale"}`} {
 					if !strings.Contains(string(body), line) {
 						t.Errorf("the metrics do not tell %s", line)
 					}
@@ -384,18 +391,21 @@ func TestOutageDrill(t *testing.T) {
 	}
 }
 
+// A Retry-After closes the gate to all: first requests, those of narrowed reads, and
+// rotations.
 func TestRetryAfterOnAColdRole(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	w.write("config", w.config(nil))
-	w.write("roles/app", role(nil))
-	w.write("roles/other", role(nil))
+	w.write("config", w.config(map[string]any{"request_timeout": "2s"}))
+	w.write("roles/app", role(map[string]any{"scopes": "read:data,write:data"}))
+	w.write("roles/other", role(map[string]any{"scopes": "read:data,write:data"}))
 	w.oauth.SetFaults(oauthserver.Faults{Status: 429, Header: map[string]string{"Retry-After": "20"}})
 	before := len(w.oauth.Requests())
 	_, err := w.vault.Logical().Read("mojoauth/creds/app")
-	w.wantError(err, 502, "HTTP 429", "The next try is at")
+	w.wantError(err, 429, "HTTP 429", "Try again in ")
 	first := w.oauth.Requests()[before].At
-	for time.Since(first) < 19500*time.Millisecond {
+	for time.Since(first) < 15*time.Second { // a read waits for 3 s at most
+		asked := time.Now()
 		for _, path := range []string{"creds/app", "creds/other"} {
 			for _, query := range []map[string][]string{nil, {"min_ttl": {"5m"}}, {"scopes": {oauthserver.DataScope}}} {
 				if _, err := w.vault.Logical().ReadWithData("mojoauth/"+path, query); err == nil {
@@ -404,11 +414,14 @@ func TestRetryAfterOnAColdRole(t *testing.T) {
 			}
 		}
 		_, err := w.vault.Logical().Write("mojoauth/rotate-role/app", nil)
-		w.wantError(err, 502, "HTTP 429")
+		w.wantError(err, 429, "HTTP 429")
+		if took := time.Since(asked); took > 2*time.Second {
+			t.Errorf("seven requests took %s, want each answered at once", took)
+		}
 		time.Sleep(50 * time.Millisecond)
 	}
 	if got := len(w.oauth.Requests()) - before; got != 1 {
-		t.Errorf("%d requests within 20 s, want 1", got)
+		t.Errorf("%d requests within 15 s, want 1", got)
 	}
 	w.oauth.SetFaults(oauthserver.Faults{})
 	harness.Eventually(t, "a token after the wait", func() error {
@@ -454,7 +467,10 @@ func TestFaultsOverHTTP(t *testing.T) {
 	if do(http.MethodPut, `{"status": 429}`) != 200 || token() != 429 || do(http.MethodDelete, "") != 200 || token() != 200 {
 		t.Error("requests should have failed until the fault was deleted")
 	}
-	if do(http.MethodPut, `{"stat": 429}`) != 400 || do(http.MethodPut, `{"drop": "always"}`) != 400 {
+	if do(http.MethodPut, `{"rate_limit": 1, "retry_after": 1}`) != 200 || token() != 200 || token() != 429 || do(http.MethodDelete, "") != 200 || token() != 200 {
+		t.Error("the second of two requests in a second should have failed")
+	}
+	if do(http.MethodPut, `{"stat": 429}`) != 400 || do(http.MethodPut, `{"drop": "always"}`) != 400 || do(http.MethodPut, `{"rate_limit": -1}`) != 400 {
 		t.Error("faults that do not exist were taken")
 	}
 }

@@ -143,6 +143,15 @@ func (w *world) config(more map[string]any) map[string]any {
 	return data
 }
 
+// unpaced is fields of a config whose pace is not what the test is about.
+func unpaced(more map[string]any) map[string]any {
+	data := map[string]any{"max_requests_per_second": 1000}
+	for k, v := range more {
+		data[k] = v
+	}
+	return data
+}
+
 // role is the fields of a role that may call the protected API.
 func role(more map[string]any) map[string]any {
 	data := map[string]any{"audience": oauthserver.DataAudience, "scopes": oauthserver.DataScope}

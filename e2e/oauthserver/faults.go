@@ -42,6 +42,11 @@ type Faults struct {
 	Gzip bool `json:"gzip,omitempty"`
 	// Fields are set in the answers that grant a token; null takes a field out.
 	Fields map[string]json.RawMessage `json:"fields,omitempty"`
+	// RateLimit is how many requests are taken in any second. Those beyond it are
+	// answered with 429, and do not count toward it.
+	RateLimit int `json:"rate_limit,omitempty"`
+	// RetryAfter is the Retry-After of these 429s, in seconds; 0 is none.
+	RetryAfter int `json:"retry_after,omitempty"`
 }
 
 // Duration is a time.Duration that JSON holds as "1.5s".
@@ -65,17 +70,31 @@ func (s *Server) SetFaults(f Faults) {
 	s.faultsLeft = f.Requests
 }
 
-// takeFaults is how the server misbehaves for the next request.
-func (s *Server) takeFaults() Faults {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// takeFaults is how the server misbehaves for a request that has come at that time.
+// The caller holds s.mu.
+func (s *Server) takeFaults(at time.Time) Faults {
 	f := s.faults
 	if f.Requests > 0 {
 		if s.faultsLeft--; s.faultsLeft == 0 {
 			s.faults = Faults{}
 		}
 	}
+	if f.RateLimit > 0 {
+		if n := len(s.taken); n >= f.RateLimit && at.Sub(s.taken[n-f.RateLimit]) < time.Second {
+			return f.refusal()
+		}
+		s.taken = append(s.taken[max(0, len(s.taken)-f.RateLimit):], at)
+	}
 	return f
+}
+
+// refusal is how a request beyond the rate limit is answered.
+func (f Faults) refusal() Faults {
+	refusal := Faults{Latency: f.Latency, Status: http.StatusTooManyRequests, Body: `{"error":"slow_down"}`}
+	if f.RetryAfter > 0 {
+		refusal.Header = map[string]string{"Retry-After": strconv.Itoa(f.RetryAfter)}
+	}
+	return refusal
 }
 
 func (s *Server) faultsEndpoint(w http.ResponseWriter, r *http.Request) {
@@ -86,6 +105,10 @@ func (s *Server) faultsEndpoint(w http.ResponseWriter, r *http.Request) {
 		decoder.DisallowUnknownFields()
 		if err := decoder.Decode(&f); err != nil {
 			http.Error(w, "not the faults this server knows: "+err.Error(), http.StatusBadRequest)
+			return
+		}
+		if f.RateLimit < 0 || f.RetryAfter < 0 {
+			http.Error(w, "rate_limit and retry_after may not be negative", http.StatusBadRequest)
 			return
 		}
 		if f.Drop != "" && f.Drop != "before" && f.Drop != "body" {

@@ -70,7 +70,8 @@ type Client struct {
 
 // Request is a token request as it came over the wire.
 type Request struct {
-	At     time.Time
+	At     time.Time // when it had come
+	Status int       // of the answer; 0 until there is one
 	Method string
 	Query  string // undecoded
 	Header http.Header
@@ -89,11 +90,13 @@ type Server struct {
 
 	mu       sync.Mutex
 	clients  map[string]*client
-	requests []Request
+	requests []*Request
 	issued   []string
 	faults   Faults
 	// faultsLeft is how many requests the faults are still for.
 	faultsLeft int
+	// taken is when the last requests came that the rate limit let pass.
+	taken []time.Time
 
 	http *http.Server
 	url  string
@@ -200,7 +203,34 @@ func (s *Server) SetPadding(n int) { s.padding.Store(int64(n)) }
 func (s *Server) Requests() []Request {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return slices.Clone(s.requests)
+	requests := make([]Request, len(s.requests))
+	for i, request := range s.requests {
+		requests[i] = *request
+	}
+	return requests
+}
+
+// Refused is how many of the requests were answered with 429.
+func Refused(requests []Request) (n int) {
+	for _, request := range requests {
+		if request.Status == http.StatusTooManyRequests {
+			n++
+		}
+	}
+	return n
+}
+
+// Peak is the highest number of the requests, which are in order of arrival, that came
+// within a second.
+func Peak(requests []Request) (most int) {
+	first := 0
+	for i, request := range requests {
+		for request.At.Sub(requests[first].At) >= time.Second {
+			first++
+		}
+		most = max(most, i-first+1)
+	}
+	return most
 }
 
 // Issued are the access tokens so far.
@@ -261,11 +291,29 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "unreadable body", http.StatusBadRequest)
 		return
 	}
-	s.mu.Lock()
-	s.requests = append(s.requests, Request{time.Now(), r.Method, r.URL.RawQuery, r.Header.Clone(), string(body)})
-	s.mu.Unlock()
 	r.Body = io.NopCloser(bytes.NewReader(body))
-	s.takeFaults().misbehave(w, r, s.grant)
+	request := &Request{Method: r.Method, Query: r.URL.RawQuery, Header: r.Header.Clone(), Body: string(body)}
+	s.mu.Lock()
+	request.At = time.Now()
+	s.requests = append(s.requests, request)
+	faults := s.takeFaults(request.At)
+	s.mu.Unlock()
+	faults.misbehave(&noting{w, func(status int) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		request.Status = status
+	}}, r, s.grant)
+}
+
+// noting tells the status of an answer before it leaves.
+type noting struct {
+	http.ResponseWriter
+	note func(status int)
+}
+
+func (n *noting) WriteHeader(status int) {
+	n.note(status)
+	n.ResponseWriter.WriteHeader(status)
 }
 
 // grant answers a token request as a server does that is well.

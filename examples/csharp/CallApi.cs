@@ -42,6 +42,7 @@ class VaultAnswer
 class VaultData
 {
     [DataMember(Name = "access_token")] public string AccessToken { get; set; }
+    [DataMember(Name = "last_vault_rotation")] public string LastVaultRotation { get; set; }
     [DataMember(Name = "ttl")] public int Ttl { get; set; }
 }
 
@@ -65,6 +66,7 @@ static class CallApi
     };
     static readonly Stopwatch Clock = Stopwatch.StartNew();
     static string cached;
+    static string mintedAt;
     static TimeSpan readAgain;
 
     static string Setting(string name, string otherwise = null)
@@ -105,17 +107,20 @@ static class CallApi
     }
 
     // Reads from Vault, and keeps the token as long as Vault says.
-    static async Task<string> TokenOfVault(bool fresh)
+    static async Task<string> TokenOfVault(bool refused)
     {
         var now = Clock.Elapsed;
-        if (cached != null && !fresh && now < readAgain) return cached;
+        if (cached != null && !refused && now < readAgain) return cached;
 
         var url = Setting("VAULT_ADDR").TrimEnd('/') + "/v1/" + Setting("MOUNT", "mojoauth") + "/creds/" + Setting("ROLE", "demo");
+        // One that was minted later than the one that the API refused.
+        if (refused) url += "?minted_after=" + Uri.EscapeDataString(mintedAt);
         var vaultToken = Bare("VAULT_TOKEN", Setting("VAULT_TOKEN"));
         var answer = await Get(url, "X-Vault-Token", vaultToken);
-        if (answer.Status >= 500)
+        if (answer.Status == 429 || answer.Status >= 500)
         {
-            // A plugin that was killed is started again by the next request.
+            // The next request starts a plugin that was killed, and may find fewer
+            // token requests waiting for their turn.
             await Task.Delay(1000);
             answer = await Get(url, "X-Vault-Token", vaultToken);
         }
@@ -127,15 +132,16 @@ static class CallApi
         }
         if (parsed?.Data == null) throw new Failure("Vault answered without a token");
         cached = Bare("access_token", parsed.Data.AccessToken);
+        mintedAt = parsed.Data.LastVaultRotation;
         readAgain = now + TimeSpan.FromSeconds(parsed.Data.Ttl);
         return cached;
     }
 
-    static async Task<Answer> Call(bool fresh)
+    static async Task<Answer> Call(bool refused)
     {
         // The file is read at every call, since Vault Agent replaces it.
         var file = Setting("TOKEN_FILE", "");
-        var token = file != "" ? Bare("TOKEN_FILE", File.ReadAllText(file).Trim()) : await TokenOfVault(fresh);
+        var token = file != "" ? Bare("TOKEN_FILE", File.ReadAllText(file).Trim()) : await TokenOfVault(refused);
         return await Get(Setting("API_URL"), "Authorization", "Bearer " + token);
     }
 
@@ -146,10 +152,10 @@ static class CallApi
         for (var call = 0; call < calls; call++)
         {
             if (call > 0) await Task.Delay(interval);
-            var answer = await Call(fresh: false);
-            // The token may have been replaced since it was read. Once is
-            // enough: a second 401 is about something else.
-            if (answer.Status == (int)HttpStatusCode.Unauthorized) answer = await Call(fresh: true);
+            var answer = await Call(refused: false);
+            // A newer token may be accepted. Once is enough: a second 401 is
+            // about something else.
+            if (answer.Status == (int)HttpStatusCode.Unauthorized) answer = await Call(refused: true);
             if (answer.Status < 200 || answer.Status > 299)
                 throw new Failure("the API answered " + answer.Status + ": " + answer.Body);
             Console.WriteLine(answer.Status + " " + answer.Body);

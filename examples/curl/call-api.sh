@@ -36,14 +36,17 @@ get() {
 # pick EXPRESSION: what sed finds in the body. Vault's JSON is on one line.
 pick() { printf '%s\n' "$body" | sed -n "$1"; }
 
+# read_vault [QUERY]: sets token, minted_at and read_again.
 read_vault() {
 	need_bare VAULT_TOKEN "${VAULT_TOKEN:-}"
 	[ -n "${VAULT_ADDR:-}" ] || fail 'VAULT_ADDR is not set'
-	url=${VAULT_ADDR%/}/v1/${MOUNT:-mojoauth}/creds/${ROLE:-demo}
+	url=${VAULT_ADDR%/}/v1/${MOUNT:-mojoauth}/creds/${ROLE:-demo}${1:-}
 	now=$(date +%s)
 	get "$url" "X-Vault-Token: $VAULT_TOKEN"
 	case $status in
-	5??) # A plugin that was killed is started again by the next request.
+	429 | 5??)
+		# The next request starts a plugin that was killed, and may find fewer
+		# token requests waiting for their turn.
 		sleep 1
 		get "$url" "X-Vault-Token: $VAULT_TOKEN"
 		;;
@@ -54,18 +57,22 @@ read_vault() {
 	# These characters are all that a bearer token may hold (RFC 6750 §2.1), and
 	# none of them is escaped in JSON.
 	token=$(pick 's|.*"access_token":"\([A-Za-z0-9._~+/=-]*\)".*|\1|p')
+	minted_at=$(pick 's/.*"last_vault_rotation":"\([0-9TZ:-]*\)".*/\1/p')
 	ttl=$(pick 's/.*"ttl":\([0-9][0-9]*\).*/\1/p')
 	[ -n "$token" ] && [ -n "$ttl" ] || fail 'Vault answered without a token'
 	read_again=$((now + ttl))
 }
 
-# take_token [fresh]: sets token.
+# take_token [refused]: sets token, to a newer one if the API has refused the last.
 take_token() {
 	if [ -n "${TOKEN_FILE:-}" ]; then
 		# Vault Agent replaces the file, so what was read before may be old.
 		token=$(cat "$TOKEN_FILE") || fail 'TOKEN_FILE cannot be read'
 		need_bare TOKEN_FILE "$token"
-	elif [ "${1:-}" = fresh ] || [ "$(date +%s)" -ge "$read_again" ]; then
+	elif [ "${1:-}" = refused ]; then
+		# One that was minted later than the one that the API refused.
+		read_vault "?minted_after=$minted_at"
+	elif [ "$(date +%s)" -ge "$read_again" ]; then
 		read_vault
 	fi
 }
@@ -78,9 +85,9 @@ while [ "$call" -lt "${CALLS:-1}" ]; do
 	take_token
 	get "$API_URL" "Authorization: Bearer $token"
 	if [ "$status" = 401 ]; then
-		# The token may have been replaced since it was read. Once is enough:
-		# a second 401 is about something else.
-		take_token fresh
+		# A newer token may be accepted. Once is enough: a second 401 is about
+		# something else.
+		take_token refused
 		get "$API_URL" "Authorization: Bearer $token"
 	fi
 	case $status in

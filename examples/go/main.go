@@ -12,16 +12,17 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
 	"time"
 )
 
-// A tokenSource gives the token for the next call. A fresh one comes from no
-// cache of the source.
+// A tokenSource gives the token for the next call. When the API has refused the
+// last one, it gives a newer one if there is one.
 type tokenSource interface {
-	token(fresh bool) (string, error)
+	token(refused bool) (string, error)
 }
 
 // fileSource reads the file at every call, since Vault Agent replaces it.
@@ -41,27 +42,35 @@ type vaultSource struct {
 	url, vaultToken string
 
 	cached    string
+	mintedAt  string
 	readAgain time.Time
 }
 
-func (v *vaultSource) token(fresh bool) (string, error) {
-	if !fresh && time.Now().Before(v.readAgain) {
+func (v *vaultSource) token(refused bool) (string, error) {
+	if !refused && time.Now().Before(v.readAgain) {
 		return v.cached, nil
 	}
+	from := v.url
+	if refused {
+		// One that was minted later than the one that the API refused.
+		from += "?minted_after=" + url.QueryEscape(v.mintedAt)
+	}
 	now := time.Now()
-	status, body, err := get(v.url, "X-Vault-Token", v.vaultToken)
-	if err == nil && status >= 500 {
-		// A plugin that was killed is started again by the next request.
+	status, body, err := get(from, "X-Vault-Token", v.vaultToken)
+	if err == nil && (status == http.StatusTooManyRequests || status >= 500) {
+		// The next request starts a plugin that was killed, and may find fewer
+		// token requests waiting for their turn.
 		time.Sleep(time.Second)
-		status, body, err = get(v.url, "X-Vault-Token", v.vaultToken)
+		status, body, err = get(from, "X-Vault-Token", v.vaultToken)
 	}
 	if err != nil {
 		return "", err
 	}
 	var answer struct {
 		Data struct {
-			AccessToken string `json:"access_token"`
-			TTL         int    `json:"ttl"`
+			AccessToken       string `json:"access_token"`
+			LastVaultRotation string `json:"last_vault_rotation"`
+			TTL               int    `json:"ttl"`
 		} `json:"data"`
 		Errors []string `json:"errors"`
 	}
@@ -73,7 +82,8 @@ func (v *vaultSource) token(fresh bool) (string, error) {
 	if err != nil || answer.Data.AccessToken == "" {
 		return "", errors.New("Vault answered without a token")
 	}
-	v.cached, v.readAgain = answer.Data.AccessToken, now.Add(time.Duration(answer.Data.TTL)*time.Second)
+	v.cached, v.mintedAt = answer.Data.AccessToken, answer.Data.LastVaultRotation
+	v.readAgain = now.Add(time.Duration(answer.Data.TTL) * time.Second)
 	return v.cached, nil
 }
 
@@ -100,8 +110,8 @@ func get(url, header, value string) (status int, body string, err error) {
 }
 
 // callAPI calls the API with a token of the source.
-func callAPI(url string, source tokenSource, fresh bool) (status int, body string, err error) {
-	token, err := source.token(fresh)
+func callAPI(url string, source tokenSource, refused bool) (status int, body string, err error) {
+	token, err := source.token(refused)
 	if err != nil {
 		return 0, "", err
 	}
@@ -140,8 +150,8 @@ func run() error {
 		}
 		status, body, err := callAPI(url, source, false)
 		if err == nil && status == http.StatusUnauthorized {
-			// The token may have been replaced since it was read. Once is
-			// enough: a second 401 is about something else.
+			// A newer token may be accepted. Once is enough: a second 401 is
+			// about something else.
 			status, body, err = callAPI(url, source, true)
 		}
 		if err != nil {

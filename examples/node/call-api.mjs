@@ -39,25 +39,30 @@ async function tokenOfFile() {
 }
 
 let cached;
+let mintedAt;
 let readAgain = 0;
 
 // Reads from Vault, and keeps the token as long as Vault says.
-async function tokenOfVault({ fresh }) {
+async function tokenOfVault({ refused }) {
   const now = performance.now();
-  if (cached && !fresh && now < readAgain) return cached;
+  if (cached && !refused && now < readAgain) return cached;
 
   const address = setting('VAULT_ADDR').replace(/\/$/, '');
-  const url = `${address}/v1/${setting('MOUNT', 'mojoauth')}/creds/${setting('ROLE', 'demo')}`;
+  let url = `${address}/v1/${setting('MOUNT', 'mojoauth')}/creds/${setting('ROLE', 'demo')}`;
+  // One that was minted later than the one that the API refused.
+  if (refused) url += `?minted_after=${encodeURIComponent(mintedAt)}`;
   const headers = { 'X-Vault-Token': bare('VAULT_TOKEN', setting('VAULT_TOKEN')) };
   let { status, body } = await get(url, headers);
-  if (status >= 500) {
-    // A plugin that was killed is started again by the next request.
+  if (status === 429 || status >= 500) {
+    // The next request starts a plugin that was killed, and may find fewer
+    // token requests waiting for their turn.
     await sleep(1000);
     ({ status, body } = await get(url, headers));
   }
   if (status !== 200) throw new Error(`Vault answered ${status}: ${errorText(body)}`);
   const { data } = JSON.parse(body);
   cached = bare('access_token', data.access_token);
+  mintedAt = data.last_vault_rotation;
   readAgain = now + data.ttl * 1000;
   return cached;
 }
@@ -74,19 +79,19 @@ function errorText(body) {
 
 const token = process.env.TOKEN_FILE ? tokenOfFile : tokenOfVault;
 
-async function callAPI({ fresh }) {
-  return get(setting('API_URL'), { Authorization: `Bearer ${await token({ fresh })}` });
+async function callAPI({ refused }) {
+  return get(setting('API_URL'), { Authorization: `Bearer ${await token({ refused })}` });
 }
 
 async function main() {
   const calls = Number(setting('CALLS', '1'));
   for (let call = 0; call < calls; call++) {
     if (call > 0) await sleep(Number(setting('INTERVAL', '1')) * 1000);
-    let { status, body } = await callAPI({ fresh: false });
+    let { status, body } = await callAPI({ refused: false });
     if (status === 401) {
-      // The token may have been replaced since it was read. Once is enough: a
-      // second 401 is about something else.
-      ({ status, body } = await callAPI({ fresh: true }));
+      // A newer token may be accepted. Once is enough: a second 401 is about
+      // something else.
+      ({ status, body } = await callAPI({ refused: true }));
     }
     if (status < 200 || status > 299) throw new Error(`the API answered ${status}: ${body}`);
     console.log(status, body);

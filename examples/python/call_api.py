@@ -13,6 +13,7 @@ import re
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 
@@ -57,7 +58,7 @@ def get(url, **headers):
 class FileSource:
     """Reads the file at every call, since Vault Agent replaces it."""
 
-    def token(self, fresh):
+    def token(self, refused):
         with open(setting("TOKEN_FILE"), encoding="ascii", errors="replace") as file:
             return bare("TOKEN_FILE", file.read().strip())
 
@@ -69,20 +70,26 @@ class VaultSource:
         mount, role = setting("MOUNT", "mojoauth"), setting("ROLE", "demo")
         self.url = f"{setting('VAULT_ADDR').rstrip('/')}/v1/{mount}/creds/{role}"
         self.headers = {"X-Vault-Token": bare("VAULT_TOKEN", setting("VAULT_TOKEN"))}
-        self.cached, self.read_again = None, 0
+        self.cached, self.minted_at, self.read_again = None, None, 0
 
-    def token(self, fresh):
+    def token(self, refused):
         now = time.monotonic()
-        if fresh or self.cached is None or now >= self.read_again:
-            status, body = get(self.url, **self.headers)
-            if status >= 500:
-                # A plugin that was killed is started again by the next request.
+        if refused or self.cached is None or now >= self.read_again:
+            url = self.url
+            if refused:
+                # One that was minted later than the one that the API refused.
+                url += "?" + urllib.parse.urlencode({"minted_after": self.minted_at})
+            status, body = get(url, **self.headers)
+            if status == 429 or status >= 500:
+                # The next request starts a plugin that was killed, and may find fewer
+                # token requests waiting for their turn.
                 time.sleep(1)
-                status, body = get(self.url, **self.headers)
+                status, body = get(url, **self.headers)
             if status != 200:
                 raise ValueError(f"Vault answered {status}: {error_text(body)}")
             data = json.loads(body)["data"]
-            self.cached, self.read_again = bare("access_token", data["access_token"]), now + data["ttl"]
+            self.cached = bare("access_token", data["access_token"])
+            self.minted_at, self.read_again = data["last_vault_rotation"], now + data["ttl"]
         return self.cached
 
 
@@ -94,8 +101,8 @@ def error_text(body):
     return " ".join(body.split())
 
 
-def call_api(source, fresh=False):
-    return get(setting("API_URL"), Authorization=f"Bearer {source.token(fresh)}")
+def call_api(source, refused=False):
+    return get(setting("API_URL"), Authorization=f"Bearer {source.token(refused)}")
 
 
 def main():
@@ -105,9 +112,9 @@ def main():
             time.sleep(float(setting("INTERVAL", "1")))
         status, body = call_api(source)
         if status == 401:
-            # The token may have been replaced since it was read. Once is
-            # enough: a second 401 is about something else.
-            status, body = call_api(source, fresh=True)
+            # A newer token may be accepted. Once is enough: a second 401 is
+            # about something else.
+            status, body = call_api(source, refused=True)
         if not 200 <= status <= 299:
             raise ValueError(f"the API answered {status}: {body}")
         print(status, body, flush=True)
