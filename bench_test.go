@@ -34,7 +34,7 @@ func benchMount(b *testing.B, n int) *backend {
 // emptyBenchMount is a mount, and how requests are made that may not fail.
 func emptyBenchMount(b *testing.B) (m *backend, request func(op logical.Operation, path string, data map[string]any)) {
 	b.Helper()
-	mojo := &standIn{lifetime: lifetime.Assumed * 1000}
+	mojo := &standIn{lifetime: lifetime.Assumed * 1000, unpaced: true}
 	m = newBackend(mojo.client)
 	storage := &logical.InmemStorage{}
 	if err := m.Setup(context.Background(), &logical.BackendConfig{

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -147,6 +148,13 @@ func TestReaderWithoutATurn(t *testing.T) {
 		m.write("roles/cold", nil)
 		got, took := m.patiently("cold", nil)
 		wantStatus(t, got.err, http.StatusTooManyRequests, `role "cold"`, `config "default"`, "waiting", "a second", "MojoAuth throttles", "Try again in")
+		resp, _ := m.HandleRequest(context.Background(), &logical.Request{Operation: logical.ReadOperation, Path: "creds/cold", Storage: m.storage})
+		if resp == nil || len(resp.Headers["Retry-After"]) != 1 || resp.IsError() || resp.Data != nil {
+			t.Fatalf("got the response %v with the error, want a header Retry-After and nothing else", resp)
+		}
+		if n, err := strconv.Atoi(resp.Headers["Retry-After"][0]); err != nil || n < 1 || n > 30 {
+			t.Errorf("got the header %v, want 1 to 30 seconds", resp.Headers)
+		}
 		if took != 11*time.Second {
 			t.Errorf("that took %s, want request_timeout and a second", took)
 		}
@@ -154,6 +162,8 @@ func TestReaderWithoutATurn(t *testing.T) {
 		got, took = m.patiently("warm", nil)
 		if !strings.HasPrefix(got.token, "token-1-") || took > 2*time.Second || len(got.warnings) != 1 {
 			t.Errorf("after %s a reader of a due token got %v, want that token with a warning within 2s", took, got)
+		} else if !strings.Contains(got.warnings[0], "MojoAuth throttles") {
+			t.Errorf("got the warning %q, want it to say that MojoAuth throttles", got.warnings[0])
 		}
 	})
 }

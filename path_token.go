@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -325,7 +326,7 @@ func (b *backend) tokenResponse(q *query, answer *served) *logical.Response {
 		}
 		resp.AddWarning(fmt.Sprintf("The token has %s left, less than the min_ttl of %s: %s.", answer.left.Round(time.Second), q.minTTL, why))
 	}
-	if !answer.isAfter(q.mintedAfter) {
+	if !answer.isAfter(q.mintedAfter) && answer.outcome == outcomeStale {
 		resp.AddWarning(fmt.Sprintf("No token minted after %s could be had: %s.", formatTime(q.mintedAfter), whyNot(answer)))
 	}
 	if answer.repeated() && answer.left <= lifetime.New(answer.schedule.Lifetime, 0).Floor {
@@ -355,7 +356,7 @@ func whyNot(answer *served) string {
 	case answer.outcome == outcomeHit:
 		return fmt.Sprintf("its whole lifetime is %s, and one that has more than %s left is not replaced", answer.schedule.Lifetime, answer.schedule.Refresh)
 	default:
-		return fmt.Sprintf("it is new, and its whole lifetime is %s", answer.schedule.Lifetime)
+		return fmt.Sprintf("this one is new, and its whole lifetime is %s", answer.schedule.Lifetime)
 	}
 }
 
@@ -456,7 +457,7 @@ func mintFailure(role string, err error) (*logical.Response, error) {
 	case errors.As(err, &mistake):
 		return logical.ErrorResponse(string(mistake)), nil
 	case errors.As(err, &late):
-		return nil, logical.CodedError(http.StatusTooManyRequests, fmt.Sprintf("no token for role %q: %s.", role, late))
+		return retryAfterHeader(late.ComeBack), logical.CodedError(http.StatusTooManyRequests, fmt.Sprintf("no token for role %q: %s.", role, late))
 	case !errors.As(err, &failure):
 		return nil, err
 	}
@@ -471,6 +472,18 @@ func mintFailure(role string, err error) (*logical.Response, error) {
 	default:
 		return nil, logical.CodedError(http.StatusBadGateway, text)
 	}
+}
+
+// longestRetryAfterTold keeps Vault's own client, which sleeps for as long as the header
+// says, from sleeping through the minute that it has for a request.
+const longestRetryAfterTold = 30 * time.Second
+
+// retryAfterHeader is what goes with a 429: an answer of headers only, which Vault hands
+// on if the mount's allowed_response_headers has Retry-After, and which leaves the status
+// of the error alone.
+func retryAfterHeader(wait time.Duration) *logical.Response {
+	seconds := lifetime.WholeSeconds(min(wait, longestRetryAfterTold))
+	return &logical.Response{Headers: map[string][]string{"Retry-After": {strconv.FormatInt(seconds, 10)}}}
 }
 
 const credsHelp = `

@@ -437,7 +437,8 @@ func (c *tokenCache) wait(ctx context.Context, done <-chan struct{}, waiter *gat
 }
 
 // waitFor waits for a mint: to its end, or, while the old token would do, until
-// patience is over, when the error is errImpatient. The others are those of wait.
+// patience is over, when the error is errImpatient, or a *noTurnError if its request
+// waits among others. The others are those of wait.
 func (c *tokenCache) waitFor(ctx context.Context, f *flight, waiter *gate.Waiter, old *cachedToken) error {
 	now := time.Now()
 	if !old.usable(now) {
@@ -446,10 +447,13 @@ func (c *tokenCache) waitFor(ctx context.Context, f *flight, waiter *gate.Waiter
 	patient, cancel := context.WithTimeoutCause(ctx, min(old.timeLeft(now)-old.schedule.Floor, patience-now.Sub(f.started)), errImpatient)
 	defer cancel()
 	err := c.wait(patient, f.done, waiter, f.up)
-	if err != nil && ctx.Err() == nil && patient.Err() != nil {
-		return errImpatient
+	if err == nil || ctx.Err() != nil || patient.Err() == nil {
+		return err
 	}
-	return err
+	if why := waiter.Err(); f.turn.left.Load() == nil && (why.Throttled || why.Waiting > 1) {
+		return &noTurnError{why, f.up.config.name}
+	}
+	return errImpatient
 }
 
 // toTheEnd waits for a mint to its end. The errors are those of wait, and an
