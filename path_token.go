@@ -246,7 +246,7 @@ func (b *backend) query(ctx context.Context, s logical.Storage, name string, d *
 	if config == nil {
 		return nil, problemf("config %q, which role %q names, does not exist: create it by writing config/%s, or change the role's field config", role.entry.Config, name, role.entry.Config)
 	}
-	q := &query{spec: &spec{role: role, config: config, scopes: role.entry.Scopes}, minTTL: role.entry.MinTTL}
+	q := &query{spec: spec{role: role, config: config, scopes: role.entry.Scopes}, minTTL: role.entry.MinTTL}
 	if d == nil {
 		return q, nil
 	}
@@ -291,7 +291,7 @@ func (b *backend) checkMintedAfter(q *query, now time.Time) error {
 		return nil
 	}
 	if s := b.tokens.peek(q.key()); s != nil {
-		if held := s.held(q.spec); held != nil && held.mintedAt.Unix() >= q.mintedAfter.Unix() {
+		if held := s.held(&q.spec); held != nil && held.mintedAt.Unix() >= q.mintedAfter.Unix() {
 			return nil
 		}
 	}

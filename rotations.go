@@ -58,7 +58,7 @@ func (c *tokenCache) rotation(ctx context.Context, q *query, save func(context.C
 	if s := c.peek(q.key()); s != nil {
 		past = s.past()
 	}
-	f := c.newFlight(q.spec, up, leave{key: q.key(), now: true}, past)
+	f := c.newFlight(&q.spec, up, leave{key: q.key(), now: true}, past)
 	waiter, _ := f.turn.Join(deadline, q.arrived)
 	if !c.spawn(func() {
 		defer close(f.done)

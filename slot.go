@@ -87,7 +87,7 @@ func (s *slot) await(ctx context.Context, q *query) (served, error) {
 	deadline, _ := ctx.Deadline()
 	for {
 		f, waiter, err := s.board(q, deadline)
-		old := s.held(q.spec)
+		old := s.held(&q.spec)
 		switch {
 		case errors.Is(err, errOutdated):
 			return served{}, err
@@ -140,7 +140,7 @@ func (s *slot) board(q *query, deadline time.Time) (*flight, *gate.Waiter, error
 		return nil, nil, errOutdated
 	}
 	now := time.Now()
-	old := s.held(q.spec)
+	old := s.held(&q.spec)
 	fresh := old.fresh(q.minTTL, now)
 	refused := old.usable(now) && !old.isAfter(q.mintedAfter)
 	switch {
@@ -152,7 +152,7 @@ func (s *slot) board(q *query, deadline time.Time) (*flight, *gate.Waiter, error
 	if old != nil {
 		old.markUsed() // so that the next one is minted by itself if this mint fails
 	}
-	s.spec = q.spec
+	s.spec = &q.spec
 	f, err := s.start(now)
 	if err != nil {
 		s.next()
@@ -299,15 +299,15 @@ func (s *slot) arrived(f *flight, q *query, old *cachedToken) (served, error) {
 		return served{}, f.err
 	}
 	if f.err != nil {
-		if answer, ok := s.held(q.spec).stale(q, f.err, s.cache.random); ok {
+		if answer, ok := s.held(&q.spec).stale(q, f.err, s.cache.random); ok {
 			return answer, nil
 		}
-		if s.cache.outdated(q.spec, f.up) {
+		if s.cache.outdated(&q.spec, f.up) {
 			return served{}, errOutdated // what was written since ends what failed before
 		}
 		return served{}, f.err
 	}
-	tok := f.token.under(q.spec)
+	tok := f.token.under(&q.spec)
 	if !tok.usable(now) {
 		return served{}, &unavailable{mintError: expiredOnArrival(tok), config: f.up.config.name}
 	}

@@ -22,7 +22,7 @@ type spec struct {
 
 // query is what a read of creds asks for: a spec, and how fresh the token has to be.
 type query struct {
-	*spec
+	spec
 	minTTL      time.Duration // the token should have left; not below the role's
 	mintedAfter time.Time     // the token should have been, in whole seconds; zero if it may be any
 	arrived     time.Time     // when the read found no token that would do

@@ -101,7 +101,7 @@ func (c *tokenCache) cached(q *query) (served, bool) {
 	if s == nil {
 		return served{}, false
 	}
-	tok := s.held(q.spec)
+	tok := s.held(&q.spec)
 	if tok == nil {
 		return served{}, false
 	}
@@ -114,7 +114,7 @@ func (c *tokenCache) cached(q *query) (served, bool) {
 // await answers a read that found no fresh token. The error is an *unavailable or a
 // *noTurnError, errOutdated, errClosed, or why ctx ended.
 func (c *tokenCache) await(ctx context.Context, q *query) (served, error) {
-	s, err := c.slot(q.spec)
+	s, err := c.slot(&q.spec)
 	if err != nil {
 		return served{}, err
 	}
