@@ -1,8 +1,6 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-//go:build simulate
-
 package mojoauth
 
 import (
@@ -50,8 +48,7 @@ type simOutcome struct {
 	class   errorClass
 	again   bool // the same mint may try again
 
-	retryAfter time.Duration
-	latency    time.Duration
+	latency time.Duration
 }
 
 func (o simOutcome) failed() bool { return o.concern != concernsNobody }
@@ -64,7 +61,6 @@ var simOutcomes = map[string]simOutcome{
 	"503":            {status: 503, concern: concernsConfig, class: classServerError, again: true},
 	"504":            {status: 504, concern: concernsConfig, class: classServerError, again: true},
 	"501":            {status: 501, concern: concernsConfig, class: classServerError},
-	"429":            {status: 429, concern: concernsConfig, class: classThrottled, again: true},
 	"401":            {status: 401, oauth: "invalid_client", concern: concernsConfig, class: classClientRefused},
 	"400 client":     {status: 400, oauth: "unauthorized_client", concern: concernsConfig, class: classClientRefused},
 	"403":            {status: 403, concern: concernsConfig, class: classClientRefused},
@@ -78,7 +74,7 @@ var simOutcomes = map[string]simOutcome{
 	"302":            {status: 302, location: "https://elsewhere.example/", concern: concernsConfig, class: classUnexpected},
 	"garbage":        {status: 200, body: "<html>hello</html>", concern: concernsConfig, class: classUnexpected},
 	"no token":       {status: 200, body: `{"expires_in":3600}`, concern: concernsConfig, class: classUnexpected},
-	"ended":          {status: 200, concern: concernsConfig, class: classUnexpected},
+	"ended":          {status: 200, concern: concernsKey, class: classExpiredOnArrival},
 	"200 with error": {status: 200, oauth: "invalid_scope", concern: concernsKey, class: classRequestRefused},
 	"unreachable":    {concern: concernsConfig, class: classNetwork, again: true},
 	"broken":         {status: 200, broken: true, body: `{"access_tok`, concern: concernsConfig, class: classNetwork, again: true},
@@ -92,7 +88,6 @@ type simWeather struct {
 	name             string
 	fastest, longest time.Duration      // latency
 	odds             map[string]float64 // of outcomes; the rest are tokens
-	retryAfter       float64            // share of 429 and 5xx that say when to come back
 	only             bool               // odds are for the requests of one role
 }
 
@@ -100,10 +95,9 @@ var simWeathers = []simWeather{
 	{name: "fair", fastest: 20 * time.Millisecond, longest: 300 * time.Millisecond},
 	{name: "slow", fastest: 300 * time.Millisecond, longest: 6 * time.Second},
 	{name: "very slow", fastest: 2 * time.Second, longest: 25 * time.Second, odds: map[string]float64{"hang": 0.1, "drip": 0.1}},
-	{name: "flaky", fastest: 20 * time.Millisecond, longest: 2 * time.Second, odds: map[string]float64{"500": 0.1, "503": 0.1, "unreachable": 0.1, "broken": 0.1, "502": 0.05}, retryAfter: 0.1},
-	{name: "down", longest: time.Second, odds: map[string]float64{"503": 0.7, "500": 0.2, "501": 0.1}, retryAfter: 0.1},
+	{name: "flaky", fastest: 20 * time.Millisecond, longest: 2 * time.Second, odds: map[string]float64{"500": 0.1, "503": 0.1, "unreachable": 0.1, "broken": 0.1, "502": 0.05}},
+	{name: "down", longest: time.Second, odds: map[string]float64{"503": 0.7, "500": 0.2, "501": 0.1}},
 	{name: "down fast", longest: 30 * time.Millisecond, odds: map[string]float64{"503": 0.6, "unreachable": 0.4}},
-	{name: "throttling", fastest: 10 * time.Millisecond, longest: 300 * time.Millisecond, odds: map[string]float64{"429": 0.7}, retryAfter: 0.6},
 	{name: "unreachable", longest: 100 * time.Millisecond, odds: map[string]float64{"unreachable": 1}},
 	{name: "hanging", fastest: 20 * time.Millisecond, longest: time.Second, odds: map[string]float64{"hang": 1}},
 	{name: "hanging at times", fastest: 20 * time.Millisecond, longest: time.Second, odds: map[string]float64{"hang": 0.3}},
@@ -112,7 +106,7 @@ var simWeathers = []simWeather{
 	{name: "locked out", fastest: 20 * time.Millisecond, longest: time.Second, odds: map[string]float64{"401": 0.5, "400 client": 0.2, "403": 0.2}},
 	{name: "one role refused", fastest: 20 * time.Millisecond, longest: time.Second, only: true, odds: map[string]float64{"400 scope": 0.3, "400 target": 0.2, "400": 0.1, "403 denied": 0.1, "200 with error": 0.1, "413": 0.1, "422": 0.1}},
 	{name: "one role fails", fastest: 20 * time.Millisecond, longest: time.Second, only: true, odds: map[string]float64{"500": 0.3, "403": 0.4, "hang": 0.1, "garbage": 0.1}},
-	{name: "a bit of all", fastest: 20 * time.Millisecond, longest: 3 * time.Second, odds: map[string]float64{"500": 0.06, "503": 0.06, "429": 0.06, "hang": 0.06, "400 scope": 0.06, "401": 0.06, "garbage": 0.06, "unreachable": 0.06}, retryAfter: 0.2},
+	{name: "a bit of all", fastest: 20 * time.Millisecond, longest: 3 * time.Second, odds: map[string]float64{"500": 0.06, "503": 0.06, "hang": 0.06, "400 scope": 0.06, "401": 0.06, "garbage": 0.06, "unreachable": 0.06}},
 }
 
 func simWeatherOf(name string) *simWeather {
@@ -157,6 +151,7 @@ type simAnswer struct {
 	sent      time.Duration
 	delivered time.Duration // -1 before it was
 	told      time.Duration // lifetime as the engine has to understand it; 0 for none
+	renewed   bool          // it was surely newer than what was there
 	served    time.Duration // when a read first got it; -1 before
 	asOf      time.Duration // when the last read began that got it; -1 before
 }
@@ -272,6 +267,9 @@ type simTransport struct{ node *simNode }
 func (s *simTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	w := s.node.w
 	ctx := req.Context()
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
 	m, _ := ctx.Value(simMintKey{}).(*simMint)
 	if m == nil {
 		panic("a request of no mint")
@@ -337,18 +335,12 @@ func (e *simEndpoint) plan(w *simWorld, m *simMint, try int, form url.Values) si
 			}
 		}
 	}
-	if name == "silent" && !w.rules[ruleSilentAnswer] || strings.HasPrefix(name, "4") && (name == "413" || name == "422") && !w.rules[ruleRequestStatus] {
-		name = "503"
-	}
 	if name == "token" && form.Get("client_secret") != e.secrets[form.Get("client_id")] {
 		name = "401"
 	}
 	o := simOutcomes[name]
 	o.name = name
 	o.latency = weather.fastest + time.Duration(dice.Int64N(int64(weather.longest-weather.fastest)+1))
-	if (o.status == 429 || o.status >= 500) && dice.Float64() < weather.retryAfter {
-		o.retryAfter = time.Duration(1+dice.IntN([]int{4, 20, 100}[dice.IntN(3)])) * time.Second
-	}
 	return o
 }
 
@@ -361,9 +353,6 @@ func (e *simEndpoint) answer(w *simWorld, m *simMint, try *simTry, req *http.Req
 	header := http.Header{"Content-Type": {"application/json"}}
 	if o.location != "" {
 		header.Set("Location", o.location)
-	}
-	if o.retryAfter > 0 {
-		header.Set("Retry-After", strconv.Itoa(int(o.retryAfter/time.Second)))
 	}
 	text := o.body
 	switch {

@@ -1,8 +1,6 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-//go:build simulate
-
 package mojoauth
 
 import (
@@ -118,9 +116,7 @@ func (w *simWorld) judgeToken(op *simOp) {
 		w.violate("%s got %s, which does not fit: %s", op, text, strings.Join(why, "; "))
 		return
 	}
-	if w.rules[ruleLaterEnd] {
-		w.judgeLaterEnd(op, served)
-	}
+	w.judgeLaterEnd(op, served)
 	for _, a := range tok.answers {
 		if a.mint.node != n || a.delivered > op.end {
 			continue
@@ -164,22 +160,17 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 	d := op.resp.Data
 	life, left := a.life(role, op.minTTL, op.end)
 	end := w.at(a.sent + life.life)
-	repeated := len(a.token.answers) > 1 && w.rules[ruleRepeatedToken]
+	repeated := a.repeated(op.node, op.end)
 	if repeated {
-		// The first answer counts, and its end is the earliest that was told since.
+		// The first answer counts.
 		for _, same := range a.token.answers {
-			switch {
-			case same.mint.node != op.node || same.delivered > op.end:
-			case same.delivered < a.delivered:
-				if same.surely(op.node, a.mint.begin) && w.stillGood(op.node, same, a.mint.begin, a.delivered) {
-					return fmt.Sprintf("its answer from %s counts, and it was there since %s", a.sent, same.sent)
-				}
-			default:
-				if _, other := same.life(role, op.minTTL, op.end); other < left {
-					left, end = other, w.at(op.end+other)
-				}
+			if same.mint.node == op.node && same.delivered < a.delivered && same.surely(op.node, a.mint.begin) &&
+				w.stillGood(op.node, same, a.mint.begin, a.delivered) {
+				return fmt.Sprintf("its answer from %s counts, and it was there since %s", a.sent, same.sent)
 			}
 		}
+		left = a.end(op.node, role, op.end) - op.end
+		end = w.at(op.end + left)
 	}
 	seconds, _ := d["expires_at_seconds"].(int64)
 	ttl, _ := d["ttl"].(int64)
@@ -241,8 +232,8 @@ func (w *simWorld) unfitTTL(op *simOp, a *simAnswer, role *simVersion, life simL
 
 func formatSimTime(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05Z") }
 
-// judgeLaterEnd judges that no token was served that ends sooner than another one that
-// is there.
+// judgeLaterEnd judges that no token was served while another one is there that may be
+// served longer.
 func (w *simWorld) judgeLaterEnd(op *simOp, served *simAnswer) {
 	for _, a := range op.held() {
 		if a.token == served.token {
@@ -250,12 +241,10 @@ func (w *simWorld) judgeLaterEnd(op *simOp, served *simAnswer) {
 		}
 		longer := true
 		for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
-			_, old := a.life(role, 0, op.end)
-			_, left := served.life(role, 0, op.end)
-			longer = longer && old > left
+			longer = longer && a.servable(op.node, role, op.end) > served.servable(op.node, role, op.end)
 		}
 		if longer {
-			w.violate("%s got %s, though %s ends later", op, served.token.text, a.token.text)
+			w.violate("%s got %s, though %s may be served longer", op, served.token.text, a.token.text)
 		}
 	}
 }
@@ -279,10 +268,6 @@ func (w *simWorld) judgeWait(op *simOp) {
 				w.violate("%s touched storage %d times, though %s and its role and config were in memory", op, op.storageOps, a.token.text)
 			}
 		}
-		rewritten := n.changed(rolePrefix+op.role, op.start, op.end) || n.changed(configPrefix+a.mint.config, op.start, op.end)
-		if rewritten && !w.rules[ruleOneDeadline] {
-			continue
-		}
 		if waited > simPatience+simSlack || waited > simPatience && op.storageTime == 0 {
 			w.violate("%s waited %s, though %s would have done", op, waited, a.token.text)
 		}
@@ -293,13 +278,9 @@ func (w *simWorld) judgeWait(op *simOp) {
 			allowed = max(allowed, config.timeout)
 		}
 	}
-	if w.rules[ruleOneDeadline] {
-		allowed += time.Second
-		if op.storageTime > 0 {
-			allowed += simSlack
-		}
-	} else {
-		allowed = 3*allowed + 5*time.Second
+	allowed += time.Second
+	if op.storageTime > 0 {
+		allowed += simSlack
 	}
 	if waited > allowed {
 		w.violate("%s waited %s, more than %s", op, waited, allowed)
@@ -321,17 +302,32 @@ func (w *simWorld) judgeCalm(op *simOp) {
 	if op.minTTL > 0 || op.end == op.start {
 		return
 	}
-	if w.rules[ruleRotatedInUse] {
-		w.judgeRotated(op)
-	}
+	w.judgeRotated(op)
+	role := w.history[rolePrefix+op.role].last()
+	newest := n.judge.key(op.role, op.setOf(role)).newest(op.start)
 	for _, a := range op.held() {
-		role := w.history[rolePrefix+op.role].last()
 		life, left := a.life(role, 0, op.start)
-		// Renewing may take a while itself.
-		if left < life.refresh-simCalmMint && len(a.token.answers) == 1 {
+		// Renewing may take a while itself, and one that brought nothing newer waits
+		// before it tries again.
+		if a == newest && left < life.refresh-simCalmMint {
 			w.violate("%s had to wait %s for a token, though %s was in use and has %s left (R is %s)", op, op.end-op.start, a.token.text, left, life.refresh)
 		}
 	}
+}
+
+// newest is the last answer of the key before that time, unless it brought nothing newer.
+func (k *simKeyState) newest(before time.Duration) *simAnswer {
+	var newest *simAnswer
+	for _, a := range k.answers {
+		if a.delivered >= before {
+			break
+		}
+		newest = a
+		if !a.renewed {
+			newest = nil
+		}
+	}
+	return newest
 }
 
 // judgeRotated judges a read that had to wait although its token was rotated while it
@@ -368,21 +364,17 @@ func (w *simWorld) judgeStatus(op *simOp) {
 	for _, count := range op.resp.Data["mint_failures"].(map[string]any) {
 		failed += count.(int64)
 	}
-	over, maybeOver := int64(0), int64(0)
-	if w.rules[ruleExpiredOnArrival] {
-		over, maybeOver = j.over[yes], j.over[maybe]
-	}
-	if mints > j.tokens-over || mints < j.tokens-over-maybeOver || mints+failed != j.tokens+j.failed {
+	over, maybeOver := j.over[yes], j.over[maybe]
+	if mints > j.tokens-over || mints < j.tokens-over-maybeOver ||
+		mints+failed < j.tokens+j.failed || mints+failed > j.tokens+j.failed+j.mayHaveFailed {
 		w.violate("%s tells %d mints and %d failures; there were %d and %d, and %d (perhaps %d more) were over on arrival", op, mints, failed, j.tokens, j.failed, over, maybeOver)
 	}
-	if w.rules[ruleNarrowedBound] {
-		cached, most := op.resp.Data["cached_tokens"].(int64), int64(0)
-		for role := range j.greedy {
-			most += min(int64(j.greedy[role]), simNarrowedKeys) + 1
-		}
-		if cached > most {
-			w.violate("%s tells of %d tokens, more than %d", op, cached, most)
-		}
+	cached, most := op.resp.Data["cached_tokens"].(int64), int64(0)
+	for role := range j.greedy {
+		most += min(int64(j.greedy[role]), simNarrowedKeys) + 1
+	}
+	if cached > most {
+		w.violate("%s tells of %d tokens, more than %d", op, cached, most)
 	}
 }
 
@@ -424,7 +416,7 @@ func (w *simWorld) judgeFailedRead(op *simOp) {
 // judgeDescription judges whether a reader was told of another's request.
 func (w *simWorld) judgeDescription(op *simOp) {
 	_, after, ok := strings.Cut(simResult(op), "about (")
-	if !ok || !w.rules[rulePrivateDescription] {
+	if !ok {
 		return
 	}
 	for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
@@ -462,17 +454,21 @@ func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 	if coded != nil && coded.Code() == http.StatusTooManyRequests && len(op.scopes) > 0 && n.judge.greedy[op.role] >= simNarrowedFlights {
 		return true
 	}
+	if coded != nil && coded.Code() == http.StatusGatewayTimeout && w.hadItsTime(op) {
+		return true
+	}
 	for _, f := range n.judge.failures {
 		m := f.mint
-		if m.end > op.end || m.end < op.start && f.until < op.start {
+		until := f.until
+		if f.config && m.role == op.role {
+			until += simPrecedence // which the key that failed gives to others
+		}
+		if m.end > op.end || m.end < op.start && until < op.start {
 			continue
 		}
-		mine, began := false, op.start
-		if w.rules[ruleRewrittenRole] {
-			began = max(began, m.end)
-		}
-		for _, role := range n.possible(rolePrefix+op.role, began, op.end) {
-			if w.rules[ruleRewrittenRole] && m.role == op.role && !f.config && (role.audience != m.req.audience || role.extra != m.req.extra["tenant"]) {
+		mine := false
+		for _, role := range n.possible(rolePrefix+op.role, max(op.start, m.end), op.end) {
+			if m.role == op.role && !f.config && (role.audience != m.req.audience || role.extra != m.req.extra["tenant"]) {
 				continue
 			}
 			if role.config != m.config || m.role == "" && !f.config || !f.config && (m.role != op.role || op.setOf(role) != m.set) {
@@ -489,6 +485,18 @@ func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 				w.violate("%s has the status %d", op, coded.Code())
 			}
 			return true
+		}
+	}
+	return false
+}
+
+// hadItsTime tells whether the read waited as long as a read may.
+func (w *simWorld) hadItsTime(op *simOp) bool {
+	for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
+		for _, config := range op.node.possible(configPrefix+role.config, op.start, op.end) {
+			if op.end-op.start >= config.timeout+time.Second {
+				return true
+			}
 		}
 	}
 	return false

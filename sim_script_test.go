@@ -1,8 +1,6 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-//go:build simulate
-
 package mojoauth
 
 import (
@@ -486,7 +484,7 @@ func (w *simWorld) changeWeather(p simProfile) {
 	defer w.mu.Unlock()
 	w.endpoint.weather, w.endpoint.victim = weather, victim
 	w.endpoint.clients = 0
-	if w.rules[ruleEngineFailure] && w.chance(0.05) {
+	if w.chance(0.05) {
 		w.endpoint.clients = 0.5
 	}
 	if w.chance(0.4) {
@@ -579,9 +577,7 @@ func (w *simWorld) calmDown(p simProfile) {
 		delete(op.data, "scopes")
 		pickOne(w, w.nodes).begin(op)
 	}
-	if w.rules[ruleRotatedInUse] {
-		w.rotateAndReturn(p)
-	}
+	w.rotateAndReturn(p)
 	time.Sleep(2 * time.Hour)
 	cancel()
 	synctest.Wait()
@@ -648,7 +644,7 @@ func (w *simWorld) agent(ctx context.Context, n *simNode, p simProfile) {
 func (w *simWorld) rest() {
 	w.note("idle")
 	switch {
-	case w.rules[ruleBadEntry] && w.chance(0.5):
+	case w.chance(0.5):
 		w.corrupt(simProfile{roles: 1})
 	case w.chance(0.5):
 		w.leaveConfig()
@@ -681,18 +677,8 @@ func (w *simWorld) rest() {
 				kept++
 			}
 		}
-		// The list of narrowed sets does not let go of the last that it dropped.
-		if kept > 0 && (kept > 1 || w.rules[ruleTokensFreed]) {
+		if kept > 0 {
 			w.violate("%s keeps %d tokens in memory after idle days", n.name, kept)
-		}
-	}
-	if w.rules[ruleClientsFreed] {
-		for _, n := range w.nodes {
-			for c := range n.clients {
-				if name := simConfigOf(c.entry.ClientID); !w.history[configPrefix+name].last().exists {
-					w.violate("%s keeps the client of config %s, which is gone", n.name, name)
-				}
-			}
 		}
 	}
 }
@@ -731,9 +717,6 @@ func (w *simWorld) end(goroutines int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, n := range w.nodes {
-		if len(n.clients) > 0 {
-			w.violate("%s has not closed %d clients", n.name, len(n.clients))
-		}
 		if len(n.judge.flights) > 0 {
 			w.violate("%s has %d mints under way after closing", n.name, len(n.judge.flights))
 		}

@@ -1,8 +1,6 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-//go:build simulate
-
 package mojoauth
 
 import (
@@ -84,6 +82,9 @@ func (s *simStorage) pause(ctx context.Context, op *simOp, d time.Duration) erro
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
+			s.node.w.mu.Lock()
+			s.node.storageFailed = s.node.w.now()
+			s.node.w.mu.Unlock()
 		}
 	}
 	return ctx.Err()
