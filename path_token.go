@@ -362,18 +362,18 @@ func (b *backend) rotate(ctx context.Context, s logical.Storage, name string) (*
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := withDeadline(ctx, sp)
+	timed, cancel := withDeadline(ctx, sp)
 	defer cancel()
 	for {
-		tok, err := b.tokens.mintNow(ctx, sp)
+		tok, err := b.tokens.mintNow(timed, sp)
 		if err == nil {
-			return b.rotateTo(ctx, s, sp, tok)
+			return b.rotateTo(ctx, s, sp, tok) // however slow storage is
 		}
-		if !errors.Is(err, errOutdated) || ctx.Err() != nil {
+		if !errors.Is(err, errOutdated) || timed.Err() != nil {
 			return nil, err
 		}
-		if sp, _, err = b.spec(ctx, s, name, nil); err != nil {
-			return nil, inTime(ctx, err)
+		if sp, _, err = b.spec(timed, s, name, nil); err != nil {
+			return nil, inTime(timed, err)
 		}
 	}
 }
