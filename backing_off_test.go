@@ -662,6 +662,38 @@ func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
 	})
 }
 
+// A key that fails alone does so too when MojoAuth refuses its request meanwhile.
+func TestRefusalsDoNotHideThatAKeyFailsAlone(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("bad", map[string]any{"audience": "bad"})
+		m.write("roles/good", nil)
+		m.write("roles/other", nil)
+		refused := &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_target"}
+		var failure atomic.Pointer[mintError]
+		failure.Store(refused)
+		m.mojo.set(func(s *standIn) {
+			s.failFor = func(req tokenRequest) error {
+				if req.audience == "bad" {
+					return failure.Load()
+				}
+				return nil
+			}
+		})
+		m.creds("bad", nil)
+		time.Sleep(time.Second)
+		m.creds("good", nil) // from now on bad fails alone
+		time.Sleep(time.Minute)
+		m.creds("bad", nil)
+		failure.Store(errDown)
+		time.Sleep(time.Minute)
+		m.creds("bad", nil)
+		m.wantMints(4)
+		if got := m.creds("other", nil); got.err != nil {
+			t.Errorf("after a failure of a role that fails alone, another got %v", got.err)
+		}
+	})
+}
+
 // An endpoint that is down for all, but for one role whose request it refuses before it
 // tries.
 func refusesOne(m *testMount, outage *mintError) {

@@ -241,7 +241,7 @@ func (u *upstream) mint(ctx context.Context, l leave, spec *spec, past history) 
 			u.backoff.succeed(started)
 			return
 		case failed.concernsRequest():
-			refusal.keyOnly, refusal.alone = true, past.alone
+			refusal.keyOnly, refusal.alone = true, past.isAlone(u.succeeded)
 		case past.isAlone(u.succeeded):
 			refusal.keyOnly, refusal.alone = true, true
 		case started.Before(u.succeeded): // others came through meanwhile: no news
