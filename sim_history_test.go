@@ -117,6 +117,11 @@ func (n *simNode) knows(key string, began time.Duration) int {
 	return number
 }
 
+// upToDate tells whether the node had to know the newest version at that time.
+func (n *simNode) upToDate(key string, at time.Duration) bool {
+	return n.knows(key, at) == n.w.history[key].last().number
+}
+
 // possible are the versions that the node may go by in what lasts from began to ended.
 func (n *simNode) possible(key string, began, ended time.Duration) []*simVersion {
 	h := n.w.history[key]

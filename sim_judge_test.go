@@ -363,11 +363,12 @@ func (a *simAnswer) life(role *simVersion, minTTL, now time.Duration) (simLife, 
 
 // end is when the token ends under that version of its role, by what the node was told
 // of it until then. A token that the endpoint gave again ends no later than its first
-// answer said, and less than a second sooner is rounding.
-func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration) time.Duration {
+// answer said, and less than a second sooner is rounding. A rotation's answer does not
+// count, unless rotations says so.
+func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotations bool) time.Duration {
 	_, end := a.life(role, 0, 0)
 	for _, again := range a.token.answers {
-		if again.mint.node == n && again.delivered > a.delivered && again.delivered <= now {
+		if again.mint.node == n && again.delivered > a.delivered && again.delivered <= now && (rotations || !again.mint.exempt) {
 			if _, sooner := again.life(role, 0, 0); end-sooner >= time.Second {
 				end = sooner
 			}
@@ -390,7 +391,7 @@ func (a *simAnswer) servable(n *simNode, role *simVersion, now time.Duration) ti
 	if a.repeated(n, now) {
 		floor = min(floor, simRepeatedFloor)
 	}
-	return a.end(n, role, now) - floor
+	return a.end(n, role, now, true) - floor
 }
 
 // surely tells whether the node holds the token since before that time, or one that may
@@ -559,7 +560,7 @@ func (w *simWorld) mintEnds(m *simMint, err error) {
 		j.failed++
 	}
 	c, k := j.config(m.config), j.key(m.role, m.set)
-	sure := !m.exempt && c.blurred < m.begin-simSlack && k.blurred < m.begin-simSlack && w.upToDate(m)
+	sure := !m.exempt && max(c.blurred, k.blurred, n.unsettled) < m.begin-simSlack && w.upToDate(m)
 	switch {
 	case err == nil:
 		m.answer.delivered = now
@@ -735,6 +736,7 @@ func (w *simWorld) fails(m *simMint, o simOutcome, sure bool) {
 	j := &m.node.judge
 	c, k := j.config(m.config), j.key(m.role, m.set)
 	alone := k.isAlone(m.begin)
+	k.suspect = alone
 	if sure {
 		k.failedAt = now
 	} else {

@@ -126,7 +126,8 @@ func (w *simWorld) judgeToken(op *simOp) {
 		}
 		a.asOf = max(a.asOf, op.start)
 	}
-	if op.storageOps == 0 && n.blurredAt < op.start {
+	if op.storageOps == 0 && n.blurredAt < op.start && n.upToDate(rolePrefix+op.role, op.start) &&
+		n.upToDate(configPrefix+served.mint.config, op.start) {
 		n.inMemory[op.role] = true
 	}
 }
@@ -161,6 +162,7 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 	life, left := a.life(role, op.minTTL, op.end)
 	end := w.at(a.sent + life.life)
 	repeated := a.repeated(op.node, op.end)
+	seconds, _ := d["expires_at_seconds"].(int64)
 	if repeated {
 		// The first answer counts.
 		for _, same := range a.token.answers {
@@ -169,10 +171,12 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 				return fmt.Sprintf("its answer from %s counts, and it was there since %s", a.sent, same.sent)
 			}
 		}
-		left = a.end(op.node, role, op.end) - op.end
-		end = w.at(op.end + left)
+		until := a.end(op.node, role, op.end, false)
+		if seconds != w.at(until).Unix() { // perhaps what was taken for a rotation was none
+			until = a.end(op.node, role, op.end, true)
+		}
+		left, end = until-op.end, w.at(until)
 	}
-	seconds, _ := d["expires_at_seconds"].(int64)
 	ttl, _ := d["ttl"].(int64)
 	if a.token.end >= 0 && seconds > w.at(a.token.end).Unix() {
 		return fmt.Sprintf("expires_at_seconds is %d, and it ends at %d", seconds, w.at(a.token.end).Unix())

@@ -23,6 +23,9 @@ type simStorage struct {
 	node            *simNode
 }
 
+// simReload is how long the engine may wait before it loads an entry again.
+const simReload = 30 * time.Second
+
 // simStorageWeather is how storage fares.
 type simStorageWeather struct {
 	slow     float64 // share of operations that take time
@@ -65,6 +68,8 @@ func (s *simStorage) plan(ctx context.Context, what, key string, write bool) (op
 		s.node.storageFailed = w.now()
 		if op != nil {
 			op.storageFailed = true
+		} else {
+			s.node.unsettled = w.now() + simReload
 		}
 	}
 	return op, before, after, fail

@@ -155,6 +155,7 @@ type simNode struct {
 	exclusive bool                // a write is under way that may keep a lock for a while
 
 	storageFailed time.Duration // when storage failed last; -1 before
+	unsettled     time.Duration // until when the node may still be loading what it was told of; -1 before
 	inMemory      map[string]bool
 	blurredAt     time.Duration // when something was last written, or told
 	minted        []weak.Pointer[token]
@@ -166,7 +167,7 @@ type simNode struct {
 func (w *simWorld) open(place, life int, readOnly bool) {
 	n := &simNode{
 		w: w, name: fmt.Sprintf("%c%d", 'A'+place, life), place: place, readOnly: readOnly,
-		startedAt: -1, closingAt: -1, storageFailed: -1,
+		startedAt: -1, closingAt: -1, storageFailed: -1, unsettled: -1,
 		known: make(map[string][]simKnown), busy: make(map[*simOp]struct{}),
 		inMemory: make(map[string]bool),
 		judge:    newSimJudge(),
