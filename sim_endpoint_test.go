@@ -152,6 +152,7 @@ type simAnswer struct {
 	delivered time.Duration // -1 before it was
 	told      time.Duration // lifetime as the engine has to understand it; 0 for none
 	renewed   bool          // it was surely newer than what was there
+	wanted    bool          // it was read, or somebody waited while it was there
 	served    time.Duration // when a read first got it; -1 before
 	asOf      time.Duration // when the last read began that got it; -1 before
 }

@@ -335,14 +335,14 @@ func (w *simWorld) judgeNeed(m *simMint, k *simKeyState) {
 		for _, role := range roles {
 			life, left := a.life(role, minTTL, now)
 			fresh = fresh && left > life.refresh+simSlack
-			alive = alive || left > life.floor-simSlack || len(a.token.answers) > 1 && left > simRepeatedFloor
+			alive = alive || left > life.floor-simSlack || len(a.token.answers) > 1 && left > simRepeatedFloor-simSlack
 		}
 		if fresh && len(a.token.answers) == 1 && a.surely(n, began) && w.stillGood(n, a, began, now) {
 			w.violate("%s begins though %s is there, which is not due yet", m, a.token.text)
 		}
 		if alive && a.delivered <= now {
 			due = true
-			inUse = inUse || a.served >= 0 || a.mint.exempt
+			inUse = inUse || a.mint.exempt || slices.ContainsFunc(a.token.answers, func(same *simAnswer) bool { return same.wanted })
 		}
 	}
 	switch {
@@ -710,7 +710,7 @@ func (w *simWorld) renews(m *simMint) (newer simMaybe, spent time.Duration) {
 		}
 		again, better, worse := a.token == m.answer.token, false, false
 		for _, role := range n.possible(rolePrefix+m.role, m.begin, now) {
-			until := a.servable(n, role, m.begin)
+			until := a.servable(n, role, now)
 			if now < until || again {
 				if spent == 0 || until < spent {
 					spent = until
@@ -766,14 +766,13 @@ func (w *simWorld) fails(m *simMint, o simOutcome, sure bool) {
 	if !sure && alone == yes {
 		alone = maybe
 	}
-	f := &simFailure{mint: m, outcome: o, config: alone != yes}
 	switch alone {
 	case yes:
 		w.backsOffKey(m, k, o, sure)
 		return
 	case maybe:
 		c.block.fail(o, m.begin, now, false)
-		k.block.fail(o, m.begin, now, false)
+		w.backsOffKey(m, k, o, false)
 		if sure { // one or the other counted it
 			shortest, _ := simBackoff(1)
 			k.block.until, k.block.why = max(k.block.until, now+shortest), o
@@ -788,8 +787,7 @@ func (w *simWorld) fails(m *simMint, o simOutcome, sure bool) {
 			c.clientRefused = yes
 		}
 	}
-	f.until = max(k.block.latest, c.block.latest)
-	j.failures = append(j.failures, f)
+	j.failures = append(j.failures, &simFailure{mint: m, outcome: o, config: true, until: c.block.latest})
 }
 
 // backsOffKey takes in a failure that backs off the mint's key only.

@@ -45,6 +45,11 @@ func (w *simWorld) judgeRead(op *simOp) {
 		w.judgeToken(op)
 	}
 	w.judgeWait(op)
+	for _, k := range n.judge.keys {
+		for _, a := range k.answers {
+			a.wanted = a.wanted || op.gaveUp && k.role == op.role
+		}
+	}
 }
 
 // held are the tokens that the node surely held when the read began, and that may be
@@ -124,7 +129,7 @@ func (w *simWorld) judgeToken(op *simOp) {
 		if a.served < 0 {
 			a.served = op.end
 		}
-		a.asOf = max(a.asOf, op.start)
+		a.asOf, a.wanted = max(a.asOf, op.start), true
 	}
 	if op.storageOps == 0 && n.blurredAt < op.start && n.upToDate(rolePrefix+op.role, op.start) &&
 		n.upToDate(configPrefix+served.mint.config, op.start) {
@@ -470,8 +475,11 @@ func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 		if m.end > op.end || m.end < op.start && until < op.start {
 			continue
 		}
-		mine := false
-		for _, role := range n.possible(rolePrefix+op.role, max(op.start, m.end), op.end) {
+		mine, began := false, op.start
+		if !f.config {
+			began = max(began, m.end)
+		}
+		for _, role := range n.possible(rolePrefix+op.role, began, op.end) {
 			if m.role == op.role && !f.config && (role.audience != m.req.audience || role.extra != m.req.extra["tenant"]) {
 				continue
 			}
