@@ -210,14 +210,13 @@ func (s *slot) land(f *flight, tok *cachedToken, err error) (news *mintError) {
 // keep makes tok the slot's token, unless it renews nothing: of two tokens the one
 // that may be served longer stays. The caller holds s.mu.
 func (s *slot) keep(tok *cachedToken, up *upstream, now time.Time) (*cachedToken, error) {
-	old := s.token.Load()
+	old := s.held(s.spec)
 	s.history = history{}
 	var failed *mintError
 	switch {
 	case old != nil && old.accessToken == tok.accessToken:
 		failed = repeats(old)
 		old = old.repeatedBy(tok)
-		s.token.Store(old)
 	case old.usable(now) && !tok.servableUntil().After(old.servableUntil()):
 		failed = &mintError{class: classNothingNewer, reason: fmt.Sprintf("the new one, which expires at %s, may be served no longer than the cached one", formatTime(tok.endsAt))}
 	default:
@@ -225,6 +224,7 @@ func (s *slot) keep(tok *cachedToken, up *upstream, now time.Time) (*cachedToken
 		s.token.Store(tok)
 		return tok, nil
 	}
+	s.token.Store(old)
 	old.use.Add(-1) // an idle role is not asked for again and again
 	return old, &unavailable{mintError: failed, config: up.config.name, keyOnly: true}
 }
