@@ -527,6 +527,7 @@ func (w *simWorld) calmDown(p simProfile) {
 	w.note("calm")
 	w.mu.Unlock()
 	time.Sleep(62 * time.Second) // for what has begun
+	w.heal()
 	for i := range p.configs {
 		w.mustWrite(w.configWrite(simConfigName(i), true))
 	}
@@ -541,7 +542,6 @@ func (w *simWorld) calmDown(p simProfile) {
 		}
 	}
 	w.settle()
-	w.heal()
 
 	w.mu.Lock()
 	well := w.now() + simLastBackoff + simCalmMint
