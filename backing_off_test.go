@@ -662,6 +662,31 @@ func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
 	})
 }
 
+// A rotation that brought nothing newer is a success of its key, and of no other: the
+// key's next failure is news.
+func TestRotationIsASuccessOfItsKey(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.write("roles/other", nil)
+		m.mojo.set(func(s *standIn) { s.alter = func(t *token) { t.accessToken = "the one there is" } })
+		m.creds("app", nil)
+		time.Sleep(20 * time.Minute)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		m.creds("app", map[string]any{"min_ttl": "2h"})
+		time.Sleep(time.Minute)
+		m.mojo.set(func(s *standIn) { s.fail = nil })
+		if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); err == nil {
+			m.t.Fatal("a rotation to the same token succeeded")
+		}
+		time.Sleep(time.Minute)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		m.creds("app", map[string]any{"min_ttl": "2h"})
+		m.wantMints(4)
+		m.creds("other", nil)
+		m.wantMints(4)
+	})
+}
+
 // A key that fails alone does so too when MojoAuth refuses its request meanwhile.
 func TestRefusalsDoNotHideThatAKeyFailsAlone(t *testing.T) {
 	bubble(t, func(m *testMount) {

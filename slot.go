@@ -415,3 +415,10 @@ func (s *slot) askedToWait(up *upstream) (history, *unavailable) {
 	}
 	return s.history, nil
 }
+
+// succeeded has the key's failures forgotten, after a rotation had a token for it.
+func (s *slot) succeeded() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.history = history{}
+}

@@ -408,7 +408,8 @@ func (c *tokenCache) mintNow(ctx context.Context, spec *spec) (*cachedToken, err
 		return nil, err
 	}
 	var past history
-	if s := c.peek(spec.key()); s != nil {
+	s := c.peek(spec.key())
+	if s != nil {
 		var refusal *unavailable
 		if past, refusal = s.askedToWait(up); refusal != nil {
 			return nil, refusal
@@ -429,7 +430,10 @@ func (c *tokenCache) mintNow(ctx context.Context, spec *spec) (*cachedToken, err
 	if err := c.wait(ctx, done); err != nil {
 		return nil, err
 	}
-	if err != nil && c.outdated(spec, up) {
+	switch {
+	case err == nil && s != nil:
+		s.succeeded()
+	case err != nil && c.outdated(spec, up):
 		return nil, errOutdated
 	}
 	return tok, err
