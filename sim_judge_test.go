@@ -298,14 +298,16 @@ func (w *simWorld) clientMayBeMade(n *simNode, config *configEntry) bool {
 	// Of which key, there is no telling.
 	lonely := slices.ContainsFunc(slices.Collect(maps.Values(n.judge.keys)), func(k *simKeyState) bool { return k.suspect != no })
 	c.block.fail(simNoClient, now, now, !verifying && !lonely && c.blurred < now-simSlack)
+	until := c.block.latest
 	for _, k := range n.judge.keys {
 		if k.config == name {
 			k.mayHaveFailed = now
 			k.block.fail(simNoClient, now, now, false)
+			until = max(until, k.block.latest)
 		}
 	}
 	n.judge.failures = append(n.judge.failures, &simFailure{
-		mint: &simMint{node: n, config: name, entry: *config, begin: now, end: now}, outcome: simNoClient, config: true, until: c.block.latest,
+		mint: &simMint{node: n, config: name, entry: *config, begin: now, end: now}, outcome: simNoClient, config: true, until: until,
 	})
 	return false
 }
@@ -368,7 +370,7 @@ func (a *simAnswer) life(role *simVersion, minTTL, now time.Duration) (simLife, 
 func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotations bool) time.Duration {
 	_, end := a.life(role, 0, 0)
 	for _, again := range a.token.answers {
-		if again.mint.node == n && again.delivered > a.delivered && again.delivered <= now && (rotations || !again.mint.exempt) {
+		if again.repeats(a, n, now, rotations) && again.sent >= role.dropAt {
 			if _, sooner := again.life(role, 0, 0); end-sooner >= time.Second {
 				end = sooner
 			}
@@ -377,18 +379,21 @@ func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotatio
 	return end
 }
 
+// repeats tells whether the node was given the token of a once more.
+func (again *simAnswer) repeats(a *simAnswer, n *simNode, now time.Duration, rotations bool) bool {
+	return again.mint.node == n && again.delivered > a.delivered && again.delivered <= now && (rotations || !again.mint.exempt)
+}
+
 // repeated tells whether the node was given the token again.
-func (a *simAnswer) repeated(n *simNode, now time.Duration) bool {
-	return slices.ContainsFunc(a.token.answers, func(again *simAnswer) bool {
-		return again.mint.node == n && again.delivered > a.delivered && again.delivered <= now
-	})
+func (a *simAnswer) repeated(n *simNode, now time.Duration, rotations bool) bool {
+	return slices.ContainsFunc(a.token.answers, func(again *simAnswer) bool { return again.repeats(a, n, now, rotations) })
 }
 
 // servable is until when the token may be served under that version of its role.
 func (a *simAnswer) servable(n *simNode, role *simVersion, now time.Duration) time.Duration {
 	life, _ := a.life(role, 0, 0)
 	floor := life.floor
-	if a.repeated(n, now) {
+	if a.repeated(n, now, false) {
 		floor = min(floor, simRepeatedFloor)
 	}
 	return a.end(n, role, now, true) - floor
@@ -677,6 +682,10 @@ func (w *simWorld) succeeds(m *simMint, sure bool) {
 	if m.exempt { // who rotates keeps the token beside the key's own account
 		k.block.blur()
 		k.suspect = min(k.suspect, maybe)
+		k.mayHaveFailed, k.failedAt = max(k.mayHaveFailed, k.failedAt), -1
+		if newer != yes {
+			w.backsOffKey(m, k, simNothingNewer, false)
+		}
 		return
 	}
 	k.suspect, k.failedAt, k.mayHaveFailed = no, -1, -1
@@ -705,7 +714,7 @@ func (w *simWorld) renews(m *simMint) (newer simMaybe, spent time.Duration) {
 	n, now := m.node, m.end
 	newer = yes
 	for _, a := range n.judge.key(m.role, m.set).answers {
-		if a == m.answer || a.delivered > now || m.exempt {
+		if a == m.answer {
 			continue
 		}
 		again, better, worse := a.token == m.answer.token, false, false

@@ -166,7 +166,7 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 	d := op.resp.Data
 	life, left := a.life(role, op.minTTL, op.end)
 	end := w.at(a.sent + life.life)
-	repeated := a.repeated(op.node, op.end)
+	repeated := a.repeated(op.node, op.end, true)
 	seconds, _ := d["expires_at_seconds"].(int64)
 	if repeated {
 		// The first answer counts.
@@ -352,7 +352,8 @@ func (w *simWorld) judgeRotated(op *simOp) {
 		return
 	}
 	rotated, before := k.answers[i-1], k.answers[i-2]
-	if !rotated.mint.exempt || rotated.served >= 0 || rotated.delivered < w.calm || before.served < 0 || !rotated.fitsRole(role) {
+	byRotation := slices.ContainsFunc(op.node.judge.rotations, func(r *simOp) bool { return r.wrote != nil && r.end == rotated.delivered })
+	if !byRotation || rotated.served >= 0 || rotated.delivered < w.calm || before.served < 0 || !rotated.fitsRole(role) {
 		return
 	}
 	_, old := before.life(role, 0, rotated.delivered)
