@@ -838,3 +838,28 @@ func TestMintThatStorageHeldUpObeysTheBackoff(t *testing.T) {
 		m.wantMints(1)
 	})
 }
+
+// Nor does the mint after a back-off ask when, before it could, an older one has failed.
+func TestProbeThatStorageHeldUpObeysANewBackoff(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("probe", nil)
+		m.write("roles/straggler", map[string]any{"audience": "straggler"})
+		m.write("roles/first", nil)
+		m.mojo.set(func(s *standIn) {
+			s.respond = func(req tokenRequest) (time.Duration, error) {
+				if req.audience == "straggler" {
+					return 6 * time.Second, errDown
+				}
+				return 0, errDown
+			}
+		})
+		go m.creds("straggler", nil)
+		synctest.Wait()
+		m.creds("first", nil)
+		time.Sleep(5500 * time.Millisecond) // its back-off is over
+		hold := func(string) { time.Sleep(450 * time.Millisecond) }
+		m.storage.afterGet.Store(&hold)
+		m.creds("probe", nil)
+		m.wantMints(2)
+	})
+}

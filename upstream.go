@@ -175,7 +175,7 @@ func (u *upstream) admitNow(key slotKey, now time.Time) (leave, error) {
 func (u *upstream) withdrawn(l leave, now time.Time) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if l.probe || l.now || !u.backoff.blocks(now) {
+	if l.now || !u.backoff.blocks(now) {
 		return nil
 	}
 	refusal := u.remembered(l.key, u.backoff.until)
