@@ -38,8 +38,8 @@ func (b *simBlock) fail(o simOutcome, began, now time.Duration, sure bool) {
 	if began > b.latest+simForget {
 		b.atLeast = 0 // it may have been forgotten
 	}
-	again := b.failedAt < 0 || began >= b.failedAt
-	if !sure || again || b.atMost == 0 {
+	again := began >= b.lastAt
+	if !sure || b.failedAt < 0 || began >= b.failedAt || b.atMost == 0 {
 		b.atMost++
 	}
 	_, longest := simBackoff(b.atMost)
@@ -91,6 +91,7 @@ type simConfigState struct {
 	written       time.Duration // when the node had to know of the last write; -1 before
 	blurred       time.Duration // when something was last written, known or not; -1 before
 	clientRefused simMaybe      // the last failure that backed it off was about the client
+	noClient      bool          // once no client could be made, for a key that nobody knows
 	// When a mint last succeeded, for sure and perhaps; -1 before.
 	succeeded, mayHaveSucceeded time.Duration
 }
@@ -298,16 +299,15 @@ func (w *simWorld) clientMayBeMade(n *simNode, config *configEntry) bool {
 	// Of which key, there is no telling.
 	lonely := slices.ContainsFunc(slices.Collect(maps.Values(n.judge.keys)), func(k *simKeyState) bool { return k.suspect != no })
 	c.block.fail(simNoClient, now, now, !verifying && !lonely && c.blurred < now-simSlack)
-	until := c.block.latest
+	c.noClient = true
 	for _, k := range n.judge.keys {
 		if k.config == name {
 			k.mayHaveFailed = now
 			k.block.fail(simNoClient, now, now, false)
-			until = max(until, k.block.latest)
 		}
 	}
 	n.judge.failures = append(n.judge.failures, &simFailure{
-		mint: &simMint{node: n, config: name, entry: *config, begin: now, end: now}, outcome: simNoClient, config: true, until: until,
+		mint: &simMint{node: n, config: name, entry: *config, begin: now, end: now}, outcome: simNoClient, config: true, until: now + simLastBackoff,
 	})
 	return false
 }
@@ -404,6 +404,13 @@ func (a *simAnswer) servable(n *simNode, role *simVersion, now time.Duration) ti
 func (a *simAnswer) surely(n *simNode, before time.Duration) bool {
 	if a.mint.node != n || a.served < 0 || a.served >= before || n.judge.greedy[a.mint.role] > simNarrowedKeys && n.narrowed(a.mint) {
 		return false
+	}
+	// What the node was given before counts from then.
+	role := n.w.history[rolePrefix+a.mint.role].last()
+	for _, first := range a.token.answers {
+		if a.repeats(first, n, before, true) && first.sent >= role.dropAt {
+			return false
+		}
 	}
 	// Not if another one that came took its place under one version of the role, and is
 	// worse under another.
@@ -579,6 +586,7 @@ func (w *simWorld) mintEnds(m *simMint, err error) {
 			w.fails(m, simOverOnArrival, sure)
 		case maybe:
 			w.fails(m, simOverOnArrival, false)
+			c.block.blur()
 			c.mayHaveSucceeded = now
 			k.suspect = min(k.suspect, maybe)
 		}
@@ -681,8 +689,10 @@ func (w *simWorld) succeeds(m *simMint, sure bool) {
 	m.answer.renewed = newer == yes
 	if m.exempt { // who rotates keeps the token beside the key's own account
 		k.block.blur()
-		k.suspect = min(k.suspect, maybe)
 		k.mayHaveFailed, k.failedAt = max(k.mayHaveFailed, k.failedAt), -1
+		if k.mayHaveFailed >= 0 {
+			k.suspect = maybe // it may be a success of another slot
+		}
 		if newer != yes {
 			w.backsOffKey(m, k, simNothingNewer, false)
 		}
@@ -772,7 +782,7 @@ func (w *simWorld) fails(m *simMint, o simOutcome, sure bool) {
 	case m.begin <= c.mayHaveSucceeded:
 		alone = max(alone, maybe)
 	}
-	if !sure && alone == yes {
+	if !sure && alone == yes || c.noClient && alone == no {
 		alone = maybe
 	}
 	switch alone {
@@ -824,7 +834,7 @@ func (n *simNode) narrowed(m *simMint) bool {
 func (n *simNode) narrowedFlights(config string) int {
 	flights := 0
 	for m := range n.judge.flights {
-		if m.role != "" && m.config == config && n.narrowed(m) {
+		if m.role != "" && m.config == config && n.narrowed(m) && m.begin > n.judge.config(config).blurred {
 			flights++
 		}
 	}

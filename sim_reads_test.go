@@ -461,8 +461,12 @@ func (w *simWorld) userMistake(op *simOp) bool {
 // excused tells whether a failure of MojoAuth's is one that the read may be told of.
 func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 	n := op.node
-	if coded != nil && coded.Code() == http.StatusTooManyRequests && len(op.scopes) > 0 && n.judge.greedy[op.role] >= simNarrowedFlights {
-		return true
+	if coded != nil && coded.Code() == http.StatusTooManyRequests && len(op.scopes) > 0 {
+		narrowed := 0
+		for _, sets := range n.judge.greedy {
+			narrowed += sets
+		}
+		return narrowed >= simNarrowedFlights
 	}
 	if coded != nil && coded.Code() == http.StatusGatewayTimeout && w.hadItsTime(op) {
 		return true
