@@ -12,7 +12,7 @@ GORELEASER  := bin/goreleaser
 GOVULNCHECK := bin/govulncheck
 FUZZTIME    ?= 1m
 FROM        ?= 1
-SEEDS       ?= 300
+SEEDS       ?= 1000
 MINUTES     ?= 20
 
 .PHONY: help build dev test test-unit test-e2e test-live simulate fuzz lint vulncheck fmt bench soak soak-agent \
@@ -40,7 +40,7 @@ test-live: ## Get a token of the real MojoAuth; needs the MOJOAUTH_* variables
 	go test -count=1 -run '^TestLive' -v .
 
 simulate: ## Simulate SEEDS cases of two nodes FROM a seed on; TRACE=1 tells all that happens
-	FROM=$(FROM) SEEDS=$(SEEDS) TRACE=$(TRACE) go test -count=1 -run '^TestSimulation$$' .
+	FROM=$(FROM) SEEDS=$(SEEDS) TRACE=$(TRACE) go test -count=1 -timeout 2h -run '^TestSimulation$$' .
 
 fuzz: ## Fuzz each target for a minute, or FUZZTIME
 	@for package in . ./internal/redact; do \
