@@ -32,6 +32,7 @@ test: test-unit test-e2e ## Run all tests; SERVER=openbao or SERVER=vault runs t
 test-unit: ## Run the unit tests with the race detector
 	@echo "Unit tests with the race detector; the first time, about 3 minutes of that is compiling."
 	go test -race ./...
+	go test -run '^TestSimulation' . # more seeds, as no race detector slows them down
 
 test-e2e: ## Run the tests in a real OpenBao and a real Vault, or in the one of SERVER=openbao|vault
 	@SERVER=$(SERVER) scripts/e2e.sh

@@ -6,4 +6,4 @@
 package mojoauth
 
 // simSeeds is how many cases a test run plays.
-const simSeeds = 400
+const simSeeds = 300

@@ -7,4 +7,4 @@ package mojoauth
 
 // simSeeds is how many cases a test run plays: few, since the race detector makes each
 // of them slow.
-const simSeeds = 40
+const simSeeds = 20
