@@ -589,6 +589,7 @@ func (w *simWorld) mintEnds(m *simMint, err error) {
 			c.block.blur()
 			c.mayHaveSucceeded = now
 			k.suspect = min(k.suspect, maybe)
+			j.suspectOthers(k, now, false)
 		}
 	case c.written > m.begin:
 		// What was written may have mended it: the failure is forgotten.
@@ -675,15 +676,7 @@ func (w *simWorld) succeeds(m *simMint, sure bool) {
 	} else {
 		c.succeeded = now
 	}
-	for _, other := range j.keys {
-		switch {
-		case other == k || other.config != m.config:
-		case other.failedAt >= 0 && other.failedAt < now && !ofOld:
-			other.suspect = yes
-		case other.failedAt >= 0 || other.mayHaveFailed >= 0:
-			other.suspect = max(other.suspect, maybe)
-		}
-	}
+	j.suspectOthers(k, now, !ofOld)
 
 	newer, spent := w.renews(m)
 	m.answer.renewed = newer == yes
@@ -714,6 +707,19 @@ func (w *simWorld) succeeds(m *simMint, sure bool) {
 		w.backsOffKey(m, k, simNothingNewer, sure && newer == no)
 		if spent > now { // then MojoAuth, which is well, may be asked
 			k.block.until = min(k.block.until, spent)
+		}
+	}
+}
+
+// suspectOthers takes in that a key succeeded where others had failed.
+func (j *simJudge) suspectOthers(k *simKeyState, now time.Duration, sure bool) {
+	for _, other := range j.keys {
+		switch {
+		case other == k || other.config != k.config:
+		case other.failedAt >= 0 && other.failedAt < now && sure:
+			other.suspect = yes
+		case other.failedAt >= 0 || other.mayHaveFailed >= 0:
+			other.suspect = max(other.suspect, maybe)
 		}
 	}
 }
