@@ -181,7 +181,6 @@ type simMint struct {
 	exempt bool          // it may be a rotation's
 	tries  []*simTry
 	answer *simAnswer // what it brought, nil for none
-	last   simOutcome // how it ended
 }
 
 func (m *simMint) key() string { return m.role + "/" + m.set }
