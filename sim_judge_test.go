@@ -234,6 +234,9 @@ func (w *simWorld) mintBegins(m *simMint) {
 		w.violate("%s begins after closing", m)
 	}
 	c, k := j.config(m.config), j.key(m.role, m.set)
+	if k.config == "" {
+		k.blurred = n.blurredAt
+	}
 	k.config = m.config
 	m.exempt = n.rotating(m.role, now-simSlack)
 
@@ -334,6 +337,9 @@ func (w *simWorld) judgeNeed(m *simMint, k *simKeyState) {
 	inUse, due := false, false
 	for _, a := range k.answers {
 		fresh, alive := true, false
+		if n.unsettled > now { // it may still go by what it had before it was told
+			roles = n.possible(rolePrefix+m.role, 0, now)
+		}
 		for _, role := range roles {
 			life, left := a.life(role, minTTL, now)
 			fresh = fresh && left > life.refresh+simSlack
@@ -678,7 +684,7 @@ func (w *simWorld) succeeds(m *simMint, sure bool) {
 	}
 	j.suspectOthers(k, now, !ofOld)
 
-	newer, spent := w.renews(m)
+	newer, spent, spentBy := w.renews(m)
 	m.answer.renewed = newer == yes
 	if m.exempt { // who rotates keeps the token beside the key's own account
 		k.block.blur()
@@ -707,6 +713,9 @@ func (w *simWorld) succeeds(m *simMint, sure bool) {
 		w.backsOffKey(m, k, simNothingNewer, sure && newer == no)
 		if spent > now { // then MojoAuth, which is well, may be asked
 			k.block.until = min(k.block.until, spent)
+			if f := j.failures[len(j.failures)-1]; sure {
+				f.until = min(f.until, spentBy)
+			}
 		}
 	}
 }
@@ -725,8 +734,9 @@ func (j *simJudge) suspectOthers(k *simKeyState, now time.Duration, sure bool) {
 }
 
 // renews tells whether a token may be served longer than the one that is there. It also
-// tells the earliest time at which that one may be spent, 0 when there is none.
-func (w *simWorld) renews(m *simMint) (newer simMaybe, spent time.Duration) {
+// tells the earliest and the latest time at which that one may be spent, 0 when there is
+// none.
+func (w *simWorld) renews(m *simMint) (newer simMaybe, spent, spentBy time.Duration) {
 	n, now := m.node, m.end
 	newer = yes
 	for _, a := range n.judge.key(m.role, m.set).answers {
@@ -740,6 +750,7 @@ func (w *simWorld) renews(m *simMint) (newer simMaybe, spent time.Duration) {
 				if spent == 0 || until < spent {
 					spent = until
 				}
+				spentBy = max(spentBy, until)
 				better = better || again || m.answer.servable(n, role, now) > until
 				worse = worse || again || m.answer.servable(n, role, now) <= until
 			}
@@ -752,7 +763,7 @@ func (w *simWorld) renews(m *simMint) (newer simMaybe, spent time.Duration) {
 			newer = maybe
 		}
 	}
-	return newer, spent
+	return newer, spent, spentBy
 }
 
 // fails takes in a failure that is not forgotten.

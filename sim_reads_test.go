@@ -277,7 +277,11 @@ func (w *simWorld) judgeWait(op *simOp) {
 				w.violate("%s touched storage %d times, though %s and its role and config were in memory", op, op.storageOps, a.token.text)
 			}
 		}
-		if waited > simPatience+simSlack || waited > simPatience && op.storageTime == 0 {
+		patience := simPatience
+		if len(n.possible(rolePrefix+op.role, op.start, op.end)) > 1 || len(n.possible(configPrefix+a.mint.config, op.start, op.end)) > 1 {
+			patience *= 2 // it looked them up again, and waited anew
+		}
+		if waited > patience+simSlack || waited > patience && op.storageTime == 0 {
 			w.violate("%s waited %s, though %s would have done", op, waited, a.token.text)
 		}
 	}
