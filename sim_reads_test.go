@@ -36,6 +36,7 @@ func (w *simWorld) judgeRead(op *simOp) {
 	if n.closingAt >= 0 && n.closingAt <= op.end {
 		return // it may fail as it likes, but had to end
 	}
+	w.judgeWait(op) // first: by what was there before it was answered
 	if op.resp.IsError() || op.err != nil {
 		if text := simResult(op); strings.Contains(text, "canary") {
 			w.violate("%s: the error holds the client secret: %s", op, text)
@@ -44,7 +45,6 @@ func (w *simWorld) judgeRead(op *simOp) {
 	} else {
 		w.judgeToken(op)
 	}
-	w.judgeWait(op)
 	for _, k := range n.judge.keys {
 		for _, a := range k.answers {
 			a.wanted = a.wanted || op.gaveUp && k.role == op.role
