@@ -278,7 +278,8 @@ func (w *simWorld) judgeWait(op *simOp) {
 			}
 		}
 		patience := simPatience
-		if len(n.possible(rolePrefix+op.role, op.start, op.end)) > 1 || len(n.possible(configPrefix+a.mint.config, op.start, op.end)) > 1 {
+		began := op.start - simSlack // of a mint that it found under way
+		if len(n.possible(rolePrefix+op.role, began, op.end)) > 1 || len(n.possible(configPrefix+a.mint.config, began, op.end)) > 1 {
 			patience *= 2 // it looked them up again, and waited anew
 		}
 		if waited > patience+simSlack || waited > patience && op.storageTime == 0 {
