@@ -368,7 +368,7 @@ func (e *simEndpoint) answer(w *simWorld, m *simMint, try *simTry, req *http.Req
 		}
 		text = simJSON(fields)
 	}
-	var body io.ReadCloser = io.NopCloser(strings.NewReader(text))
+	body := io.NopCloser(strings.NewReader(text))
 	switch {
 	case o.broken:
 		body = io.NopCloser(io.MultiReader(strings.NewReader(text), simReader(func() error { return io.ErrUnexpectedEOF })))

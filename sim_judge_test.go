@@ -385,9 +385,9 @@ func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotatio
 	return end
 }
 
-// repeats tells whether the node was given the token of a once more.
-func (again *simAnswer) repeats(a *simAnswer, n *simNode, now time.Duration, rotations bool) bool {
-	return again.mint.node == n && again.delivered > a.delivered && again.delivered <= now && (rotations || !again.mint.exempt)
+// repeats tells whether the node was given the token of an earlier answer once more.
+func (a *simAnswer) repeats(earlier *simAnswer, n *simNode, now time.Duration, rotations bool) bool {
+	return a.mint.node == n && a.delivered > earlier.delivered && a.delivered <= now && (rotations || !a.mint.exempt)
 }
 
 // repeated tells whether the node was given the token again.

@@ -211,7 +211,7 @@ func (w *simWorld) roleWrite(p simProfile, name string, whole bool) *simOp {
 	}
 	return &simOp{
 		kind: opWrite, path: rolePrefix + name, key: rolePrefix + name, data: data,
-		change: func(f *simFields, created bool) {
+		change: func(f *simFields, _ bool) {
 			for _, change := range changes {
 				change(f)
 			}
@@ -651,10 +651,9 @@ func (w *simWorld) rest() {
 	}
 	w.running.Wait()
 	// Longer than any token lives. On the last day nothing happens any more.
-	requests, operations := 0, 0
 	for day := range 400 {
 		w.mu.Lock()
-		requests, operations = w.requests, w.storageOps
+		requests, operations := w.requests, w.storageOps
 		w.mu.Unlock()
 		time.Sleep(24 * time.Hour)
 		w.mu.Lock()

@@ -178,7 +178,7 @@ func (w *simWorld) open(place, life int, readOnly bool) {
 	}
 	storage := &countingStorage{Storage: &simStorage{Storage: w.shared, node: n}}
 	n.mount = newTestNode(w.t, nil, n.newClient, storage, system)
-	n.mount.backend.random = w.random
+	n.mount.random = w.random
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	n.startedAt = w.now()
