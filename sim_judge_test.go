@@ -452,19 +452,18 @@ func (w *simWorld) stillGood(n *simNode, a *simAnswer, began, now time.Duration)
 				return false
 			}
 		}
-		for _, same := range a.token.answers { // of one that is repeated, all
-			if same.delivered > now || same.mint.node != n {
-				continue
-			}
-			if life, left := same.life(role, 0, now); left <= life.floor {
-				return false
-			}
+		if a.servable(n, role, now) <= now {
+			return false
 		}
 	}
 	// Under a max_ttl that was raised since, it may have ended, and does not come back.
 	for _, role := range w.history[roleKey].versions {
-		if role.exists && role.until > a.delivered {
-			if life, left := a.life(role, 0, min(now, role.until+simSlack+simLate)); left <= life.floor {
+		until := role.until + simSlack + simLate
+		if n.storageFailed >= role.until { // which may have kept the node from loading the next
+			until = now
+		}
+		if role.exists && role.until >= 0 && until > a.delivered {
+			if life, left := a.life(role, 0, min(now, until)); left <= life.floor {
 				return false
 			}
 		}
@@ -809,10 +808,6 @@ func (w *simWorld) fails(m *simMint, o simOutcome, sure bool) {
 	case maybe:
 		c.block.fail(o, m.begin, now, false)
 		w.backsOffKey(m, k, o, false)
-		if sure { // one or the other counted it
-			shortest, _ := simBackoff(1)
-			k.block.until, k.block.why = max(k.block.until, now+shortest), o
-		}
 		if o.class == classClientRefused != (c.clientRefused == yes) {
 			c.clientRefused = maybe
 		}

@@ -101,7 +101,7 @@ func (w *simWorld) judgeToken(op *simOp) {
 	}
 	var why []string
 	fits := false
-	var served *simAnswer
+	var served []*simAnswer // what it may have been
 	for _, a := range tok.answers {
 		if a.mint.node != n || a.delivered > op.end || a.mint.end < 0 {
 			continue
@@ -111,7 +111,10 @@ func (w *simWorld) judgeToken(op *simOp) {
 				why = append(why, fmt.Sprintf("role version %d: %s", role.number, problem))
 				continue
 			}
-			fits, served = true, a
+			fits = true
+			if !slices.Contains(served, a) {
+				served = append(served, a)
+			}
 		}
 	}
 	if !fits {
@@ -121,18 +124,15 @@ func (w *simWorld) judgeToken(op *simOp) {
 		w.violate("%s got %s, which does not fit: %s", op, text, strings.Join(why, "; "))
 		return
 	}
-	w.judgeLaterEnd(op, served)
-	for _, a := range tok.answers {
-		if a.mint.node != n || a.delivered > op.end {
-			continue
-		}
+	w.judgeLaterEnd(op, served[0])
+	for _, a := range served {
 		if a.served < 0 {
 			a.served = op.end
 		}
 		a.asOf, a.wanted = max(a.asOf, op.start), true
 	}
 	if op.storageOps == 0 && n.blurredAt < op.start && n.upToDate(rolePrefix+op.role, op.start) &&
-		n.upToDate(configPrefix+served.mint.config, op.start) {
+		n.upToDate(configPrefix+served[0].mint.config, op.start) {
 		n.inMemory[op.role] = true
 	}
 }

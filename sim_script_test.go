@@ -511,8 +511,23 @@ func (w *simWorld) restart(n *simNode) {
 		panic(err)
 	}
 	n.shut()
+	for n.writes() { // which a node of a cluster does no more, once another is there
+		time.Sleep(100 * time.Millisecond)
+	}
 	synctest.Wait()
 	w.open(n.place, life+1, n.readOnly)
+}
+
+// writes tells whether a write of the node is under way.
+func (n *simNode) writes() bool {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	for op := range n.busy {
+		if op.key != "" {
+			return true
+		}
+	}
+	return false
 }
 
 // calmDown ends all faults, waits until the engine has to be well, and has polite
