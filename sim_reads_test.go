@@ -177,8 +177,10 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 			}
 		}
 		until := a.end(op.node, role, op.end, false)
-		if seconds != w.at(until).Unix() { // perhaps what was taken for a rotation was none
-			until = a.end(op.node, role, op.end, true)
+		for _, again := range a.token.answers { // perhaps what was taken for a rotation was none
+			if _, sooner := again.life(role, 0, 0); again.repeats(a, op.node, op.end, true) && w.at(sooner).Unix() == seconds {
+				until = min(until, sooner)
+			}
 		}
 		left, end = until-op.end, w.at(until)
 	}
