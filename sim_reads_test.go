@@ -177,9 +177,10 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 			}
 		}
 		until := a.end(op.node, role, op.end, false)
-		for _, again := range a.token.answers { // perhaps what was taken for a rotation was none
-			if _, sooner := again.life(role, 0, 0); again.repeats(a, op.node, op.end, true) && w.at(sooner).Unix() == seconds {
-				until = min(until, sooner)
+		for _, again := range a.token.answers { // perhaps what was taken for a rotation's was not
+			_, sooner := again.life(role, 0, 0)
+			if again.mint.exempt && again.repeats(a, op.node, op.end, true) && seconds != w.at(until).Unix() && seconds == w.at(sooner).Unix() {
+				until = sooner
 			}
 		}
 		left, end = until-op.end, w.at(until)
