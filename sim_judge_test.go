@@ -452,7 +452,8 @@ func (w *simWorld) stillGood(n *simNode, a *simAnswer, began, now time.Duration)
 				return false
 			}
 		}
-		if a.servable(n, role, now) <= now {
+		// Before it was given again, its floor was higher.
+		if min(a.servable(n, role, began), a.servable(n, role, now)) <= now {
 			return false
 		}
 	}
