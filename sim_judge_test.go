@@ -746,11 +746,13 @@ func (w *simWorld) renews(m *simMint) (newer simMaybe, spent, spentBy time.Durat
 		again, better, worse := a.token == m.answer.token, false, false
 		for _, role := range n.possible(rolePrefix+m.role, m.begin, now) {
 			until := a.servable(n, role, now)
-			if now < until || again {
+			if now < until {
 				if spent == 0 || until < spent {
 					spent = until
 				}
 				spentBy = max(spentBy, until)
+			}
+			if now < until || again {
 				better = better || again || m.answer.servable(n, role, now) > until
 				worse = worse || again || m.answer.servable(n, role, now) <= until
 			}
