@@ -623,6 +623,63 @@ func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
 	})
 }
 
+// A rotation that brought nothing newer is a success of its key, and of no other: the
+// key's next failure is news.
+func TestRotationIsASuccessOfItsKey(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.write("roles/other", nil)
+		m.mojo.set(func(s *standIn) { s.alter = func(t *token) { t.accessToken = "the one there is" } })
+		m.creds("app", nil)
+		time.Sleep(20 * time.Minute)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		m.creds("app", map[string]any{"min_ttl": "2h"})
+		time.Sleep(time.Minute)
+		m.mojo.set(func(s *standIn) { s.fail = nil })
+		if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); err == nil {
+			m.t.Fatal("a rotation to the same token succeeded")
+		}
+		time.Sleep(time.Minute)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		m.creds("app", map[string]any{"min_ttl": "2h"})
+		m.wantMints(4)
+		m.creds("other", nil)
+		m.wantMints(4)
+	})
+}
+
+// A key that fails alone does so too when MojoAuth refuses its request meanwhile.
+func TestRefusalsDoNotHideThatAKeyFailsAlone(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("bad", map[string]any{"audience": "bad"})
+		m.write("roles/good", nil)
+		m.write("roles/other", nil)
+		refused := &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_target"}
+		var failure atomic.Pointer[mintError]
+		failure.Store(refused)
+		m.mojo.set(func(s *standIn) {
+			s.failFor = func(req tokenRequest) error {
+				if req.audience == "bad" {
+					return failure.Load()
+				}
+				return nil
+			}
+		})
+		m.creds("bad", nil)
+		time.Sleep(time.Second)
+		m.creds("good", nil) // from now on bad fails alone
+		time.Sleep(time.Minute)
+		m.creds("bad", nil)
+		failure.Store(errDown)
+		time.Sleep(time.Minute)
+		m.creds("bad", nil)
+		m.wantMints(4)
+		if got := m.creds("other", nil); got.err != nil {
+			t.Errorf("after a failure of a role that fails alone, another got %v", got.err)
+		}
+	})
+}
+
 // An endpoint that is down for all, but for one role whose request it refuses before it
 // tries.
 func refusesOne(m *testMount, outage *mintError) {
@@ -739,5 +796,30 @@ func TestMintThatStorageHeldUpObeysTheBackoff(t *testing.T) {
 			t.Errorf("got %v, want the failure of the other mint", got)
 		}
 		m.wantMints(1)
+	})
+}
+
+// Nor does the mint after a back-off ask when, before it could, an older one has failed.
+func TestProbeThatStorageHeldUpObeysANewBackoff(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("probe", nil)
+		m.write("roles/straggler", map[string]any{"audience": "straggler"})
+		m.write("roles/first", nil)
+		m.mojo.set(func(s *standIn) {
+			s.respond = func(req tokenRequest) (time.Duration, error) {
+				if req.audience == "straggler" {
+					return 6 * time.Second, errDown
+				}
+				return 0, errDown
+			}
+		})
+		go m.creds("straggler", nil)
+		synctest.Wait()
+		m.creds("first", nil)
+		time.Sleep(5500 * time.Millisecond) // its back-off is over
+		hold := func(string) { time.Sleep(450 * time.Millisecond) }
+		m.storage.afterGet.Store(&hold)
+		m.creds("probe", nil)
+		m.wantMints(2)
 	})
 }

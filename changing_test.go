@@ -326,6 +326,23 @@ func (s *unsureStorage) Put(ctx context.Context, e *logical.StorageEntry) error 
 	return nil
 }
 
+// A reader can know of a change before the cache does: what was loaded in the background
+// failed. Then the new token counts by the role as the reader has it.
+func TestNewTokenIsComparedWithTheOldUnderTheRoleAsItIs(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		time.Sleep(10 * time.Minute)
+		m.elsewhere(func(o *testMount) { o.write("roles/app", map[string]any{"max_ttl": "1m"}) })
+		broken := errors.New("storage is down")
+		m.storage.fail.Store(&broken)
+		m.InvalidateKey(context.Background(), "roles/app")
+		synctest.Wait()
+		m.storage.fail.Store(nil)
+		m.wantToken("app", 2)
+	})
+}
+
 // A write that failed may have been applied all the same: what storage has counts.
 func TestFailedWritesCountAsStorageHasThem(t *testing.T) {
 	for path, data := range map[string]map[string]any{

@@ -28,9 +28,9 @@ type entries[T any] struct {
 	changed   func(name string, now *held[T])
 	forgotten func(name string)
 
-	// writing lets one writer at a time load, change, and save an entry. Only
-	// writers take it, so it may be held across storage I/O.
-	writing sync.Mutex
+	// writing has a place for the one writer that loads, changes, and saves an entry.
+	// Only writers wait for it, so it may be held across storage I/O.
+	writing chan struct{}
 
 	mu   sync.RWMutex // never held across I/O
 	held map[string]*held[T]
@@ -54,7 +54,7 @@ func (h *held[T]) same(other *held[T]) bool {
 type load struct{ readers int }
 
 func newEntries[T any](prefix string) *entries[T] {
-	return &entries[T]{prefix: prefix, held: make(map[string]*held[T]), loads: make(map[string]*load)}
+	return &entries[T]{prefix: prefix, writing: make(chan struct{}, 1), held: make(map[string]*held[T]), loads: make(map[string]*load)}
 }
 
 // get returns the entry of that name, from memory when it is held there, else
@@ -152,8 +152,11 @@ func (u *unreadable) Unwrap() error { return u.err }
 // error of change is returned as it is, and nothing is saved. Writes go one at a
 // time, to storage, then to memory, then to what depends on the entry.
 func (e *entries[T]) update(ctx context.Context, s logical.Storage, name string, change func(old *held[T]) (*T, error)) (*held[T], error) {
-	e.writing.Lock()
-	defer e.writing.Unlock()
+	done, err := e.beginWriting(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	old, err := e.load(ctx, s, name)
 	if err != nil {
 		return nil, err
@@ -172,9 +175,22 @@ func (e *entries[T]) update(ctx context.Context, s logical.Storage, name string,
 
 // remove deletes the entry, in the order of update.
 func (e *entries[T]) remove(ctx context.Context, s logical.Storage, name string) error {
-	e.writing.Lock()
-	defer e.writing.Unlock()
+	done, err := e.beginWriting(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
 	return e.settle(name, nil, s.Delete(ctx, e.prefix+name))
+}
+
+// beginWriting waits until no other write is under way. done has to be called after it.
+func (e *entries[T]) beginWriting(ctx context.Context) (done func(), err error) {
+	select {
+	case e.writing <- struct{}{}:
+		return func() { <-e.writing }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // settle ends a write. When storage failed, it may have the old entry or the new

@@ -21,6 +21,10 @@ import (
 type gates struct {
 	mu sync.Mutex // never held across I/O
 	of map[string]configGate
+	// tried is the gate that the last verification passed, if that was of a config or
+	// an endpoint which nobody else has asked: its first mint goes on with it.
+	tried     configGate
+	triedName string
 }
 
 type configGate struct {
@@ -41,20 +45,30 @@ func (g *gates) enter(name string, config *configEntry) *gate.Gate {
 		}
 		known.Close()
 	}
-	made := gate.New(config.requestsPerSecond(), nil)
-	g.of[name] = configGate{made, config.TokenURL}
-	return made
+	g.of[name] = g.try(name, config)
+	g.tried = configGate{}
+	g.of[name].SetLimit(config.requestsPerSecond())
+	return g.of[name].Gate
 }
 
-// tryOut is the gate for a config that may never be saved. A new endpoint has one that
-// nobody else passes.
+// tryOut is the gate for a config that may never be saved.
 func (g *gates) tryOut(name string, config *configEntry) *gate.Gate {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if known, ok := g.of[name]; ok && known.tokenURL == config.TokenURL {
 		return known.Gate
 	}
-	return gate.New(config.requestsPerSecond(), nil)
+	g.tried, g.triedName = g.try(name, config), name
+	return g.tried.Gate
+}
+
+// try is the gate of the last verification if that was of this endpoint, else a new one.
+// The caller holds g.mu.
+func (g *gates) try(name string, config *configEntry) configGate {
+	if g.tried.Gate != nil && g.triedName == name && g.tried.tokenURL == config.TokenURL {
+		return g.tried
+	}
+	return configGate{gate.New(config.requestsPerSecond(), nil), config.TokenURL}
 }
 
 // written has the gate of a config go by what was written: config is nil when the
@@ -90,6 +104,9 @@ func (g *gates) close() {
 	defer g.mu.Unlock()
 	for _, known := range g.of {
 		known.Close()
+	}
+	if g.tried.Gate != nil {
+		g.tried.Close()
 	}
 }
 

@@ -218,15 +218,24 @@ func (b *backend) awaitToken(ctx context.Context, s logical.Storage, q *query, d
 			return q, answer, err
 		}
 		if q, err = b.query(ctx, s, q.role.name, d); err != nil {
-			return nil, served{}, err
+			return nil, served{}, inTime(ctx, err)
 		}
 	}
+}
+
+// inTime is the error of a look-up in storage, told as what it is when the deadline has
+// passed meanwhile.
+func inTime(ctx context.Context, err error) error {
+	if ctx.Err() == nil {
+		return err
+	}
+	return fmt.Errorf("reading role and config from storage took longer than a request may: %w", err)
 }
 
 // withDeadline bounds all that a request for a token waits for on this node: its turn,
 // another mint, a mint of its own.
 func withDeadline(ctx context.Context, q *query) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(ctx, q.config.entry.RequestTimeout+time.Second)
+	return context.WithTimeout(ctx, q.config.entry.longest())
 }
 
 // query looks up what a role's token is requested for. d has the query of a read, and
@@ -390,16 +399,16 @@ func (b *backend) rotate(ctx context.Context, s logical.Storage, name string) (*
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := withDeadline(ctx, q)
+	timed, cancel := withDeadline(ctx, q)
 	defer cancel()
 	for {
 		q.arrived = arrived
-		tok, err := b.tokens.rotate(ctx, q, b.rotateTo)
-		if !errors.Is(err, errOutdated) || ctx.Err() != nil {
+		tok, err := b.tokens.rotate(ctx, timed, q, b.rotateTo)
+		if !errors.Is(err, errOutdated) || timed.Err() != nil {
 			return tok, err
 		}
-		if q, err = b.query(ctx, s, name, nil); err != nil {
-			return nil, err
+		if q, err = b.query(timed, s, name, nil); err != nil {
+			return nil, inTime(timed, err)
 		}
 	}
 }

@@ -257,6 +257,25 @@ func TestRotationIsAnsweredWithinOneDeadline(t *testing.T) {
 	})
 }
 
+// The deadline is for the token: when that is there, slow storage does not lose it.
+func TestRotationWithSlowStorageKeepsItsToken(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.write("config", testConfig(map[string]any{"request_timeout": "2s"}))
+		m.write("roles/app", nil)
+		m.wantToken("app", 1)
+		slow := func(string) {
+			if m.mojo.mints.Load() == 2 {
+				time.Sleep(5 * time.Second)
+			}
+		}
+		m.storage.afterGet.Store(&slow)
+		if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); err != nil {
+			m.t.Fatalf("got %v, want it done", err)
+		}
+		m.wantToken("app", 2)
+	})
+}
+
 // A token that nobody could use replaces none, and is counted as what it is.
 func TestRotationToATokenOverOnArrivalIsCountedAsAFailure(t *testing.T) {
 	bubble(t, func(m *testMount) {

@@ -18,70 +18,95 @@ import (
 // rotations has the rotation of each role that still may be joined.
 type rotations struct {
 	mu sync.Mutex // never held across I/O
-	of map[string]*flight
+	of map[string]*rotation
 }
 
-func newRotations() rotations { return rotations{of: make(map[string]*flight)} }
+// rotation is a mint whose token replaces what its role has.
+type rotation struct {
+	*flight
+	saved chan struct{} // closed when the token has been saved or there is none
+}
+
+// saver makes a token, which was minted for a spec, that of its role.
+type saver func(context.Context, *spec, *cachedToken) (*cachedToken, error)
+
+func newRotations() rotations { return rotations{of: make(map[string]*rotation)} }
 
 // rotate mints a token of a role and has it saved. Those who ask before the request of
-// a rotation has left share it. A back-off is ignored, the gate is not. The errors are
-// those of await and of save.
-func (c *tokenCache) rotate(ctx context.Context, q *query, save func(context.Context, *spec, *cachedToken) (*cachedToken, error)) (*cachedToken, error) {
-	f, waiter, err := c.rotation(ctx, q, save)
+// a rotation has left share it. A back-off is ignored, the gate is not. The mint has as
+// long as timed, and saving as long as ctx. The errors are those of await and of save.
+func (c *tokenCache) rotate(ctx, timed context.Context, q *query, save saver) (*cachedToken, error) {
+	r, waiter, err := c.rotation(ctx, timed, q, save)
 	if err != nil {
 		return nil, err
 	}
 	defer waiter.Leave()
-	if err := c.toTheEnd(ctx, f, waiter); err != nil {
+	if err := c.toTheEnd(timed, r.flight, waiter); err != nil {
 		return nil, err
 	}
-	return f.token, f.err
+	if err := c.wait(ctx, r.saved, nil, r.up); err != nil {
+		return nil, err
+	}
+	return r.token, r.err
 }
 
 // rotation joins the rotation of a role, or starts one.
-func (c *tokenCache) rotation(ctx context.Context, q *query, save func(context.Context, *spec, *cachedToken) (*cachedToken, error)) (*flight, *gate.Waiter, error) {
+func (c *tokenCache) rotation(ctx, timed context.Context, q *query, save saver) (*rotation, *gate.Waiter, error) {
 	up, err := c.upstream(q.config)
 	if err != nil {
 		return nil, nil, err
 	}
-	deadline, _ := ctx.Deadline()
+	deadline, _ := timed.Deadline()
 
-	r := &c.rotations
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if f := r.of[q.role.name]; f != nil && f.up == up && f.spec.role == q.role {
-		if waiter, ok := f.turn.Join(deadline, q.arrived); ok {
-			return f, waiter, nil
+	all := &c.rotations
+	all.mu.Lock()
+	defer all.mu.Unlock()
+	if r := all.of[q.role.name]; r != nil && r.up == up && r.spec.role == q.role {
+		if waiter, ok := r.turn.Join(deadline, q.arrived); ok {
+			return r, waiter, nil
 		}
 	}
 	var past history
-	if s := c.peek(q.key()); s != nil {
+	s := c.peek(q.key())
+	if s != nil {
 		past = s.past()
 	}
 	f := c.newFlight(&q.spec, up, leave{key: q.key(), now: true}, past)
+	r := &rotation{flight: f, saved: make(chan struct{})}
 	waiter, _ := f.turn.Join(deadline, q.arrived)
+	// It goes on when the caller has left, but not when the mount is closed.
+	saving, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	context.AfterFunc(c.ctx, cancel)
 	if !c.spawn(func() {
-		defer close(f.done)
-		f.token, f.err = c.mint(f)
+		defer cancel()
+		defer close(r.saved)
+		tok, err := c.mint(f)
+		all.remove(r)
+		close(f.done)
 		switch {
-		case f.err == nil:
-			f.token, f.err = save(c.ctx, f.spec, f.token)
-		case c.outdated(f.spec, up), errors.Is(f.err, gate.ErrAbandoned):
-			f.err = errOutdated
+		case err == nil:
+			if s != nil {
+				s.succeeded()
+			}
+			r.token, r.err = save(saving, f.spec, tok)
+		case c.outdated(f.spec, up), errors.Is(err, gate.ErrAbandoned):
+			r.err = errOutdated
+		default:
+			r.err = err
 		}
-		r.remove(f)
 	}) {
+		cancel()
 		return nil, nil, errClosed
 	}
-	r.of[q.role.name] = f
-	return f, waiter, nil
+	all.of[q.role.name] = r
+	return r, waiter, nil
 }
 
-func (r *rotations) remove(f *flight) {
+func (r *rotations) remove(ended *rotation) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.of[f.spec.role.name] == f {
-		delete(r.of, f.spec.role.name)
+	if r.of[ended.spec.role.name] == ended {
+		delete(r.of, ended.spec.role.name)
 	}
 }
 

@@ -1,8 +1,6 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-//go:build simulate
-
 package mojoauth
 
 import (
@@ -20,6 +18,8 @@ import (
 	"strings"
 	"time"
 	"weak"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
 // This file is the token endpoint of a simulation, below the engine's HTTP client. It
@@ -50,8 +50,11 @@ type simOutcome struct {
 	class   errorClass
 	again   bool // the same mint may try again
 
-	retryAfter time.Duration
-	latency    time.Duration
+	throttled  bool // the request goes back to its place at the gate
+	retryAfter bool // the answer says when to come back
+	after      time.Duration
+
+	latency time.Duration
 }
 
 func (o simOutcome) failed() bool { return o.concern != concernsNobody }
@@ -62,9 +65,11 @@ var simOutcomes = map[string]simOutcome{
 	"500":            {status: 500, concern: concernsConfig, class: classServerError, again: true},
 	"502":            {status: 502, concern: concernsConfig, class: classServerError, again: true, body: "<html>bad gateway</html>"},
 	"503":            {status: 503, concern: concernsConfig, class: classServerError, again: true},
+	"503 after":      {status: 503, concern: concernsConfig, class: classServerError, again: true, retryAfter: true},
+	"429":            {status: 429, concern: concernsKey, class: classThrottled, throttled: true},
+	"429 after":      {status: 429, concern: concernsKey, class: classThrottled, throttled: true, retryAfter: true},
 	"504":            {status: 504, concern: concernsConfig, class: classServerError, again: true},
 	"501":            {status: 501, concern: concernsConfig, class: classServerError},
-	"429":            {status: 429, concern: concernsConfig, class: classThrottled, again: true},
 	"401":            {status: 401, oauth: "invalid_client", concern: concernsConfig, class: classClientRefused},
 	"400 client":     {status: 400, oauth: "unauthorized_client", concern: concernsConfig, class: classClientRefused},
 	"403":            {status: 403, concern: concernsConfig, class: classClientRefused},
@@ -78,7 +83,7 @@ var simOutcomes = map[string]simOutcome{
 	"302":            {status: 302, location: "https://elsewhere.example/", concern: concernsConfig, class: classUnexpected},
 	"garbage":        {status: 200, body: "<html>hello</html>", concern: concernsConfig, class: classUnexpected},
 	"no token":       {status: 200, body: `{"expires_in":3600}`, concern: concernsConfig, class: classUnexpected},
-	"ended":          {status: 200, concern: concernsConfig, class: classUnexpected},
+	"ended":          {status: 200, concern: concernsKey, class: classExpiredOnArrival},
 	"200 with error": {status: 200, oauth: "invalid_scope", concern: concernsKey, class: classRequestRefused},
 	"unreachable":    {concern: concernsConfig, class: classNetwork, again: true},
 	"broken":         {status: 200, broken: true, body: `{"access_tok`, concern: concernsConfig, class: classNetwork, again: true},
@@ -92,7 +97,6 @@ type simWeather struct {
 	name             string
 	fastest, longest time.Duration      // latency
 	odds             map[string]float64 // of outcomes; the rest are tokens
-	retryAfter       float64            // share of 429 and 5xx that say when to come back
 	only             bool               // odds are for the requests of one role
 }
 
@@ -100,10 +104,9 @@ var simWeathers = []simWeather{
 	{name: "fair", fastest: 20 * time.Millisecond, longest: 300 * time.Millisecond},
 	{name: "slow", fastest: 300 * time.Millisecond, longest: 6 * time.Second},
 	{name: "very slow", fastest: 2 * time.Second, longest: 25 * time.Second, odds: map[string]float64{"hang": 0.1, "drip": 0.1}},
-	{name: "flaky", fastest: 20 * time.Millisecond, longest: 2 * time.Second, odds: map[string]float64{"500": 0.1, "503": 0.1, "unreachable": 0.1, "broken": 0.1, "502": 0.05}, retryAfter: 0.1},
-	{name: "down", longest: time.Second, odds: map[string]float64{"503": 0.7, "500": 0.2, "501": 0.1}, retryAfter: 0.1},
+	{name: "flaky", fastest: 20 * time.Millisecond, longest: 2 * time.Second, odds: map[string]float64{"500": 0.1, "503": 0.1, "unreachable": 0.1, "broken": 0.1, "502": 0.05}},
+	{name: "down", longest: time.Second, odds: map[string]float64{"503": 0.7, "500": 0.2, "501": 0.1}},
 	{name: "down fast", longest: 30 * time.Millisecond, odds: map[string]float64{"503": 0.6, "unreachable": 0.4}},
-	{name: "throttling", fastest: 10 * time.Millisecond, longest: 300 * time.Millisecond, odds: map[string]float64{"429": 0.7}, retryAfter: 0.6},
 	{name: "unreachable", longest: 100 * time.Millisecond, odds: map[string]float64{"unreachable": 1}},
 	{name: "hanging", fastest: 20 * time.Millisecond, longest: time.Second, odds: map[string]float64{"hang": 1}},
 	{name: "hanging at times", fastest: 20 * time.Millisecond, longest: time.Second, odds: map[string]float64{"hang": 0.3}},
@@ -112,7 +115,10 @@ var simWeathers = []simWeather{
 	{name: "locked out", fastest: 20 * time.Millisecond, longest: time.Second, odds: map[string]float64{"401": 0.5, "400 client": 0.2, "403": 0.2}},
 	{name: "one role refused", fastest: 20 * time.Millisecond, longest: time.Second, only: true, odds: map[string]float64{"400 scope": 0.3, "400 target": 0.2, "400": 0.1, "403 denied": 0.1, "200 with error": 0.1, "413": 0.1, "422": 0.1}},
 	{name: "one role fails", fastest: 20 * time.Millisecond, longest: time.Second, only: true, odds: map[string]float64{"500": 0.3, "403": 0.4, "hang": 0.1, "garbage": 0.1}},
-	{name: "a bit of all", fastest: 20 * time.Millisecond, longest: 3 * time.Second, odds: map[string]float64{"500": 0.06, "503": 0.06, "429": 0.06, "hang": 0.06, "400 scope": 0.06, "401": 0.06, "garbage": 0.06, "unreachable": 0.06}, retryAfter: 0.2},
+	{name: "throttling", fastest: 20 * time.Millisecond, longest: time.Second, odds: map[string]float64{"429": 0.4, "429 after": 0.1}},
+	{name: "throttling all", fastest: 20 * time.Millisecond, longest: time.Second, odds: map[string]float64{"429": 1}},
+	{name: "asking for patience", fastest: 20 * time.Millisecond, longest: time.Second, odds: map[string]float64{"429 after": 0.3, "503 after": 0.3}},
+	{name: "a bit of all", fastest: 20 * time.Millisecond, longest: 3 * time.Second, odds: map[string]float64{"500": 0.06, "503": 0.06, "hang": 0.06, "400 scope": 0.06, "401": 0.06, "garbage": 0.06, "unreachable": 0.06, "429": 0.06, "503 after": 0.03}},
 }
 
 func simWeatherOf(name string) *simWeather {
@@ -157,6 +163,8 @@ type simAnswer struct {
 	sent      time.Duration
 	delivered time.Duration // -1 before it was
 	told      time.Duration // lifetime as the engine has to understand it; 0 for none
+	renewed   bool          // it was surely newer than what was there
+	wanted    bool          // it was read, or somebody waited while it was there
 	served    time.Duration // when a read first got it; -1 before
 	asOf      time.Duration // when the last read began that got it; -1 before
 }
@@ -182,10 +190,10 @@ type simMint struct {
 	set    string // scopes, sorted
 	begin  time.Duration
 	end    time.Duration // -1 before it
+	asked  time.Duration // when the engine asked its client, before any wait for a turn
 	exempt bool          // it may be a rotation's
 	tries  []*simTry
 	answer *simAnswer // what it brought, nil for none
-	last   simOutcome // how it ended
 }
 
 func (m *simMint) key() string { return m.role + "/" + m.set }
@@ -241,24 +249,74 @@ func (n *simNode) newClient(config *configEntry) (minter, error) {
 	return c, nil
 }
 
-func (c *simClient) mint(ctx context.Context, req tokenRequest) (*token, error) {
+func (c *simClient) mint(ctx context.Context, req tokenRequest, leave departures) (*token, error) {
 	w := c.node.w
-	m := &simMint{node: c.node, config: simConfigOf(c.entry.ClientID), entry: c.entry, req: req, end: -1, role: simRoleOf(req.audience)}
-	m.set = simSet(req.scopes)
-	w.mu.Lock()
-	m.begin = w.now()
-	w.count()
-	w.mintBegins(m)
-	w.mu.Unlock()
-	tok, err := c.real.mint(context.WithValue(ctx, simMintKey{}, m), req)
+	d := &simDepartures{departures: leave, client: c, req: req, asked: w.now()}
+	tok, err := c.real.mint(context.WithValue(ctx, simMintKey{}, d), req, d)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	m.end = w.now()
+	if d.mint == nil {
+		return tok, err // no request left
+	}
+	d.mint.end = w.now()
 	if tok != nil {
 		c.node.minted = append(c.node.minted, weak.Make(tok))
 	}
-	w.mintEnds(m, err)
+	w.mintEnds(d.mint, err)
 	return tok, err
+}
+
+// simDepartures watches the gate from the client's side. A mint begins when its request
+// leaves.
+type simDepartures struct {
+	departures
+	client *simClient
+	req    tokenRequest
+	mint   *simMint // nil before, and after a 429
+	again  bool     // it was throttled
+	asked  time.Duration
+}
+
+func (d *simDepartures) wait(ctx context.Context) error {
+	if err := d.departures.wait(ctx); err != nil || d.mint != nil {
+		return err
+	}
+	c := d.client
+	w := c.node.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	d.mint = &simMint{
+		node: c.node, config: simConfigOf(c.entry.ClientID), entry: c.entry, req: d.req, begin: w.now(), end: -1,
+		role: simRoleOf(d.req.audience), set: simSet(d.req.scopes), asked: d.asked,
+	}
+	w.count()
+	if d.mint.role == "" && d.again {
+		return nil // a verification goes on
+	}
+	w.mintBegins(d.mint)
+	return nil
+}
+
+func (d *simDepartures) answered(how gate.Answer, retryAfter time.Duration) {
+	w := d.client.node.w
+	w.mu.Lock()
+	o := &simTry{cut: true} // none was sent, if the caller had left
+	if n := len(d.mint.tries); n > 0 {
+		o = d.mint.tries[n-1]
+	}
+	switch {
+	case o.ended < 0 || o.cut:
+	case (how == gate.Throttled) != o.outcome.throttled || retryAfter != o.outcome.after:
+		w.violate("%s tells the gate %v and Retry-After %s after %s", d.mint, how, retryAfter, o.outcome.name)
+	default:
+		w.answered(d.mint, o.outcome)
+	}
+	if how == gate.Throttled {
+		w.throttled(d.mint)
+		d.mint, d.again = nil, true
+	}
+	w.mu.Unlock()
+	d.departures.answered(how, retryAfter)
 }
 
 // simSet names a set of scopes.
@@ -272,10 +330,14 @@ type simTransport struct{ node *simNode }
 func (s *simTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	w := s.node.w
 	ctx := req.Context()
-	m, _ := ctx.Value(simMintKey{}).(*simMint)
-	if m == nil {
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	d, _ := ctx.Value(simMintKey{}).(*simDepartures)
+	if d == nil || d.mint == nil {
 		panic("a request of no mint")
 	}
+	m := d.mint
 	body, err := io.ReadAll(req.Body)
 	if err != nil {
 		return nil, err
@@ -337,18 +399,15 @@ func (e *simEndpoint) plan(w *simWorld, m *simMint, try int, form url.Values) si
 			}
 		}
 	}
-	if name == "silent" && !w.rules[ruleSilentAnswer] || strings.HasPrefix(name, "4") && (name == "413" || name == "422") && !w.rules[ruleRequestStatus] {
-		name = "503"
-	}
 	if name == "token" && form.Get("client_secret") != e.secrets[form.Get("client_id")] {
 		name = "401"
 	}
 	o := simOutcomes[name]
 	o.name = name
-	o.latency = weather.fastest + time.Duration(dice.Int64N(int64(weather.longest-weather.fastest)+1))
-	if (o.status == 429 || o.status >= 500) && dice.Float64() < weather.retryAfter {
-		o.retryAfter = time.Duration(1+dice.IntN([]int{4, 20, 100}[dice.IntN(3)])) * time.Second
+	if o.retryAfter {
+		o.after = time.Duration(1+dice.IntN(30)) * time.Second
 	}
+	o.latency = weather.fastest + time.Duration(dice.Int64N(int64(weather.longest-weather.fastest)+1))
 	return o
 }
 
@@ -362,8 +421,8 @@ func (e *simEndpoint) answer(w *simWorld, m *simMint, try *simTry, req *http.Req
 	if o.location != "" {
 		header.Set("Location", o.location)
 	}
-	if o.retryAfter > 0 {
-		header.Set("Retry-After", strconv.Itoa(int(o.retryAfter/time.Second)))
+	if o.after > 0 {
+		header.Set("Retry-After", strconv.Itoa(int(o.after/time.Second)))
 	}
 	text := o.body
 	switch {
@@ -379,7 +438,7 @@ func (e *simEndpoint) answer(w *simWorld, m *simMint, try *simTry, req *http.Req
 		}
 		text = simJSON(fields)
 	}
-	var body io.ReadCloser = io.NopCloser(strings.NewReader(text))
+	body := io.NopCloser(strings.NewReader(text))
 	switch {
 	case o.broken:
 		body = io.NopCloser(io.MultiReader(strings.NewReader(text), simReader(func() error { return io.ErrUnexpectedEOF })))

@@ -1,8 +1,6 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-//go:build simulate
-
 package mojoauth
 
 import (
@@ -27,6 +25,7 @@ type simFields struct {
 	url, clientID, secret string
 	timeout               time.Duration
 	retries               int
+	limit                 int // requests a second
 }
 
 // asks is what the tokens of a role or config depend on.
@@ -117,6 +116,11 @@ func (n *simNode) knows(key string, began time.Duration) int {
 		}
 	}
 	return number
+}
+
+// upToDate tells whether the node had to know the newest version at that time.
+func (n *simNode) upToDate(key string, at time.Duration) bool {
+	return n.knows(key, at) == n.w.history[key].last().number
 }
 
 // possible are the versions that the node may go by in what lasts from began to ended.

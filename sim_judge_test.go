@@ -1,12 +1,11 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-//go:build simulate
-
 package mojoauth
 
 import (
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -31,8 +30,6 @@ type simBlock struct {
 	failedAt        time.Duration // the last that surely counted; -1 for none
 	lastAt          time.Duration // the last that may have counted; -1 for none
 	until           time.Duration // surely nothing is tried before
-	asked           time.Duration // the same, by Retry-After
-	mayAsk          time.Duration // the latest end of a Retry-After that may count
 	latest          time.Duration // after this it has surely ended
 	why             simOutcome
 }
@@ -42,37 +39,22 @@ func (b *simBlock) fail(o simOutcome, began, now time.Duration, sure bool) {
 	if began > b.latest+simForget {
 		b.atLeast = 0 // it may have been forgotten
 	}
-	again := b.failedAt < 0 || began >= b.failedAt
-	if !sure || again || b.atMost == 0 {
+	again := began >= b.lastAt
+	if !sure || b.failedAt < 0 || began >= b.failedAt || b.atMost == 0 {
 		b.atMost++
 	}
 	_, longest := simBackoff(b.atMost)
-	b.latest = max(b.latest, now+max(longest, o.retryAfter))
+	b.latest = max(b.latest, now+longest)
 	b.lastAt = now
-	if o.retryAfter > 0 {
-		b.mayAsk = max(b.mayAsk, now+o.retryAfter)
-	}
 	if !sure {
-		if o.retryAfter > 0 { // which may be shorter
-			b.until = max(b.asked, min(b.until, now+o.retryAfter))
-		}
 		return
 	}
 	if again || b.atLeast == 0 {
 		b.atLeast++
 	}
 	b.failedAt, b.why = now, o
-	if o.retryAfter > 0 {
-		b.asked = max(b.asked, now+o.retryAfter)
-		b.until = b.asked
-		return
-	}
 	shortest, _ := simBackoff(b.atLeast)
 	b.until = now + shortest
-	if b.mayAsk > now { // which may be all that counts meanwhile
-		b.until = min(b.until, b.mayAsk)
-	}
-	b.until = max(b.until, b.asked)
 }
 
 // simForget is how long the engine has to remember at least that something failed.
@@ -93,7 +75,7 @@ func (b *simBlock) succeed(began time.Duration) (surely bool) {
 }
 
 // blur is for when it may have ended.
-func (b *simBlock) blur() { b.atLeast, b.until, b.asked, b.failedAt = 0, 0, 0, -1 }
+func (b *simBlock) blur() { b.atLeast, b.until, b.failedAt = 0, 0, -1 }
 
 // simMaybe is what one can know of a fact from outside.
 type simMaybe int
@@ -109,9 +91,10 @@ type simConfigState struct {
 	block         simBlock
 	written       time.Duration // when the node had to know of the last write; -1 before
 	blurred       time.Duration // when something was last written, known or not; -1 before
-	success       time.Duration // when a mint last succeeded; -1 before
-	refusal       time.Duration // when a request was last refused to a client that was accepted; -1 before
-	clientRefused bool          // the last failure was about the client
+	clientRefused simMaybe      // the last failure that backed it off was about the client
+	noClient      bool          // once no client could be made, for a key that nobody knows
+	// When a mint last succeeded, for sure and perhaps; -1 before.
+	succeeded, mayHaveSucceeded time.Duration
 }
 
 // simKeyState is what a node has to know of one key.
@@ -119,9 +102,12 @@ type simKeyState struct {
 	role, config string
 	block        simBlock
 	blurred      time.Duration
-	suspect      simMaybe
-	failedAt     time.Duration // of a failure like others' that no success followed; -1 for none
-	answers      []*simAnswer  // tokens, the oldest first
+	// suspect tells whether a failure of the key was followed by another key's success,
+	// and by none of its own.
+	suspect simMaybe
+	// When it failed last, for sure and perhaps, without a success since; -1 for never.
+	failedAt, mayHaveFailed time.Duration
+	answers                 []*simAnswer // tokens, the oldest first
 }
 
 // simFailure is a failed mint that a reader may be told of.
@@ -139,25 +125,28 @@ type simJudge struct {
 	flights   map[*simMint]struct{}
 	failures  []*simFailure
 	rotations []*simOp
+	gates     map[string]*simGate
 	reads     []*simOp       // that ended
 	greedy    map[string]int // by role: an upper bound of its narrowed sets
 	verified  time.Duration  // when the last verification began
 	tokens    int64          // mints that gave one
 	failed    int64
-	over      [3]int64 // mints whose token was over on arrival: no, maybe, yes
+	// mayHaveFailed counts what was a failed mint or a failed verification.
+	mayHaveFailed int64
+	over          [3]int64 // mints whose token was over on arrival: no, maybe, yes
 }
 
 func newSimJudge() simJudge {
 	return simJudge{
 		configs: make(map[string]*simConfigState), keys: make(map[string]*simKeyState),
-		flights: make(map[*simMint]struct{}), greedy: make(map[string]int), verified: -time.Hour,
+		flights: make(map[*simMint]struct{}), gates: make(map[string]*simGate), greedy: make(map[string]int), verified: -time.Hour,
 	}
 }
 
 func (j *simJudge) config(name string) *simConfigState {
 	c := j.configs[name]
 	if c == nil {
-		c = &simConfigState{written: -1, blurred: -1, success: -1, refusal: -1}
+		c = &simConfigState{written: -1, blurred: -1, succeeded: -1, mayHaveSucceeded: -1}
 		c.block.clear()
 		j.configs[name] = c
 	}
@@ -167,7 +156,7 @@ func (j *simJudge) config(name string) *simConfigState {
 func (j *simJudge) key(role, set string) *simKeyState {
 	k := j.keys[role+"/"+set]
 	if k == nil {
-		k = &simKeyState{role: role, blurred: -1, failedAt: -1}
+		k = &simKeyState{role: role, blurred: -1, failedAt: -1, mayHaveFailed: -1}
 		k.block.clear()
 		j.keys[role+"/"+set] = k
 	}
@@ -180,7 +169,34 @@ func (j *simJudge) configWritten(name string, now time.Duration) {
 	c := j.config(name)
 	c.written = now
 	c.block.clear()
+	c.blur(now)
 }
+
+// blur is for when the upstream may be a new one.
+func (c *simConfigState) blur(now time.Duration) {
+	c.block.blur()
+	c.blurred = now
+	c.mayHaveSucceeded, c.succeeded = max(c.mayHaveSucceeded, c.succeeded), -1
+}
+
+// blur is for when the slot may be a new one, or has to forget its failures.
+func (k *simKeyState) blur(now time.Duration) {
+	k.block.blur()
+	k.blurred = now
+	k.suspect = min(k.suspect, maybe)
+	k.mayHaveFailed, k.failedAt = max(k.mayHaveFailed, k.failedAt), -1
+}
+
+// isAlone tells whether a failure of a mint that began then says nothing of other keys.
+func (k *simKeyState) isAlone(began time.Duration) simMaybe {
+	if k.suspect == yes && began > k.failedAt+simForgetKey {
+		return maybe
+	}
+	return k.suspect
+}
+
+// simForgetKey is how long a key's failure has to be remembered.
+const simForgetKey = 5 * time.Minute
 
 // blurred is called when a node may come to know of something that was written, and go
 // by it.
@@ -188,24 +204,13 @@ func (w *simWorld) blurred(n *simNode, key string) {
 	now := w.now()
 	config, isConfig := strings.CutPrefix(key, configPrefix)
 	role, isRole := strings.CutPrefix(key, rolePrefix)
-	others := !w.rules[ruleBackoffOfOthers]
-	for name, c := range n.judge.configs {
-		if others || isConfig && name == config {
-			c.block.blur()
-			c.blurred = now
-		}
-	}
 	for _, k := range n.judge.keys {
-		if others || isConfig && k.config == config || isRole && k.role == role {
-			k.block.blur()
-			k.blurred = now
-			if k.suspect == yes {
-				k.suspect = maybe
-			}
+		if isConfig && k.config == config || isRole && k.role == role {
+			k.blur(now)
 		}
 	}
 	if isConfig {
-		n.judge.config(config).blurred = now
+		n.judge.config(config).blur(now)
 	}
 	clear(n.inMemory)
 	n.blurredAt = now
@@ -231,14 +236,13 @@ func (w *simWorld) mintBegins(m *simMint) {
 		w.violate("%s begins after closing", m)
 	}
 	c, k := j.config(m.config), j.key(m.role, m.set)
+	if k.config == "" {
+		k.blurred = n.blurredAt
+	}
 	k.config = m.config
 	m.exempt = n.rotating(m.role, now-simSlack)
 
 	switch {
-	case now < c.block.asked:
-		w.violate("%s begins %s before the end of a Retry-After of its config (%s)", m, c.block.asked-now, c.block.why.name)
-	case now < k.block.asked:
-		w.violate("%s begins %s before the end of a Retry-After of its key (%s)", m, k.block.asked-now, k.block.why.name)
 	case m.exempt:
 	case now < c.block.until:
 		w.violate("%s begins %s before the end of its config's back-off after %d failures (%s)", m, c.block.until-now, c.block.atLeast, c.block.why.name)
@@ -257,35 +261,22 @@ func (w *simWorld) mintBegins(m *simMint) {
 	if !m.exempt {
 		w.judgeNeed(m, k)
 	}
-	if narrowed := n.narrowedFlights(m.config); narrowed >= simNarrowedFlights && w.rules[ruleNarrowedBound] && n.narrowed(m) {
-		w.violate("%s begins beside %d others of narrowed sets", m, narrowed)
-	}
 	w.judgeAsked(m)
 	j.flights[m] = struct{}{}
 }
 
 func (w *simWorld) verificationBegins(m *simMint) {
 	j := &m.node.judge
-	if w.rules[ruleVerifyPace] {
-		if since := m.begin - j.verified; since < time.Second {
-			w.violate("%s, a verification, begins %s after another", m, since)
-		}
-		for other := range j.flights {
-			if other.role == "" {
-				w.violate("%s, a verification, begins beside another", m)
-			}
+	if since := m.begin - j.verified; since < time.Second {
+		w.violate("%s, a verification, begins %s after another", m, since)
+	}
+	for other := range j.flights {
+		if other.role == "" {
+			w.violate("%s, a verification, begins beside another", m)
 		}
 	}
 	j.verified = m.begin
 	j.flights[m] = struct{}{}
-}
-
-// ahead is how much before it is due a token may be renewed.
-func (w *simWorld) ahead(life time.Duration) time.Duration {
-	if w.rules[ruleSpread] {
-		return life / 20
-	}
-	return 0
 }
 
 // clientMayBeMade judges whether the engine may make a client now, and says whether it
@@ -295,17 +286,30 @@ func (w *simWorld) clientMayBeMade(n *simNode, config *configEntry) bool {
 	name := simConfigOf(config.ClientID)
 	c := n.judge.config(name)
 	verifying := slices.ContainsFunc(n.ops(), func(op *simOp) bool { return op.key == configPrefix+name || op.kind == opRotate })
-	if w.rules[ruleEngineFailure] && now < c.block.until && !verifying {
+	if now < c.block.until && now > c.block.lastAt && !verifying {
 		w.violate("%s makes a client of config %s %s before the end of its back-off", n.name, name, c.block.until-now)
 	}
 	if w.dice("client", n.name, name).Float64() >= w.endpoint.clients {
 		return true
 	}
 	w.note("%s cannot make a client of config %s", n.name, name)
-	o := simOutcome{name: "no client", concern: concernsConfig, class: classUnexpected}
-	c.block.fail(o, now, now, !verifying && c.blurred < now-simSlack)
+	if verifying {
+		n.judge.mayHaveFailed++
+	} else {
+		n.judge.failed++
+	}
+	// Of which key, there is no telling.
+	lonely := slices.ContainsFunc(slices.Collect(maps.Values(n.judge.keys)), func(k *simKeyState) bool { return k.suspect != no })
+	c.block.fail(simNoClient, now, now, !verifying && !lonely && c.blurred < now-simSlack)
+	c.noClient = true
+	for _, k := range n.judge.keys {
+		if k.config == name {
+			k.mayHaveFailed = now
+			k.block.fail(simNoClient, now, now, false)
+		}
+	}
 	n.judge.failures = append(n.judge.failures, &simFailure{
-		mint: &simMint{node: n, config: name, entry: *config, begin: now, end: now}, outcome: o, config: true, until: c.block.latest,
+		mint: &simMint{node: n, config: name, entry: *config, begin: now, end: now}, outcome: simNoClient, config: true, until: now + simLastBackoff,
 	})
 	return false
 }
@@ -332,47 +336,29 @@ func (w *simWorld) judgeNeed(m *simMint, k *simKeyState) {
 	inUse, due := false, false
 	for _, a := range k.answers {
 		fresh, alive := true, false
-		versions := roles
-		if !w.rules[ruleMintReadsAnew] {
-			// It may still be looked after by what the first reader brought.
-			versions = n.possible(rolePrefix+m.role, a.mint.begin-2*simSlack, now)
+		if n.unsettled > now { // it may still go by what it had before it was told
+			roles = n.possible(rolePrefix+m.role, 0, now)
 		}
-		for _, role := range versions {
+		for _, role := range roles {
 			life, left := a.life(role, minTTL, now)
-			fresh = fresh && left > life.refresh+w.ahead(life.life)+simSlack
-			alive = alive || left > life.floor-simSlack || w.rules[ruleRepeatedToken] && len(a.token.answers) > 1 && left > simRepeatedFloor
+			renewal, _ := a.life(role, 0, now)
+			fresh = fresh && left > max(life.refresh, renewal.refresh+life.life/20)+simSlack
+			alive = alive || left > life.floor-simSlack || len(a.token.answers) > 1 && left > simRepeatedFloor-simSlack
 		}
 		if fresh && len(a.token.answers) == 1 && a.surely(n, began) && w.stillGood(n, a, began, now) {
 			w.violate("%s begins though %s is there, which is not due yet", m, a.token.text)
 		}
 		if alive && a.delivered <= now {
 			due = true
-			inUse = inUse || a.served >= 0 || a.mint.exempt
+			inUse = inUse || a.mint.exempt || slices.ContainsFunc(a.token.answers, func(same *simAnswer) bool { return same.wanted })
 		}
 	}
 	switch {
-	case attended:
+	case attended, n.paced(m.config, now-simSlack):
 	case !due:
 		w.violate("%s begins without a reader and without a token to renew", m)
 	case !inUse:
 		w.violate("%s begins without a reader, and nobody has read the token before", m)
-	case w.rules[ruleSpread] && w.calm >= 0:
-		w.judgeSpread(m, k)
-	}
-}
-
-// judgeSpread judges when a token that is in use is renewed, with all being well.
-func (w *simWorld) judgeSpread(m *simMint, k *simKeyState) {
-	a := k.answers[len(k.answers)-1]
-	role := w.history[rolePrefix+m.role].last()
-	life, left := a.life(role, 0, m.begin)
-	due := m.begin + left - life.refresh
-	// Read early enough, so that it was known to be in use.
-	if a.served < 0 || a.served > due-life.life/20 || len(a.token.answers) > 1 || a.delivered < w.calm || role.at > w.calm {
-		return
-	}
-	if m.begin > due-life.life/100+simSlack {
-		w.violate("%s begins %s before %s is due, less than a hundredth of its life of %s", m, due-m.begin, a.token.text, life.life)
 	}
 }
 
@@ -383,21 +369,74 @@ func (a *simAnswer) life(role *simVersion, minTTL, now time.Duration) (simLife, 
 	return life, a.sent + life.life - now
 }
 
-// surely tells whether the node holds the token since before that time, for sure.
+// end is when the token ends under that version of its role, by what the node was told
+// of it until then. A token that the endpoint gave again ends no later than its first
+// answer said, and less than a second sooner is rounding. A rotation's answer does not
+// count, unless rotations says so.
+func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotations bool) time.Duration {
+	_, end := a.life(role, 0, 0)
+	for _, again := range a.token.answers {
+		if again.repeats(a, n, now, rotations) && again.sent >= role.dropAt {
+			if _, sooner := again.life(role, 0, 0); end-sooner >= time.Second {
+				end = sooner
+			}
+		}
+	}
+	return end
+}
+
+// repeats tells whether the node was given the token of an earlier answer once more.
+func (a *simAnswer) repeats(earlier *simAnswer, n *simNode, now time.Duration, rotations bool) bool {
+	return a.mint.node == n && a.delivered > earlier.delivered && a.delivered <= now && (rotations || !a.mint.exempt)
+}
+
+// repeated tells whether the node was given the token again.
+func (a *simAnswer) repeated(n *simNode, now time.Duration, rotations bool) bool {
+	return slices.ContainsFunc(a.token.answers, func(again *simAnswer) bool { return again.repeats(a, n, now, rotations) })
+}
+
+// servable is until when the token may be served under that version of its role.
+func (a *simAnswer) servable(n *simNode, role *simVersion, now time.Duration) time.Duration {
+	life, _ := a.life(role, 0, 0)
+	floor := life.floor
+	if a.repeated(n, now, false) {
+		floor = min(floor, simRepeatedFloor)
+	}
+	return a.end(n, role, now, true) - floor
+}
+
+// surely tells whether the node holds the token since before that time, or one that may
+// be served as long, for sure.
 func (a *simAnswer) surely(n *simNode, before time.Duration) bool {
 	if a.mint.node != n || a.served < 0 || a.served >= before || n.judge.greedy[a.mint.role] > simNarrowedKeys && n.narrowed(a.mint) {
 		return false
 	}
-	if n.w.rules[ruleLaterEnd] {
-		return true
-	}
-	// The newest stays.
-	for _, other := range slices.Backward(n.judge.key(a.mint.role, a.mint.set).answers) {
-		if other.delivered < before {
-			return other == a
+	// What the node was given before counts from then.
+	role := n.w.history[rolePrefix+a.mint.role].last()
+	for _, first := range a.token.answers {
+		if a.repeats(first, n, before, true) && first.sent >= role.dropAt {
+			return false
 		}
 	}
-	return false
+	// Not if another one that came took its place under one version of the role, and is
+	// worse under another.
+	for _, b := range n.judge.key(a.mint.role, a.mint.set).answers {
+		if b.token == a.token || b.delivered < a.delivered || b.delivered >= before {
+			continue
+		}
+		longer, shorter := false, false
+		for _, role := range n.possible(rolePrefix+a.mint.role, b.mint.begin, before) {
+			if b.servable(n, role, b.delivered) > a.servable(n, role, b.delivered) {
+				longer = true
+			} else {
+				shorter = true
+			}
+		}
+		if longer && shorter {
+			return false
+		}
+	}
+	return true
 }
 
 // stillGood tells whether the token may be served at that time by all that the node may
@@ -413,19 +452,19 @@ func (w *simWorld) stillGood(n *simNode, a *simAnswer, began, now time.Duration)
 				return false
 			}
 		}
-		for _, same := range a.token.answers { // of one that is repeated, all
-			if same.delivered > now || same.mint.node != n {
-				continue
-			}
-			if life, left := same.life(role, 0, now); left <= life.floor {
-				return false
-			}
+		// Before it was given again, its floor was higher.
+		if min(a.servable(n, role, began), a.servable(n, role, now)) <= now {
+			return false
 		}
 	}
 	// Under a max_ttl that was raised since, it may have ended, and does not come back.
 	for _, role := range w.history[roleKey].versions {
-		if role.exists && role.until > a.delivered {
-			if life, left := a.life(role, 0, min(now, role.until+simSlack+simLate)); left <= life.floor {
+		until := role.until + simSlack + simLate
+		if n.storageFailed >= role.until { // which may have kept the node from loading the next
+			until = now
+		}
+		if role.exists && role.until >= 0 && until > a.delivered {
+			if life, left := a.life(role, 0, min(now, until)); left <= life.floor {
 				return false
 			}
 		}
@@ -475,8 +514,8 @@ func (w *simWorld) judgeAsked(m *simMint) {
 	if role, config := asks(began); !role || !config {
 		w.violate("%s asks for what the node has to know is no longer so (role %v, config %v)", m, role, config)
 	}
-	if w.rules[ruleMintReadsAnew] && n.storageFailed < now-simSlack {
-		began := now - simSlack
+	if n.storageFailed < m.asked-simSlack {
+		began := m.asked - simSlack // it looked before it began to wait for its turn
 		for key, fits := range map[string]func(*simVersion) bool{
 			roleKey: func(v *simVersion) bool { return v.exists && v.audience == m.req.audience && v.config == m.config },
 			configKey: func(v *simVersion) bool {
@@ -497,6 +536,7 @@ func (w *simWorld) judgeAsked(m *simMint) {
 func (w *simWorld) tryBegins(m *simMint, try *simTry) {
 	w.requests++
 	w.note("%s sends request %d, to end as %s after %s", m, len(m.tries)+1, try.outcome.name, try.outcome.latency)
+	w.judgePace(m)
 	if m.node.closingAt >= 0 && m.role != "" { // a verification is its writer's
 		w.violate("%s sends a request after closing", m)
 	}
@@ -509,8 +549,8 @@ func (w *simWorld) tryBegins(m *simMint, try *simTry) {
 		w.violate("%s tries %d times, and max_retries is %d", m, len(m.tries)+1, m.entry.MaxRetries)
 	case !last.outcome.again:
 		w.violate("%s tries again after %s", m, last.outcome.name)
-	case last.ended < 0 || try.sent < last.ended+last.outcome.retryAfter:
-		w.violate("%s tries again within a Retry-After of %s", m, last.outcome.retryAfter)
+	case last.ended < 0:
+		w.violate("%s tries again before the last request has ended", m)
 	}
 }
 
@@ -525,10 +565,10 @@ func (w *simWorld) mintEnds(m *simMint, err error) {
 	if took := now - m.begin; took > m.entry.RequestTimeout {
 		w.violate("%s took %s, and request_timeout is %s", m, took, m.entry.RequestTimeout)
 	}
-	m.last = m.outcome()
-	w.note("%s ends as %s", m, m.last.name)
-	if (err == nil) == m.last.failed() {
-		w.violate("%s ended as %s, and the engine's client says %v", m, m.last.name, err)
+	o := m.outcome()
+	w.note("%s ends as %s", m, o.name)
+	if (err == nil) == o.failed() {
+		w.violate("%s ended as %s, and the engine's client says %v", m, o.name, err)
 	}
 	if m.role == "" {
 		return
@@ -539,30 +579,42 @@ func (w *simWorld) mintEnds(m *simMint, err error) {
 		j.failed++
 	}
 	c, k := j.config(m.config), j.key(m.role, m.set)
-	sure := !m.exempt && c.blurred < m.begin-simSlack && k.blurred < m.begin-simSlack && w.upToDate(m) &&
-		(w.rules[ruleBackoffOfOthers] || n.blurredAt < m.begin-simSlack)
-
-	if err == nil {
+	sure := !m.exempt && max(c.blurred, k.blurred, n.unsettled) < m.begin-simSlack && w.upToDate(m)
+	switch {
+	case err == nil:
 		m.answer.delivered = now
 		k.answers = append(k.answers, m.answer)
 		over := w.overOnArrival(m)
 		j.over[over]++
-		if over != no {
-			w.fails(m, simOutcome{name: "over on arrival", concern: concernsKey, class: classUnexpected}, sure && over == yes)
+		switch over {
+		case no:
+			w.succeeds(m, sure)
+		case yes:
+			w.fails(m, simOverOnArrival, sure)
+		case maybe:
+			w.fails(m, simOverOnArrival, false)
+			c.block.blur()
+			c.mayHaveSucceeded = now
+			k.suspect = min(k.suspect, maybe)
+			j.suspectOthers(k, now, false)
 		}
-		w.succeeded(m, c, k, sure, over)
-		return
-	}
-	if c.written > m.begin {
+	case c.written > m.begin:
 		// What was written may have mended it: the failure is forgotten.
-		j.failures = append(j.failures, &simFailure{mint: m, outcome: m.last, config: true, until: c.written})
-		return
+		j.failures = append(j.failures, &simFailure{mint: m, outcome: o, config: true, until: c.written})
+	default:
+		w.fails(m, o, sure)
 	}
-	w.fails(m, m.last, sure)
+	j.failures = slices.DeleteFunc(j.failures, func(f *simFailure) bool { return f.mint.end < now-20*time.Minute })
 }
 
-// upToDate tells whether the mint surely asks with what the engine would ask with now,
-// and whether it is clear how it ended.
+// Failures that an endpoint knows nothing of.
+var (
+	simOverOnArrival = simOutcome{name: "over on arrival", concern: concernsKey, class: classExpiredOnArrival}
+	simNothingNewer  = simOutcome{name: "nothing newer", concern: concernsKey, class: classNothingNewer}
+	simNoClient      = simOutcome{name: "no client", concern: concernsConfig, class: classInternal}
+)
+
+// upToDate tells whether the mint surely asks with what the engine would ask with now.
 func (w *simWorld) upToDate(m *simMint) bool {
 	n := m.node
 	for _, v := range n.possible(configPrefix+m.config, m.begin, m.end) {
@@ -576,8 +628,7 @@ func (w *simWorld) upToDate(m *simMint) bool {
 			return false
 		}
 	}
-	last := m.tries[len(m.tries)-1]
-	return !last.cut || m.last.retryAfter == 0
+	return true
 }
 
 // outcome is how the mint ended.
@@ -587,9 +638,6 @@ func (m *simMint) outcome() simOutcome {
 	if last.cut || o.drip || o.silent {
 		o = simOutcomes["hang"]
 		o.name = "timeout"
-		for _, try := range m.tries { // it may be told as what failed before
-			o.retryAfter = max(o.retryAfter, try.outcome.retryAfter)
-		}
 	}
 	return o
 }
@@ -604,18 +652,24 @@ func (w *simWorld) overOnArrival(m *simMint) simMaybe {
 			good = true
 		}
 	}
+	return simMaybeOf(over, good)
+}
+
+// simMaybeOf is what is known when some of what is possible says yes, and some says no.
+func simMaybeOf(somewhereYes, somewhereNo bool) simMaybe {
 	switch {
-	case over && good:
+	case somewhereYes && somewhereNo:
 		return maybe
-	case over:
+	case somewhereYes:
 		return yes
 	}
 	return no
 }
 
-// succeeded takes in that a mint brought a token.
-func (w *simWorld) succeeded(m *simMint, c *simConfigState, k *simKeyState, sure bool, over simMaybe) {
+// succeeds takes in that a mint brought a token.
+func (w *simWorld) succeeds(m *simMint, sure bool) {
 	j, now := &m.node.judge, m.end
+	c, k := j.config(m.config), j.key(m.role, m.set)
 	if c.block.succeed(m.begin) {
 		for _, f := range j.failures {
 			if f.mint.config == m.config && f.config && f.mint.end <= m.begin {
@@ -623,119 +677,163 @@ func (w *simWorld) succeeded(m *simMint, c *simConfigState, k *simKeyState, sure
 			}
 		}
 	}
-	c.success = now
-	for _, other := range j.keys {
-		switch {
-		case other == k || other.config != m.config || other.failedAt < 0:
-		case other.failedAt < m.begin:
-			other.suspect = yes
-		case other.suspect == no:
-			other.suspect = maybe
-		}
+	ofOld := c.written > m.begin || c.blurred >= m.begin-simSlack // perhaps of a version that was replaced
+	if ofOld {
+		c.mayHaveSucceeded = now
+	} else {
+		c.succeeded = now
 	}
-	if over != no {
+	j.suspectOthers(k, now, !ofOld)
+
+	newer, spent, spentBy := w.renews(m)
+	m.answer.renewed = newer == yes
+	if m.exempt { // who rotates keeps the token beside the key's own account
+		k.block.blur()
+		k.mayHaveFailed, k.failedAt = max(k.mayHaveFailed, k.failedAt), -1
+		if k.mayHaveFailed >= 0 {
+			k.suspect = maybe // it may be a success of another slot
+		}
+		if newer != yes {
+			w.backsOffKey(m, k, simNothingNewer, false)
+		}
 		return
 	}
-	if !m.exempt && k.block.succeed(m.begin) {
-		k.suspect, k.failedAt = no, -1
-		for _, f := range j.failures {
-			if !f.config && f.mint.key() == m.key() && f.mint.end <= m.begin {
-				f.until = min(f.until, now)
+	k.suspect, k.failedAt, k.mayHaveFailed = no, -1, -1
+	if newer != no {
+		if newer == yes && k.block.succeed(m.begin) {
+			for _, f := range j.failures {
+				if !f.config && f.mint.key() == m.key() && f.mint.end <= m.begin {
+					f.until = min(f.until, now)
+				}
+			}
+		} else {
+			k.block.blur()
+		}
+	}
+	if newer != yes {
+		w.backsOffKey(m, k, simNothingNewer, sure && newer == no)
+		if spent > now { // then MojoAuth, which is well, may be asked
+			k.block.until = min(k.block.until, spent)
+			if f := j.failures[len(j.failures)-1]; sure {
+				f.until = min(f.until, spentBy)
 			}
 		}
-	} else {
-		k.block.blur()
-		k.suspect = min(k.suspect, maybe)
 	}
-	w.renewsNothing(m, k, sure)
 }
 
-// renewsNothing takes in a token that does not outlive the one that is there.
-func (w *simWorld) renewsNothing(m *simMint, k *simKeyState, sure bool) {
-	if !w.rules[ruleLaterEnd] || m.exempt {
-		return
+// suspectOthers takes in that a key succeeded where others had failed.
+func (j *simJudge) suspectOthers(k *simKeyState, now time.Duration, sure bool) {
+	for _, other := range j.keys {
+		switch {
+		case other == k || other.config != k.config:
+		case other.failedAt >= 0 && other.failedAt < now && sure:
+			other.suspect = yes
+		case other.failedAt >= 0 || other.mayHaveFailed >= 0:
+			other.suspect = max(other.suspect, maybe)
+		}
 	}
+}
+
+// renews tells whether a token may be served longer than the one that is there. It also
+// tells the earliest and the latest time at which that one may be spent, 0 when there is
+// none.
+func (w *simWorld) renews(m *simMint) (newer simMaybe, spent, spentBy time.Duration) {
 	n, now := m.node, m.end
-	for _, a := range k.answers {
-		if a == m.answer || !a.surely(n, m.begin) || !w.stillGood(n, a, m.begin, now) {
+	newer = yes
+	for _, a := range n.judge.key(m.role, m.set).answers {
+		if a == m.answer {
 			continue
 		}
-		longer := true
+		again, better, worse := a.token == m.answer.token, false, false
 		for _, role := range n.possible(rolePrefix+m.role, m.begin, now) {
-			_, old := a.life(role, 0, now)
-			_, left := m.answer.life(role, 0, now)
-			longer = longer && old >= left
+			until := a.servable(n, role, now)
+			if now < until {
+				if spent == 0 || until < spent {
+					spent = until
+				}
+				spentBy = max(spentBy, until)
+			} else if again { // it may be spent already, which bounds nothing
+				spentBy = math.MaxInt64
+			}
+			if now < until || again {
+				better = better || again || m.answer.servable(n, role, now) > until
+				worse = worse || again || m.answer.servable(n, role, now) <= until
+			}
 		}
-		if longer {
-			w.fails(m, simOutcome{name: "no later end", concern: concernsKey, class: classUnexpected}, sure)
-			return
+		switch {
+		case !worse:
+		case a.surely(n, m.begin) && w.stillGood(n, a, m.begin, now) && (again || !better):
+			newer = no
+		case newer == yes:
+			newer = maybe
 		}
 	}
+	return newer, spent, spentBy
 }
 
 // fails takes in a failure that is not forgotten.
 func (w *simWorld) fails(m *simMint, o simOutcome, sure bool) {
-	n, now := m.node, m.end
-	j := &n.judge
+	now := m.end
+	j := &m.node.judge
 	c, k := j.config(m.config), j.key(m.role, m.set)
-	f := &simFailure{mint: m, outcome: o}
-	j.failures = append(j.failures, f)
+	alone := k.isAlone(m.begin)
+	k.suspect = alone
+	if sure {
+		k.failedAt = now
+	} else {
+		k.mayHaveFailed = now
+	}
 
 	if o.concern == concernsKey {
-		if o.class == classRequestRefused {
-			c.refusal = now
-			if !w.rules[ruleRefusalInOutage] || c.clientRefused {
-				c.block.succeed(m.begin)
-			}
+		// A client that was refused is not any more. Whether an outage is over, this
+		// does not show.
+		switch c.clientRefused {
+		case yes:
+			c.block.succeed(m.begin)
+		case maybe:
+			c.block.blur()
 		}
-		k.block.fail(o, m.begin, now, sure)
-		f.until = k.block.latest
+		w.backsOffKey(m, k, o, sure)
 		return
 	}
 
-	f.config = true
-	ofKey := no // whether it backs off its key only
-	if w.rules[ruleOldFailure] {
-		switch {
-		case m.begin < c.success:
-			ofKey = yes
-		case m.begin < c.refusal:
-			ofKey = maybe
-		}
+	// Whether it says nothing new of the config.
+	switch {
+	case m.begin < c.succeeded:
+		alone = yes
+	case m.begin <= c.mayHaveSucceeded:
+		alone = max(alone, maybe)
 	}
-	if w.rules[ruleSuspectKey] {
-		ofKey = max(ofKey, k.suspect)
+	if !sure && alone == yes || c.noClient && alone == no {
+		alone = maybe
 	}
-	if ofKey == yes && (o.retryAfter > 0 || o.class == classThrottled) {
-		ofKey = maybe // what is asked of everybody concerns everybody
-	}
-	k.failedAt = now
-	c.clientRefused = o.class == classClientRefused
-	switch ofKey {
+	switch alone {
 	case yes:
-		f.config = false
-		k.block.fail(o, m.begin, now, sure)
-		f.until = k.block.latest
+		w.backsOffKey(m, k, o, sure)
+		return
 	case maybe:
 		c.block.fail(o, m.begin, now, false)
-		k.block.fail(o, m.begin, now, false)
-		f.until = max(k.block.latest, c.block.latest)
-		if sure { // one or the other counted it
-			shortest, _ := simBackoff(1)
-			k.block.until = max(k.block.until, now+shortest)
-			k.block.why = o
+		w.backsOffKey(m, k, o, false)
+		if o.class == classClientRefused != (c.clientRefused == yes) {
+			c.clientRefused = maybe
 		}
 	case no:
 		c.block.fail(o, m.begin, now, sure)
-		f.until = c.block.latest
+		c.clientRefused = no
+		if o.class == classClientRefused {
+			c.clientRefused = yes
+		}
 	}
-	j.failures = slices.DeleteFunc(j.failures, func(f *simFailure) bool { return f.mint.end < now-20*time.Minute })
+	j.failures = append(j.failures, &simFailure{mint: m, outcome: o, config: true, until: c.block.latest})
 }
 
-const (
-	simNarrowedKeys    = 128 // of a role
-	simNarrowedFlights = 64  // of a config
-)
+// backsOffKey takes in a failure that backs off the mint's key only.
+func (w *simWorld) backsOffKey(m *simMint, k *simKeyState, o simOutcome, sure bool) {
+	k.block.fail(o, m.begin, m.end, sure)
+	m.node.judge.failures = append(m.node.judge.failures, &simFailure{mint: m, outcome: o, until: k.block.latest})
+}
+
+const simNarrowedKeys = 128 // of a role
 
 // narrowed tells whether a mint is surely for fewer scopes than its role's.
 func (n *simNode) narrowed(m *simMint) bool {
@@ -745,15 +843,4 @@ func (n *simNode) narrowed(m *simMint) bool {
 		}
 	}
 	return true
-}
-
-// narrowedFlights is how many mints of narrowed sets of that config are under way.
-func (n *simNode) narrowedFlights(config string) int {
-	flights := 0
-	for m := range n.judge.flights {
-		if m.role != "" && m.config == config && n.narrowed(m) {
-			flights++
-		}
-	}
-	return flights
 }

@@ -1,8 +1,6 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-//go:build simulate
-
 package mojoauth
 
 import (
@@ -38,6 +36,7 @@ func (w *simWorld) judgeRead(op *simOp) {
 	if n.closingAt >= 0 && n.closingAt <= op.end {
 		return // it may fail as it likes, but had to end
 	}
+	w.judgeWait(op) // first: by what was there before it was answered
 	if op.resp.IsError() || op.err != nil {
 		if text := simResult(op); strings.Contains(text, "canary") {
 			w.violate("%s: the error holds the client secret: %s", op, text)
@@ -46,7 +45,11 @@ func (w *simWorld) judgeRead(op *simOp) {
 	} else {
 		w.judgeToken(op)
 	}
-	w.judgeWait(op)
+	for _, k := range n.judge.keys {
+		for _, a := range k.answers {
+			a.wanted = a.wanted || (op.gaveUp || op.err != nil || op.resp.IsError()) && k.role == op.role
+		}
+	}
 }
 
 // held are the tokens that the node surely held when the read began, and that may be
@@ -98,7 +101,7 @@ func (w *simWorld) judgeToken(op *simOp) {
 	}
 	var why []string
 	fits := false
-	var served *simAnswer
+	var served []*simAnswer // what it may have been
 	for _, a := range tok.answers {
 		if a.mint.node != n || a.delivered > op.end || a.mint.end < 0 {
 			continue
@@ -108,7 +111,10 @@ func (w *simWorld) judgeToken(op *simOp) {
 				why = append(why, fmt.Sprintf("role version %d: %s", role.number, problem))
 				continue
 			}
-			fits, served = true, a
+			fits = true
+			if !slices.Contains(served, a) {
+				served = append(served, a)
+			}
 		}
 	}
 	if !fits {
@@ -118,19 +124,15 @@ func (w *simWorld) judgeToken(op *simOp) {
 		w.violate("%s got %s, which does not fit: %s", op, text, strings.Join(why, "; "))
 		return
 	}
-	if w.rules[ruleLaterEnd] {
-		w.judgeLaterEnd(op, served)
-	}
-	for _, a := range tok.answers {
-		if a.mint.node != n || a.delivered > op.end {
-			continue
-		}
+	w.judgeLaterEnd(op, served[0])
+	for _, a := range served {
 		if a.served < 0 {
 			a.served = op.end
 		}
-		a.asOf = max(a.asOf, op.start)
+		a.asOf, a.wanted = max(a.asOf, op.start), true
 	}
-	if op.storageOps == 0 && n.blurredAt < op.start {
+	if op.storageOps == 0 && n.blurredAt < op.start && n.upToDate(rolePrefix+op.role, op.start) &&
+		n.upToDate(configPrefix+served[0].mint.config, op.start) {
 		n.inMemory[op.role] = true
 	}
 }
@@ -164,24 +166,25 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 	d := op.resp.Data
 	life, left := a.life(role, op.minTTL, op.end)
 	end := w.at(a.sent + life.life)
-	repeated := len(a.token.answers) > 1 && w.rules[ruleRepeatedToken]
+	repeated := a.repeated(op.node, op.end, true)
+	seconds, _ := d["expires_at_seconds"].(int64)
 	if repeated {
-		// The first answer counts, and its end is the earliest that was told since.
+		// The first answer counts.
 		for _, same := range a.token.answers {
-			switch {
-			case same.mint.node != op.node || same.delivered > op.end:
-			case same.delivered < a.delivered:
-				if same.surely(op.node, a.mint.begin) && w.stillGood(op.node, same, a.mint.begin, a.delivered) {
-					return fmt.Sprintf("its answer from %s counts, and it was there since %s", a.sent, same.sent)
-				}
-			default:
-				if _, other := same.life(role, op.minTTL, op.end); other < left {
-					left, end = other, w.at(op.end+other)
-				}
+			if same.mint.node == op.node && same.delivered < a.delivered && same.surely(op.node, a.mint.begin) &&
+				w.stillGood(op.node, same, a.mint.begin, a.delivered) {
+				return fmt.Sprintf("its answer from %s counts, and it was there since %s", a.sent, same.sent)
 			}
 		}
+		until := a.end(op.node, role, op.end, false)
+		for _, again := range a.token.answers { // perhaps what was taken for a rotation's was not
+			_, sooner := again.life(role, 0, 0)
+			if again.mint.exempt && again.repeats(a, op.node, op.end, true) && seconds != w.at(until).Unix() && seconds == w.at(sooner).Unix() {
+				until = sooner
+			}
+		}
+		left, end = until-op.end, w.at(until)
 	}
-	seconds, _ := d["expires_at_seconds"].(int64)
 	ttl, _ := d["ttl"].(int64)
 	if a.token.end >= 0 && seconds > w.at(a.token.end).Unix() {
 		return fmt.Sprintf("expires_at_seconds is %d, and it ends at %d", seconds, w.at(a.token.end).Unix())
@@ -241,8 +244,8 @@ func (w *simWorld) unfitTTL(op *simOp, a *simAnswer, role *simVersion, life simL
 
 func formatSimTime(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05Z") }
 
-// judgeLaterEnd judges that no token was served that ends sooner than another one that
-// is there.
+// judgeLaterEnd judges that no token was served while another one is there that may be
+// served longer.
 func (w *simWorld) judgeLaterEnd(op *simOp, served *simAnswer) {
 	for _, a := range op.held() {
 		if a.token == served.token {
@@ -250,12 +253,10 @@ func (w *simWorld) judgeLaterEnd(op *simOp, served *simAnswer) {
 		}
 		longer := true
 		for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
-			_, old := a.life(role, 0, op.end)
-			_, left := served.life(role, 0, op.end)
-			longer = longer && old > left
+			longer = longer && a.servable(op.node, role, op.end) > served.servable(op.node, role, op.end)
 		}
 		if longer {
-			w.violate("%s got %s, though %s ends later", op, served.token.text, a.token.text)
+			w.violate("%s got %s, though %s may be served longer", op, served.token.text, a.token.text)
 		}
 	}
 }
@@ -279,11 +280,12 @@ func (w *simWorld) judgeWait(op *simOp) {
 				w.violate("%s touched storage %d times, though %s and its role and config were in memory", op, op.storageOps, a.token.text)
 			}
 		}
-		rewritten := n.changed(rolePrefix+op.role, op.start, op.end) || n.changed(configPrefix+a.mint.config, op.start, op.end)
-		if rewritten && !w.rules[ruleOneDeadline] {
-			continue
+		patience := simPatience
+		began := op.start - simSlack // of a mint that it found under way
+		if n.blurredAt >= began || len(n.possible(rolePrefix+op.role, began, op.end)) > 1 || len(n.possible(configPrefix+a.mint.config, began, op.end)) > 1 {
+			patience *= 2 // it looked them up again, and waited anew
 		}
-		if waited > simPatience+simSlack || waited > simPatience && op.storageTime == 0 {
+		if waited > patience+simSlack || waited > patience && op.storageTime == 0 {
 			w.violate("%s waited %s, though %s would have done", op, waited, a.token.text)
 		}
 	}
@@ -293,13 +295,9 @@ func (w *simWorld) judgeWait(op *simOp) {
 			allowed = max(allowed, config.timeout)
 		}
 	}
-	if w.rules[ruleOneDeadline] {
-		allowed += time.Second
-		if op.storageTime > 0 {
-			allowed += simSlack
-		}
-	} else {
-		allowed = 3*allowed + 5*time.Second
+	allowed += time.Second
+	if op.storageTime > 0 {
+		allowed += simSlack
 	}
 	if waited > allowed {
 		w.violate("%s waited %s, more than %s", op, waited, allowed)
@@ -315,23 +313,41 @@ func (w *simWorld) judgeCalm(op *simOp) {
 		return
 	}
 	if op.err != nil || op.resp.IsError() {
+		if coded := logical.HTTPCodedError(nil); errors.As(op.err, &coded) && w.hadItsTime(op) && n.throttledOnce(op.role) {
+			return // the pace grows while many wait, and few do
+		}
 		w.violate("%s failed, though all is well since %s: %s", op, w.calm, simResult(op))
 		return
 	}
 	if op.minTTL > 0 || op.end == op.start {
 		return
 	}
-	if w.rules[ruleRotatedInUse] {
-		w.judgeRotated(op)
-	}
+	w.judgeRotated(op)
+	role := w.history[rolePrefix+op.role].last()
+	newest := n.judge.key(op.role, op.setOf(role)).newest(op.start)
 	for _, a := range op.held() {
-		role := w.history[rolePrefix+op.role].last()
 		life, left := a.life(role, 0, op.start)
-		// Renewing may take a while itself.
-		if left < life.refresh-simCalmMint && len(a.token.answers) == 1 {
+		// Renewing may take a while itself, and one that brought nothing newer waits
+		// before it tries again.
+		if a == newest && left < life.refresh-simCalmMint {
 			w.violate("%s had to wait %s for a token, though %s was in use and has %s left (R is %s)", op, op.end-op.start, a.token.text, left, life.refresh)
 		}
 	}
+}
+
+// newest is the last answer of the key before that time, unless it brought nothing newer.
+func (k *simKeyState) newest(before time.Duration) *simAnswer {
+	var newest *simAnswer
+	for _, a := range k.answers {
+		if a.delivered >= before {
+			break
+		}
+		newest = a
+		if !a.renewed {
+			newest = nil
+		}
+	}
+	return newest
 }
 
 // judgeRotated judges a read that had to wait although its token was rotated while it
@@ -347,7 +363,8 @@ func (w *simWorld) judgeRotated(op *simOp) {
 		return
 	}
 	rotated, before := k.answers[i-1], k.answers[i-2]
-	if !rotated.mint.exempt || rotated.served >= 0 || rotated.delivered < w.calm || before.served < 0 || !rotated.fitsRole(role) {
+	byRotation := slices.ContainsFunc(op.node.judge.rotations, func(r *simOp) bool { return r.wrote != nil && r.end == rotated.delivered })
+	if !byRotation || rotated.served >= 0 || rotated.delivered < w.calm || before.served < 0 || !rotated.fitsRole(role) {
 		return
 	}
 	_, old := before.life(role, 0, rotated.delivered)
@@ -365,24 +382,22 @@ func (w *simWorld) judgeStatus(op *simOp) {
 	j := &op.node.judge
 	mints, _ := op.resp.Data["mints"].(int64)
 	failed := int64(0)
-	for _, count := range op.resp.Data["mint_failures"].(map[string]any) {
-		failed += count.(int64)
+	for class, count := range op.resp.Data["mint_failures"].(map[string]any) {
+		if class != resultNoTurn {
+			failed += count.(int64)
+		}
 	}
-	over, maybeOver := int64(0), int64(0)
-	if w.rules[ruleExpiredOnArrival] {
-		over, maybeOver = j.over[yes], j.over[maybe]
-	}
-	if mints > j.tokens-over || mints < j.tokens-over-maybeOver || mints+failed != j.tokens+j.failed {
+	over, maybeOver := j.over[yes], j.over[maybe]
+	if mints > j.tokens-over || mints < j.tokens-over-maybeOver ||
+		mints+failed < j.tokens+j.failed || mints+failed > j.tokens+j.failed+j.mayHaveFailed {
 		w.violate("%s tells %d mints and %d failures; there were %d and %d, and %d (perhaps %d more) were over on arrival", op, mints, failed, j.tokens, j.failed, over, maybeOver)
 	}
-	if w.rules[ruleNarrowedBound] {
-		cached, most := op.resp.Data["cached_tokens"].(int64), int64(0)
-		for role := range j.greedy {
-			most += min(int64(j.greedy[role]), simNarrowedKeys) + 1
-		}
-		if cached > most {
-			w.violate("%s tells of %d tokens, more than %d", op, cached, most)
-		}
+	cached, most := op.resp.Data["cached_tokens"].(int64), int64(0)
+	for role := range j.greedy {
+		most += min(int64(j.greedy[role]), simNarrowedKeys) + 1
+	}
+	if cached > most {
+		w.violate("%s tells of %d tokens, more than %d", op, cached, most)
 	}
 }
 
@@ -404,6 +419,8 @@ func (w *simWorld) judgeFailedRead(op *simOp) {
 		return
 	case op.err != nil && op.corrupt():
 		return
+	case op.err != nil && op.storageTime > 0 && strings.Contains(op.err.Error(), "storage took longer"):
+		return
 	case op.err != nil && !errors.As(op.err, &coded) && !strings.Contains(op.err.Error(), errSimClient.Error()):
 		w.violate("%s: unexpected error %v", op, op.err)
 		return
@@ -424,7 +441,7 @@ func (w *simWorld) judgeFailedRead(op *simOp) {
 // judgeDescription judges whether a reader was told of another's request.
 func (w *simWorld) judgeDescription(op *simOp) {
 	_, after, ok := strings.Cut(simResult(op), "about (")
-	if !ok || !w.rules[rulePrivateDescription] {
+	if !ok {
 		return
 	}
 	for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
@@ -459,20 +476,24 @@ func (w *simWorld) userMistake(op *simOp) bool {
 // excused tells whether a failure of MojoAuth's is one that the read may be told of.
 func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 	n := op.node
-	if coded != nil && coded.Code() == http.StatusTooManyRequests && len(op.scopes) > 0 && n.judge.greedy[op.role] >= simNarrowedFlights {
+	if w.turnedAway(op, coded) || w.outOfTime(op, coded) {
 		return true
 	}
 	for _, f := range n.judge.failures {
 		m := f.mint
-		if m.end > op.end || m.end < op.start && f.until < op.start {
+		until := f.until
+		if f.config && m.role == op.role {
+			until += simPrecedence // which the key that failed gives to others
+		}
+		if m.end > op.end || m.end < op.start && until < op.start {
 			continue
 		}
 		mine, began := false, op.start
-		if w.rules[ruleRewrittenRole] {
+		if !f.config {
 			began = max(began, m.end)
 		}
 		for _, role := range n.possible(rolePrefix+op.role, began, op.end) {
-			if w.rules[ruleRewrittenRole] && m.role == op.role && !f.config && (role.audience != m.req.audience || role.extra != m.req.extra["tenant"]) {
+			if m.role == op.role && !f.config && (role.audience != m.req.audience || role.extra != m.req.extra["tenant"]) {
 				continue
 			}
 			if role.config != m.config || m.role == "" && !f.config || !f.config && (m.role != op.role || op.setOf(role) != m.set) {
@@ -494,8 +515,20 @@ func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 	return false
 }
 
+// hadItsTime tells whether the read waited as long as a read may.
+func (w *simWorld) hadItsTime(op *simOp) bool {
+	for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
+		for _, config := range op.node.possible(configPrefix+role.config, op.start, op.end) {
+			if op.end-op.start >= config.timeout+simLeastGrace {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 func (w *simWorld) rightStatus(status int) bool {
-	return status == http.StatusBadGateway || status == http.StatusGatewayTimeout || status == http.StatusTooManyRequests
+	return status == http.StatusBadGateway || status == http.StatusGatewayTimeout
 }
 
 // judgeRotation judges what came of a rotation. The caller holds w.mu.
@@ -507,13 +540,21 @@ func (w *simWorld) judgeRotation(op *simOp) {
 	coded := logical.HTTPCodedError(nil)
 	switch {
 	case op.err != nil && (strings.Contains(op.err.Error(), errSimStorage.Error()) || strings.Contains(op.err.Error(), errSimClient.Error())):
+	case op.err != nil && op.storageTime > 0 && strings.Contains(op.err.Error(), "storage took longer"):
 	case op.err != nil && !errors.As(op.err, &coded):
 		w.violate("%s: unexpected error %v", op, op.err)
-	case op.err == nil && !op.resp.IsError() && op.wrote == nil:
+	case op.err == nil && !op.resp.IsError() && op.wrote == nil && !op.shares():
 		w.violate("%s was acknowledged, and wrote nothing", op)
 	case op.resp.IsError() && op.wrote != nil:
 		w.violate("%s was refused, and wrote", op)
 	}
+}
+
+// shares tells whether the rotation ended with another one that wrote.
+func (op *simOp) shares() bool {
+	return slices.ContainsFunc(op.node.judge.rotations, func(other *simOp) bool {
+		return other != op && other.role == op.role && other.wrote != nil && other.start <= op.end && (other.end < 0 || other.end >= op.start)
+	})
 }
 
 // judgeWrite judges what came of a write or delete. The caller holds w.mu.

@@ -1,8 +1,6 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-//go:build simulate
-
 package mojoauth
 
 import (
@@ -24,6 +22,9 @@ type simStorage struct {
 	logical.Storage // that all nodes share
 	node            *simNode
 }
+
+// simReload is how long the engine may wait before it loads an entry again.
+const simReload = 30 * time.Second
 
 // simStorageWeather is how storage fares.
 type simStorageWeather struct {
@@ -67,6 +68,8 @@ func (s *simStorage) plan(ctx context.Context, what, key string, write bool) (op
 		s.node.storageFailed = w.now()
 		if op != nil {
 			op.storageFailed = true
+		} else {
+			s.node.unsettled = w.now() + simReload
 		}
 	}
 	return op, before, after, fail
@@ -84,6 +87,9 @@ func (s *simStorage) pause(ctx context.Context, op *simOp, d time.Duration) erro
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
+			s.node.w.mu.Lock()
+			s.node.storageFailed = s.node.w.now()
+			s.node.w.mu.Unlock()
 		}
 	}
 	return ctx.Err()

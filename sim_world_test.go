@@ -1,8 +1,6 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-//go:build simulate
-
 package mojoauth
 
 import (
@@ -34,7 +32,6 @@ type simWorld struct {
 	seed  uint64
 	rng   *rand.Rand // of the one goroutine that says what happens next
 	start time.Time
-	rules map[simRule]bool
 
 	log struct {
 		sync.Mutex
@@ -75,7 +72,7 @@ func (e simEvent) String() string {
 
 func newSimWorld(t *testing.T, seed uint64) *simWorld {
 	w := &simWorld{
-		t: t, seed: seed, rng: rand.New(rand.NewPCG(seed, 1)), start: time.Now(), rules: simSwitchedOn(),
+		t: t, seed: seed, rng: rand.New(rand.NewPCG(seed, 1)), start: time.Now(),
 		shared:  &logical.InmemStorage{},
 		history: make(map[string]*simHistory),
 		endpoint: &simEndpoint{
@@ -158,9 +155,9 @@ type simNode struct {
 	exclusive bool                // a write is under way that may keep a lock for a while
 
 	storageFailed time.Duration // when storage failed last; -1 before
+	unsettled     time.Duration // until when the node may still be loading what it was told of; -1 before
 	inMemory      map[string]bool
 	blurredAt     time.Duration // when something was last written, or told
-	clients       map[*simClient]struct{}
 	minted        []weak.Pointer[token]
 
 	judge simJudge
@@ -170,10 +167,10 @@ type simNode struct {
 func (w *simWorld) open(place, life int, readOnly bool) {
 	n := &simNode{
 		w: w, name: fmt.Sprintf("%c%d", 'A'+place, life), place: place, readOnly: readOnly,
-		startedAt: -1, closingAt: -1, storageFailed: -1,
+		startedAt: -1, closingAt: -1, storageFailed: -1, unsettled: -1,
 		known: make(map[string][]simKnown), busy: make(map[*simOp]struct{}),
-		inMemory: make(map[string]bool), clients: make(map[*simClient]struct{}),
-		judge: newSimJudge(),
+		inMemory: make(map[string]bool),
+		judge:    newSimJudge(),
 	}
 	system := logical.TestSystemView()
 	if readOnly {
@@ -181,7 +178,7 @@ func (w *simWorld) open(place, life int, readOnly bool) {
 	}
 	storage := &countingStorage{Storage: &simStorage{Storage: w.shared, node: n}}
 	n.mount = newTestNode(w.t, nil, n.newClient, storage, system)
-	n.mount.backend.random = w.random
+	n.mount.random = w.random
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	n.startedAt = w.now()
@@ -199,7 +196,7 @@ func (n *simNode) shut() {
 	n.mount.Cleanup(context.Background())
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if took := w.now() - n.closingAt; took > simCloseWithin && w.rules[ruleSilentAnswer] {
+	if took := w.now() - n.closingAt; took > simCloseWithin {
 		w.violate("closing %s took %s", n.name, took)
 	}
 	w.note("%s has closed", n.name)
@@ -370,7 +367,7 @@ func (w *simWorld) written(n *simNode, op *simOp, key string) {
 	}
 	dice := w.dice("invalidate", key)
 	delay := time.Duration(dice.Int64N(int64([]time.Duration{time.Millisecond, 100 * time.Millisecond, simLate}[dice.IntN(3)])))
-	lost := w.rules[ruleMintReadsAnew] && w.calm < 0 && dice.Float64() < 0.05
+	lost := w.calm < 0 && dice.Float64() < 0.05
 	number := op.wrote.number
 	for _, node := range w.nodes {
 		if node == nil || node == n || lost {

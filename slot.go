@@ -35,10 +35,6 @@ const (
 // one was asked for.
 var errDemanded = fmt.Errorf("one was asked for less than %s ago", demandPause)
 
-// errImpatient is for a reader who has waited long enough for a mint, since the old
-// token would do.
-var errImpatient = errors.New("the mint is slow")
-
 // slot has the token of one key: of one role, or one narrowed set of its scopes, in
 // one generation of role and config. What it is for never changes. It mints the next
 // token, one mint at a time, and frees itself when there is nothing left to keep.
@@ -112,18 +108,15 @@ func (s *slot) await(ctx context.Context, q *query) (served, error) {
 				return served{}, err
 			}
 		default:
-			err := s.cache.waitFor(ctx, f, waiter, old)
+			over, err := s.cache.waitFor(ctx, f, waiter, old)
 			waiter.Leave()
-			switch {
-			case err == nil:
+			if !over && err == nil {
 				return s.arrived(f, q, old)
-			case errors.Is(err, errImpatient):
-				err = nil
 			}
 			if answer, ok := old.stale(q, err, s.cache.random); ok {
 				return answer, nil
 			}
-			if err != nil {
+			if !over {
 				return served{}, err
 			}
 		}
@@ -268,14 +261,13 @@ func (s *slot) land(f *flight, tok *cachedToken, err error) (news *mintError) {
 // keep makes tok, which came by f, the slot's token, unless it renews nothing: of two
 // tokens the one that may be served longer stays. The caller holds s.mu.
 func (s *slot) keep(tok *cachedToken, f *flight, now time.Time) (*cachedToken, error) {
-	old := s.token.Load()
+	old := s.held(s.spec)
 	s.history = history{}
 	var failed *mintError
 	switch {
 	case old != nil && old.accessToken == tok.accessToken:
 		failed = repeats(old)
 		old = old.repeatedBy(tok)
-		s.token.Store(old)
 	case old.usable(now) && !f.replaces && !tok.servableUntil().After(old.servableUntil()):
 		failed = &mintError{class: classNothingNewer, reason: fmt.Sprintf("the new one, which expires at %s, may be served no longer than the cached one", formatTime(tok.endsAt))}
 	default:
@@ -283,6 +275,7 @@ func (s *slot) keep(tok *cachedToken, f *flight, now time.Time) (*cachedToken, e
 		s.token.Store(tok)
 		return tok, nil
 	}
+	s.token.Store(old)
 	old.use.Add(-1) // an idle role is not asked for again and again
 	return old, &unavailable{mintError: failed, config: f.up.config.name, keyOnly: true}
 }
@@ -458,6 +451,13 @@ func (s *slot) free() {
 		s.flight.turn.interrupt(errOutdated)
 	}
 	s.cache.remove(s)
+}
+
+// succeeded has the key's failures forgotten, after a rotation had a token for it.
+func (s *slot) succeeded() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.history = history{}
 }
 
 // past is what the slot knows of the key's failures.

@@ -378,6 +378,9 @@ func (c *tokenCache) newFlight(spec *spec, up *upstream, l leave, past history) 
 func (c *tokenCache) mint(f *flight) (*cachedToken, error) {
 	defer f.turn.interrupt(nil)
 	err := c.confirm(f.spec, f.up)
+	if err == nil {
+		err = f.turn.useless()
+	}
 	var tok *cachedToken
 	if err == nil {
 		tok, err = f.up.mint(c.ctx, f)
@@ -436,24 +439,24 @@ func (c *tokenCache) wait(ctx context.Context, done <-chan struct{}, waiter *gat
 	}
 }
 
-// waitFor waits for a mint: to its end, or, while the old token would do, until
-// patience is over, when the error is errImpatient, or a *noTurnError if its request
-// waits among others. The others are those of wait.
-func (c *tokenCache) waitFor(ctx context.Context, f *flight, waiter *gate.Waiter, old *cachedToken) error {
+// waitFor waits for a mint: to its end, or, while the old token would do, until patience
+// is over. Then the error is nil or, if its request waits among others, a *noTurnError.
+// The others are those of toTheEnd.
+func (c *tokenCache) waitFor(ctx context.Context, f *flight, waiter *gate.Waiter, old *cachedToken) (over bool, err error) {
 	now := time.Now()
 	if !old.usable(now) {
-		return c.toTheEnd(ctx, f, waiter)
+		return false, c.toTheEnd(ctx, f, waiter)
 	}
-	patient, cancel := context.WithTimeoutCause(ctx, min(old.timeLeft(now)-old.schedule.Floor, patience-now.Sub(f.started)), errImpatient)
+	patient, cancel := context.WithTimeout(ctx, min(old.timeLeft(now)-old.schedule.Floor, patience-now.Sub(f.started)))
 	defer cancel()
-	err := c.wait(patient, f.done, waiter, f.up)
+	err = c.wait(patient, f.done, waiter, f.up)
 	if err == nil || ctx.Err() != nil || patient.Err() == nil {
-		return err
+		return false, err
 	}
 	if why := waiter.Err(); f.turn.left.Load() == nil && (why.Throttled || why.Waiting > 1) {
-		return &noTurnError{why, f.up.config.name}
+		return true, &noTurnError{why, f.up.config.name}
 	}
-	return errImpatient
+	return true, nil
 }
 
 // toTheEnd waits for a mint to its end. The errors are those of wait, and an

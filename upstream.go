@@ -199,15 +199,14 @@ func (u *upstream) turn(l leave, useless func() error) *turn {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	t := &turn{useless: useless, account: func(how gate.Answer) { u.telemetry.requested(u.config.name, how) }}
-	waiting := u.standing
+	waiting := u.open
 	switch {
 	case l.now:
-		t.Turn = u.gate.Turn(l.key.role, gate.Rotation)
+		t.Turn, waiting = u.gate.Turn(l.key.role, gate.Rotation), u.standing
 	case l.probe:
 		t.Turn = u.probing
 	default:
 		t.Turn = u.gate.Turn(l.key.role, l.key.kind())
-		waiting = u.open
 	}
 	t.waiting, t.interrupt = context.WithCancelCause(waiting)
 	return t
@@ -217,7 +216,7 @@ func (u *upstream) turn(l leave, useless func() error) *turn {
 func (u *upstream) withdrawn(l leave, now time.Time) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if l.probe || l.now || !u.backoff.blocks(now) {
+	if l.now || !u.backoff.blocks(now) {
 		return nil
 	}
 	refusal := u.remembered(l.key, u.backoff.until)
@@ -311,7 +310,7 @@ func (u *upstream) judge(f *flight, failed *mintError, started time.Time) *unava
 		u.backoff.succeed(started)
 		return nil
 	case failed.concernsRequest():
-		refusal.keyOnly, refusal.alone = true, f.past.alone
+		refusal.keyOnly, refusal.alone = true, f.past.isAlone(u.succeeded)
 		if before != nil && before.class == classClientRefused {
 			// The client was accepted. Whether a server in trouble is well again, this
 			// doesn't show.

@@ -177,6 +177,7 @@ func (p *peaks) lastHour(now time.Time) (most int) {
 // The caller holds g.mu.
 func (g *Gate) advance() {
 	now := g.clock.Now()
+	g.pace.recover(now)
 	for {
 		t := g.queue.next()
 		if t == nil || g.inFlight >= maxInFlight {

@@ -35,6 +35,11 @@ const (
 	steadyAnswers = 3
 	steadyClosed  = 15
 
+	// After recoverAfter without a 429 the rate is at least recoveredRate, whoever asked
+	// meanwhile: what an endpoint refused to all is not held against it for ever.
+	recoverAfter  = time.Minute
+	recoveredRate = 1.0
+
 	// backlog is how long those who have time may have to wait before the rate
 	// probes for their sake.
 	backlog = time.Minute
@@ -90,6 +95,13 @@ func newPace(limit int) pace {
 func (p *pace) setLimit(limit int) {
 	p.limit = max(limit, 1)
 	p.rate = min(p.rate, float64(p.limit))
+}
+
+// recover makes the rate what it is at least so long after the last 429.
+func (p *pace) recover(now time.Time) {
+	if p.rate < recoveredRate && now.Sub(p.refused) >= recoverAfter {
+		p.rate, p.cutFrom = recoveredRate, max(p.cutFrom, recoveredRate)
+	}
 }
 
 // opens is the earliest time at which the next request may leave. It may be in

@@ -1,0 +1,9 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+//go:build !race
+
+package mojoauth
+
+// simSeeds is how many cases a test run plays.
+const simSeeds = 300

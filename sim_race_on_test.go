@@ -1,0 +1,10 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+//go:build race
+
+package mojoauth
+
+// simSeeds is how many cases a test run plays: few, since the race detector makes each
+// of them slow.
+const simSeeds = 20
