@@ -257,6 +257,38 @@ func TestBackoffEndsTheWaitingAtTheGate(t *testing.T) {
 	})
 }
 
+// A reader whose old token comes to its floor while the request waits for its turn is one
+// without a token from then on: it goes on waiting.
+func TestReaderWhoseTokenEndsAtTheGateWaitsOn(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.mojo.set(func(s *standIn) { s.lifetime = 8 * time.Second })
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		m.mojo.set(func(s *standIn) { s.fail = &mintError{class: classThrottled, status: 429} })
+		time.Sleep(6500 * time.Millisecond) // the floor is 700 ms away
+		reader := make(chan got, 1)
+		go func() { reader <- m.creds("app", nil) }()
+		time.Sleep(time.Second)
+		m.mojo.set(func(s *standIn) { s.fail = nil })
+		if got := <-reader; got.err != nil || strings.HasPrefix(got.token, "token-1-") {
+			t.Errorf("got %v, want the next token", got)
+		}
+	})
+}
+
+// A verification asks the endpoint that the config's mints ask: it passes their gate,
+// also when nobody has asked through it yet.
+func TestVerificationPassesTheGateOfTheMintsAfterIt(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.mojo.set(func(s *standIn) { s.fail = &mintError{class: classThrottled, status: 429, retryAfter: time.Minute} })
+		m.refused(logical.UpdateOperation, "config", testConfig(map[string]any{"verify_connection": true}))
+		m.mojo.set(func(s *standIn) { s.fail = nil })
+		m.configure("app", nil)
+		wantStatus(t, m.creds("app", nil).err, http.StatusTooManyRequests, "Retry-After")
+		m.wantMints(1)
+	})
+}
+
 // A request has the whole request_timeout, however late it leaves; and nobody is told of
 // a timeout that the request had no time for.
 func TestTimeAtTheGateIsNoTimeout(t *testing.T) {

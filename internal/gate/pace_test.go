@@ -196,6 +196,26 @@ func TestPaceNeverFallsBelowOneInThirtySeconds(t *testing.T) {
 
 // The answers to what was under way at a cut, and the requests of the next
 // second, whose arrival the endpoint counts together with what came before it.
+func TestPaceRecoversAMinuteAfterTheLast429(t *testing.T) {
+	b := newBusy(t, 20)
+	for range 10 {
+		d := b.send(1)
+		b.throttled(b.now, d, 0)
+	}
+	b.wantRate(slowestRate, "after ten cuts")
+	b.now = b.now.Add(recoverAfter - 1)
+	b.recover(b.now)
+	b.wantRate(slowestRate, "within the minute")
+	b.now = b.now.Add(1)
+	b.recover(b.now)
+	b.wantRate(1, "after it")
+
+	b = newBusy(t, 20)
+	b.now = b.now.Add(time.Hour)
+	b.recover(b.now)
+	b.wantRate(5, "where nothing was refused")
+}
+
 func TestOneExcessIsOneCut(t *testing.T) {
 	b := newBusy(t, 1000)
 	b.rate = 40
