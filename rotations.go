@@ -44,10 +44,14 @@ func (c *tokenCache) rotate(ctx, timed context.Context, q *query, save saver) (*
 	if err := c.toTheEnd(timed, r.flight, waiter); err != nil {
 		return nil, err
 	}
-	if err := c.wait(ctx, r.saved, nil, r.up); err != nil {
-		return nil, err
+	select { // storage may take longer than MojoAuth may
+	case <-r.saved:
+		return r.token, r.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	case <-c.ctx.Done():
+		return nil, errClosed
 	}
-	return r.token, r.err
 }
 
 // rotation joins the rotation of a role, or starts one.
