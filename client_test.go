@@ -508,22 +508,25 @@ func TestThrottledRequestGoesBackToItsPlace(t *testing.T) {
 	}
 }
 
-// What a server in trouble asks for by Retry-After closes the gate, too.
-func TestRetryAfterOfAServerErrorIsToldToTheGate(t *testing.T) {
-	e := newEndpoint(t, func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Retry-After", "20")
-		w.WriteHeader(http.StatusServiceUnavailable)
-	})
-	client, err := newTokenClient(e.config(nil), "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	leave := new(testTurn)
-	if _, err := client.mint(t.Context(), tokenRequest{}, leave); err == nil {
-		t.Fatal("got a token")
-	}
-	if want := []gate.Answer{gate.Answered}; !slices.Equal(leave.answers, want) || leave.asked[0] != 20*time.Second {
-		t.Errorf("the gate was told %v with Retry-After %v, want %v with 20s", leave.answers, leave.asked, want)
+// What a server in trouble asks for by Retry-After closes the gate, too. What comes with a
+// refusal does not: one role, or one caller's scopes, would close it for all.
+func TestRetryAfterThatConcernsTheGate(t *testing.T) {
+	for status, want := range map[int]time.Duration{503: 20 * time.Second, 400: 0, 403: 0} {
+		e := newEndpoint(t, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Retry-After", "20")
+			w.WriteHeader(status)
+		})
+		client, err := newTokenClient(e.config(nil), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		leave := new(testTurn)
+		if _, err := client.mint(t.Context(), tokenRequest{}, leave); err == nil {
+			t.Fatal("got a token")
+		}
+		if !slices.Equal(leave.answers, []gate.Answer{gate.Answered}) || leave.asked[0] != want {
+			t.Errorf("HTTP %d: the gate was told %v with Retry-After %v, want %s", status, leave.answers, leave.asked, want)
+		}
 	}
 }
 

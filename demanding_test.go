@@ -130,6 +130,26 @@ func TestDemandThatCannotBeMetIsAWarning(t *testing.T) {
 	})
 }
 
+// A demand that finds the gate busy is not lost with its reader.
+func TestDemandAtABusyGateGoesOn(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.write("config", testConfig(map[string]any{"max_requests_per_second": 1}))
+		m.write("roles/app", nil)
+		m.wantToken("app", 1)
+		refused := after(time.Now())
+		cold := m.coldRoles(15, func(time.Duration) {})
+		time.Sleep(2 * time.Second)
+		if got := m.creds("app", refused); !strings.HasPrefix(got.token, "token-1-") || len(got.warnings) != 1 {
+			t.Errorf("got %v, want the held token while others are more urgent", got)
+		}
+		cold.Wait()
+		time.Sleep(2 * time.Second)
+		if got := m.creds("app", refused); strings.HasPrefix(got.token, "token-1-") {
+			t.Errorf("got %v, want the token that was asked for", got)
+		}
+	})
+}
+
 func TestDemandForNarrowedScopesIsTheirs(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"scopes": "a,b"})

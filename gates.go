@@ -46,7 +46,9 @@ func (g *gates) enter(name string, config *configEntry) *gate.Gate {
 		known.Close()
 	}
 	g.of[name] = g.try(name, config)
-	g.tried = configGate{}
+	if g.triedName == name {
+		g.tried = configGate{}
+	}
 	g.of[name].SetLimit(config.requestsPerSecond())
 	return g.of[name].Gate
 }

@@ -168,12 +168,14 @@ func (e *mintError) answer() (how gate.Answer, retryAfter time.Duration) {
 	switch {
 	case e == nil:
 		return gate.Answered, 0
-	case e.status == http.StatusTooManyRequests:
+	case e.throttled():
 		return gate.Throttled, e.retryAfter
 	case e.status == 0:
 		return gate.NoAnswer, 0
-	default:
+	case e.status >= http.StatusInternalServerError:
 		return gate.Answered, e.retryAfter
+	default: // a refusal concerns one request, whatever it asks for
+		return gate.Answered, 0
 	}
 }
 

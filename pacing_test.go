@@ -205,6 +205,35 @@ func TestRetryAfterBeyondAReadsTimeIsToldAtOnce(t *testing.T) {
 	})
 }
 
+// A verification that gets no turn says so, and does not blame the network.
+func TestVerificationWithoutATurn(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.write("config", testConfig(nil))
+		m.mojo.set(func(s *standIn) { s.fail = &mintError{class: classThrottled, status: 429} })
+		text := m.refused(logical.UpdateOperation, "config", map[string]any{"max_retries": 3})
+		for _, part := range []string{"no turn", "MojoAuth throttles", "verify_connection=false"} {
+			if !strings.Contains(text, part) {
+				t.Errorf("got %q, want it to hold %q", text, part)
+			}
+		}
+	})
+}
+
+func TestVerificationOfAConfigThatGoes(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		m.mojo.set(func(s *standIn) { s.fail = &mintError{class: classThrottled, status: 429} })
+		go func() {
+			time.Sleep(5 * time.Second)
+			m.do(logical.DeleteOperation, "config", nil)
+		}()
+		if text := m.refused(logical.UpdateOperation, "config", map[string]any{"max_retries": 3}); !strings.Contains(text, "changed by somebody else") {
+			t.Errorf("got %q", text)
+		}
+	})
+}
+
 func TestNewEndpointHasANewGate(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)

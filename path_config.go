@@ -546,10 +546,12 @@ func (b *backend) verifyConnection(ctx context.Context, name string, config *con
 	}
 	ctx, cancel := context.WithTimeout(ctx, config.longest())
 	defer cancel()
+	waiting, cancel := context.WithTimeout(ctx, config.longest()-100*time.Millisecond) // to be told why
+	defer cancel()
 	ended := make(chan error, 1)
 	go func() {
 		defer leave()
-		ended <- b.tokens.tryOut(ctx, name, config)
+		ended <- b.tokens.tryOut(waiting, name, config)
 	}()
 	select {
 	case err = <-ended:
@@ -562,7 +564,9 @@ func (b *backend) verifyConnection(ctx context.Context, name string, config *con
 	)
 	switch {
 	case errors.As(err, &late):
-		return "", problemf("trying it failed: %s, or send verify_connection=false to save it without asking MojoAuth", late)
+		return "", problemf("trying it failed: %s, or send verify_connection=false to save it without asking MojoAuth", late.reason())
+	case errors.Is(err, gate.ErrClosed):
+		return "", problem("it was changed by somebody else at the same time. Read it and write again")
 	case errors.Is(err, context.DeadlineExceeded):
 		failed = &mintError{class: classTimeout, allowed: config.RequestTimeout}
 	case !errors.As(err, &failed):

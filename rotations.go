@@ -33,8 +33,9 @@ type saver func(context.Context, *spec, *cachedToken) (*cachedToken, error)
 func newRotations() rotations { return rotations{of: make(map[string]*rotation)} }
 
 // rotate mints a token of a role and has it saved. Those who ask before the request of
-// a rotation has left share it. A back-off is ignored, the gate is not. The mint has as
-// long as timed, and saving as long as ctx. The errors are those of await and of save.
+// a rotation has left share it. A back-off is ignored, the gate is not. The caller waits
+// for the mint as long as timed, and for saving as long as ctx. The errors are those of
+// await and of save.
 func (c *tokenCache) rotate(ctx, timed context.Context, q *query, save saver) (*cachedToken, error) {
 	r, waiter, err := c.rotation(ctx, timed, q, save)
 	if err != nil {
@@ -80,9 +81,10 @@ func (c *tokenCache) rotation(ctx, timed context.Context, q *query, save saver) 
 	waiter, _ := f.turn.Join(deadline, q.arrived)
 	// It goes on when the caller has left, but not when the mount is closed.
 	saving, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	context.AfterFunc(c.ctx, cancel)
+	unhook := context.AfterFunc(c.ctx, cancel)
 	if !c.spawn(func() {
 		defer cancel()
+		defer unhook()
 		defer close(r.saved)
 		tok, err := c.mint(f)
 		all.remove(r)
@@ -99,6 +101,7 @@ func (c *tokenCache) rotation(ctx, timed context.Context, q *query, save saver) 
 			r.err = err
 		}
 	}) {
+		unhook()
 		cancel()
 		return nil, nil, errClosed
 	}

@@ -160,13 +160,14 @@ func (s *slot) board(q *query, deadline time.Time) (*flight, *gate.Waiter, error
 	}
 	if refused {
 		f.replaces, s.demanded = true, now
+		f.renew(old) // it goes on without the reader, since nobody may ask again so soon
 	}
 	waiter, _ := f.turn.Join(deadline, hurts)
 	return f, waiter, nil
 }
 
-// renew has a mint go on without readers, since old comes to its end. The caller holds
-// the slot's lock.
+// renew has a mint go on without readers, since old comes to its end or is refused. The
+// caller holds the slot's lock.
 func (f *flight) renew(old *cachedToken) {
 	if !f.renews {
 		_, f.renews = f.turn.Join(time.Time{}, old.hurtsAt())

@@ -244,8 +244,8 @@ func (c *tokenCache) configChanged(name string, config *held[configEntry]) {
 	if c.configs.current(name) != config {
 		return
 	}
+	c.gates.written(name, config) // before a newer upstream can have its gate
 	c.detach(name, config)
-	c.gates.written(name, config)
 	if config == nil {
 		c.telemetry.configGone(name)
 	}

@@ -140,7 +140,10 @@ type noTurnError struct {
 }
 
 // Error names the config and says how crowded the gate is, and when to come back.
-func (n *noTurnError) Error() string {
+func (n *noTurnError) Error() string { return fmt.Sprintf("config %q: %s", n.config, n.reason()) }
+
+// reason is the error without the config's name.
+func (n *noTurnError) reason() string {
 	var why string
 	switch n.Reason {
 	case gate.RetryAfter:
@@ -154,7 +157,7 @@ func (n *noTurnError) Error() string {
 	if n.Throttled {
 		throttles = "; MojoAuth throttles by HTTP 429"
 	}
-	return fmt.Sprintf("config %q: %s (%d waiting, at %.3g a second%s). Try again in %s", n.config, why, n.Waiting, n.Pace, throttles, n.ComeBack)
+	return fmt.Sprintf("%s (%d waiting, at %.3g a second%s). Try again in %s", why, n.Waiting, n.Pace, throttles, n.ComeBack)
 }
 
 func (n *noTurnError) Unwrap() error { return n.NoTurnError }
@@ -339,7 +342,7 @@ func (u *upstream) unasked(err error) error {
 		return &noTurnError{late, u.config.name}
 	case errors.Is(err, gate.ErrAbandoned):
 		u.telemetry.noTurn(u.config.name)
-	case errors.Is(err, gate.ErrClosed):
+	case errors.Is(err, gate.ErrClosed), errors.Is(err, errBackoff):
 		return errOutdated
 	}
 	return err

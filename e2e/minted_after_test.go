@@ -94,7 +94,7 @@ func TestMintedAfterInALoop(t *testing.T) {
 		}
 		if len(secret.Warnings) > 0 {
 			warned++
-			if text := strings.Join(secret.Warnings, " "); !strings.Contains(text, "minted_after") {
+			if text := strings.Join(secret.Warnings, " "); !strings.Contains(text, "No token minted after") {
 				t.Errorf("got the warnings %q", secret.Warnings)
 			}
 		}
