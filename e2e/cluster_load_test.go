@@ -460,11 +460,10 @@ func (w *clusterWorld) read(node *harness.Vault, path string) map[string]any {
 // noCanary looks for the client secret in what the nodes and their plugins logged.
 func (w *clusterWorld) noCanary() {
 	w.Helper()
+	plugins := 0 // a node that was never the active one runs none
 	for _, node := range w.cluster.Nodes {
 		log := node.Log(w)
-		if !strings.Contains(log, pluginBinary) {
-			w.Errorf("the log of %s says nothing of the plugin", node.Address())
-		}
+		plugins += strings.Count(log, pluginBinary)
 		if strings.Contains(log, canary) {
 			w.Errorf("the client secret is in the log of %s", node.Address())
 		}
@@ -473,5 +472,8 @@ func (w *clusterWorld) noCanary() {
 				w.Errorf("an access token is in the log of %s", node.Address())
 			}
 		}
+	}
+	if plugins == 0 {
+		w.Error("no log says anything of the plugin")
 	}
 }
