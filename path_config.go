@@ -100,22 +100,7 @@ func (b *backend) pathConfig() []*framework.Path {
 			HelpSynopsis:    `Configure the MojoAuth application of roles that name no other: "config/default".`,
 			HelpDescription: strings.TrimSpace(configHelp),
 		},
-		{
-			Pattern: "config/$",
-			DisplayAttrs: &framework.DisplayAttributes{
-				OperationPrefix: operationPrefix,
-				OperationSuffix: "configs",
-			},
-			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.ListOperation: &framework.PathOperation{
-					Callback:  b.configList,
-					Summary:   "List the names of the configs.",
-					Responses: listResponse,
-				},
-			},
-			HelpSynopsis:    "List the names of the configs.",
-			HelpDescription: "Each config is one MojoAuth application; read one at config/<name>.",
-		},
+		listPath("config/$", "configs", "Each config is one MojoAuth application; read one at config/<name>.", b.configs.list),
 	}
 }
 
@@ -243,14 +228,6 @@ func configName(d *framework.FieldData) string {
 func (b *backend) configExists(ctx context.Context, req *logical.Request, d *framework.FieldData) (bool, error) {
 	config, err := b.configs.get(ctx, req.Storage, configName(d))
 	return config != nil, err
-}
-
-func (b *backend) configList(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
-	names, err := b.configs.list(ctx, req.Storage)
-	if err != nil {
-		return nil, err
-	}
-	return logical.ListResponse(names), nil
 }
 
 func (b *backend) configRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
@@ -592,7 +569,7 @@ func (c *tokenCache) tryOut(ctx context.Context, name string, config *configEntr
 	_, err = client.mint(ctx, tokenRequest{retries: config.MaxRetries}, t)
 	var late *gate.NoTurnError
 	if errors.As(err, &late) {
-		return &noTurnError{late, name}
+		return &noTurnError{NoTurnError: late, config: name}
 	}
 	return err
 }

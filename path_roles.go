@@ -60,22 +60,8 @@ func (b *backend) pathRoles() []*framework.Path {
 			HelpSynopsis:    "Define what the tokens of a role are asked for.",
 			HelpDescription: strings.TrimSpace(roleHelp),
 		},
-		{
-			Pattern: rolePrefix + "?$", // path-help takes the slash away
-			DisplayAttrs: &framework.DisplayAttributes{
-				OperationPrefix: operationPrefix,
-				OperationSuffix: "roles",
-			},
-			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.ListOperation: &framework.PathOperation{
-					Callback:  b.roleList,
-					Summary:   "List the names of the roles.",
-					Responses: listResponse,
-				},
-			},
-			HelpSynopsis:    "List the names of the roles.",
-			HelpDescription: "Read a role at roles/<name>, and a token of it at creds/<name>.",
-		},
+		// path-help takes the slash away.
+		listPath(rolePrefix+"?$", "roles", "Read a role at roles/<name>, and a token of it at creds/<name>.", b.roles.list),
 	}
 }
 
@@ -179,14 +165,6 @@ func (b *backend) roleOperations() map[logical.Operation]framework.OperationHand
 func (b *backend) roleExists(ctx context.Context, req *logical.Request, d *framework.FieldData) (bool, error) {
 	role, err := b.roles.get(ctx, req.Storage, d.Get("name").(string))
 	return role != nil, err
-}
-
-func (b *backend) roleList(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
-	names, err := b.roles.list(ctx, req.Storage)
-	if err != nil {
-		return nil, err
-	}
-	return logical.ListResponse(names), nil
 }
 
 func (b *backend) roleRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {

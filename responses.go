@@ -4,6 +4,7 @@
 package mojoauth
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 
@@ -11,15 +12,40 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
+// listPath is the path where the names of all that is called so are listed.
+func listPath(pattern, plural, help string, list func(context.Context, logical.Storage) ([]string, error)) *framework.Path {
+	summary := "List the names of the " + plural + "."
+	return &framework.Path{
+		Pattern: pattern,
+		DisplayAttrs: &framework.DisplayAttributes{
+			OperationPrefix: operationPrefix,
+			OperationSuffix: plural,
+		},
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.ListOperation: &framework.PathOperation{
+				Callback: func(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+					names, err := list(ctx, req.Storage)
+					if err != nil {
+						return nil, err
+					}
+					return logical.ListResponse(names), nil
+				},
+				Summary: summary,
+				Responses: map[int][]framework.Response{http.StatusOK: {{
+					Description: "OK",
+					Fields: map[string]*framework.FieldSchema{
+						"keys": {Type: framework.TypeStringSlice, Required: true, Description: "The names."},
+					},
+				}}},
+			},
+		},
+		HelpSynopsis:    summary,
+		HelpDescription: help,
+	}
+}
+
 // Responses, for the OpenAPI document, that several paths share.
 var (
-	listResponse = map[int][]framework.Response{http.StatusOK: {{
-		Description: "OK",
-		Fields: map[string]*framework.FieldSchema{
-			"keys": {Type: framework.TypeStringSlice, Required: true, Description: "The names."},
-		},
-	}}}
-
 	// A write answers 204, or 200 when there are warnings.
 	writeResponse = map[int][]framework.Response{
 		http.StatusNoContent: {{Description: "Saved."}},
