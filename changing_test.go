@@ -575,3 +575,30 @@ func TestWritingARoleDoesNotGoThroughAllRoles(t *testing.T) {
 		}
 	}
 }
+
+// A write that waits for another gives up with its caller.
+func TestWriteThatWaitsForAnotherEndsWithItsCaller(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.write("config", testConfig(nil))
+		slow := func(key string) {
+			if key == "roles/slow" {
+				time.Sleep(time.Minute)
+			}
+		}
+		m.storage.afterGet.Store(&slow)
+		create := func(ctx context.Context, path string) error {
+			_, err := m.HandleRequest(ctx, &logical.Request{Operation: logical.CreateOperation, Path: path, Storage: m.storage})
+			return err
+		}
+		go func() { _ = create(context.Background(), "roles/slow") }()
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		began := time.Now()
+		err := create(ctx, "roles/quick")
+		if took := time.Since(began); !errors.Is(err, context.DeadlineExceeded) || took != time.Second {
+			t.Errorf("got %v after %s, want the end of the caller's time", err, took)
+		}
+		time.Sleep(time.Hour)
+	})
+}
