@@ -39,7 +39,7 @@ func (b *backend) pathStatus() []*framework.Path {
 							"reads":         {Type: framework.TypeMap, Required: true, Description: "Reads of creds by how they were answered: hit, refreshed, minted, stale, error."},
 							"mints":         {Type: framework.TypeInt64, Required: true, Description: "Tokens that MojoAuth gave for reads, refreshes and rotations."},
 							"mint_failures": {Type: framework.TypeMap, Required: true, Description: "Failed mints by the class of the failure."},
-							"configs":       {Type: framework.TypeMap, Required: true, Description: "Per config: last_mint_at, last_error, last_error_class, last_error_at, next_attempt_at, requests_waiting, requests_per_second (the pace in force), peak_requests_per_second (since started_at), peak_requests_per_second_last_hour, where there is one. Times are RFC 3339, UTC."},
+							"configs":       {Type: framework.TypeMap, Required: true, Description: "Per config: last_mint_at, last_error, last_error_class, last_error_at, next_attempt_at, requests_waiting, requests_per_second (the pace in force), peak_requests_per_second (since started_at, or since token_url changed), peak_requests_per_second_last_hour, where there is one. Times are RFC 3339, UTC."},
 						},
 					}}},
 				},
@@ -164,8 +164,8 @@ config fares: when it last gave a token (last_mint_at), what failed last
 (last_error, last_error_class, last_error_at), when MojoAuth is asked again
 (next_attempt_at), how many requests wait for their turn (requests_waiting), at what
 pace they leave (requests_per_second), and the most that left in a second
-(peak_requests_per_second, peak_requests_per_second_last_hour). Other nodes of a cluster have their own numbers. No token and no
-secret is shown.
+(peak_requests_per_second, peak_requests_per_second_last_hour). Other nodes of a cluster
+have their own numbers. No token and no secret is shown.
 `
 
 const metricsHelp = `

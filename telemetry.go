@@ -70,7 +70,7 @@ func newTelemetry() *telemetry {
 		configs:   make(map[string]*configTelemetry),
 		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "mojoauth_mint_duration_seconds",
-			Help:    "How long mints took, with all their tries, whether or not they gave a token.",
+			Help:    "How long mints took from when a request left, with all further tries, whether or not they gave a token. What came before a 429 is not counted.",
 			Buckets: []float64{0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60},
 		}),
 	}
@@ -179,7 +179,7 @@ var (
 	descWaiting = prometheus.NewDesc("mojoauth_requests_waiting", "Requests that wait for their turn at the config's gate.", []string{"config"}, nil)
 	descPace    = prometheus.NewDesc("mojoauth_requests_per_second", "The pace in force: requests that may leave in a second.", []string{"config"}, nil)
 	descLimit   = prometheus.NewDesc("mojoauth_requests_per_second_limit", "The config's max_requests_per_second.", []string{"config"}, nil)
-	descPeak    = prometheus.NewDesc("mojoauth_peak_requests_per_second", "The highest number of requests in a second since the node began to serve the mount.", []string{"config"}, nil)
+	descPeak    = prometheus.NewDesc("mojoauth_peak_requests_per_second", "The highest number of requests in a second since the node began to serve the mount, or since token_url changed.", []string{"config"}, nil)
 	descHour    = prometheus.NewDesc("mojoauth_peak_requests_per_second_last_hour", "The highest number of requests in a second of the last hour.", []string{"config"}, nil)
 	descCached  = prometheus.NewDesc("mojoauth_cached_tokens", "Tokens in memory that may be served.", nil, nil)
 	descDue     = prometheus.NewDesc("mojoauth_due_tokens", "Tokens in use that should have been replaced by a new one already.", nil, nil)
