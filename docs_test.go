@@ -459,6 +459,17 @@ func TestDocsTexts(t *testing.T) {
 			m.write("config", fields{"max_requests_per_second": 1})
 			synctest.Wait()
 		}, read, "creds/reports", nil},
+		{"asked late", func(m *testMount) {
+			fails(nil)(m)
+			m.mojo.set(func(s *standIn) {
+				s.respond = func(tokenRequest) (time.Duration, error) {
+					if s.mints.Load() == 1 {
+						return 0, &mintError{class: classThrottled, status: 429, retryAfter: 9 * time.Second}
+					}
+					return 8 * time.Second, nil
+				}
+			})
+		}, read, "creds/reports", nil},
 		{"minted_after that is no time", fails(nil), read, "creds/reports", fields{"minted_after": "yesterday"}},
 		{"minted_after ahead", fails(nil), read, "creds/reports", fields{"minted_after": "2345-01-01T00:00:00Z"}},
 		{"minted_after twice", func(m *testMount) {
@@ -523,6 +534,9 @@ func TestDocsTexts(t *testing.T) {
 			time.Sleep(10 * time.Minute)
 		}, read, "creds/reports", fields{"min_ttl": "55m"}},
 		{"unknown parameter", fails(nil), read, "creds/reports", fields{"scope": "x"}},
+	}
+	if _, err := mintFailure("reports", errOutdated); !strings.Contains(doc, "`"+err.Error()+"`") {
+		t.Errorf("%s has not this text: %v", apiDoc, err)
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {

@@ -331,11 +331,17 @@ func TestTimeAtTheGateIsNoTimeout(t *testing.T) {
 				return 8 * time.Second, nil
 			}
 		})
-		wantStatus(t, m.creds("app", nil).err, http.StatusTooManyRequests)
+		wantStatus(t, m.creds("app", nil).err, http.StatusTooManyRequests, "has not answered yet")
 		time.Sleep(7 * time.Second)
 		m.wantToken("app", 2) // the request went on without the reader
 		m.wantMints(2)
 	})
+}
+
+// Whose role or config is written until the time is over can only come again.
+func TestReaderWhoseTimeEndsInAWriteMayComeAgain(t *testing.T) {
+	_, err := mintFailure("app", errOutdated)
+	wantStatus(t, err, http.StatusTooManyRequests, `role "app"`, "Try again")
 }
 
 func TestNothingIsAskedForReadersWhoLeftBeforeTheirTurn(t *testing.T) {

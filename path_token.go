@@ -453,7 +453,8 @@ func (b *backend) rotateTo(ctx context.Context, minted *spec, tok *cachedToken) 
 
 // mintFailure is how a request that got no token is answered: 400 for a user's mistake
 // and for what MojoAuth refused, 504 when it gave no answer in time, 429 when the
-// request had no turn at the gate, and 502 for other faults of MojoAuth's.
+// request had no turn at the gate or no time to be made anew, and 502 for other faults
+// of MojoAuth's.
 //
 // A CodedError has to be the outermost error: wrapped, it reaches Vault as 500.
 func mintFailure(role string, err error) (*logical.Response, error) {
@@ -465,6 +466,8 @@ func mintFailure(role string, err error) (*logical.Response, error) {
 	switch {
 	case errors.As(err, &mistake):
 		return logical.ErrorResponse(string(mistake)), nil
+	case errors.Is(err, errOutdated): // until the time was over
+		return retryAfterHeader(time.Second), logical.CodedError(http.StatusTooManyRequests, fmt.Sprintf("no token for role %q: the role or its config was written meanwhile, and there is no time left to look again. Try again.", role))
 	case errors.As(err, &late):
 		return retryAfterHeader(late.ComeBack), logical.CodedError(http.StatusTooManyRequests, fmt.Sprintf("no token for role %q: %s.", role, late))
 	case !errors.As(err, &failure):

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 
 	"github.com/hashicorp/vault/sdk/logical"
 )
@@ -128,6 +130,9 @@ func TestRotationsOfARoleGoOneAfterTheOther(t *testing.T) {
 				t.Errorf("%d rotations of a role were under way at once", s.peak)
 			}
 		})
+		if sent := m.tokens.census().gates["default"].Sent; sent != 2 {
+			t.Errorf("%d turns at the gate were used up for 2 requests", sent)
+		}
 	})
 }
 
@@ -233,6 +238,30 @@ func TestReadersWhoKeepToTTLDoNotWaitAfterARotation(t *testing.T) {
 		// Few come in the very moment of the renewal.
 		if n := waited.Load(); n > roles/20 || failed.Load() != 0 {
 			t.Errorf("%d of %d readers who came back at ttl waited for a mint, and %d failed; want at most %d, and none", n, roles, failed.Load(), roles/20)
+		}
+	})
+}
+
+// A rotation goes on when its caller has left, and then lets go of what the caller brought.
+func TestRotationKeepsNothingOfItsCaller(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		type keyOfTest struct{}
+		rotate := func() weak.Pointer[[1 << 10]byte] {
+			brought := new([1 << 10]byte)
+			ctx := context.WithValue(context.Background(), keyOfTest{}, brought)
+			if _, err := m.HandleRequest(ctx, &logical.Request{Operation: logical.UpdateOperation, Path: "rotate-role/app", Storage: m.storage}); err != nil {
+				t.Fatal(err)
+			}
+			return weak.Make(brought)
+		}
+		first := rotate()
+		rotate() // so that no stack has the first one's
+		synctest.Wait()
+		runtime.GC()
+		runtime.GC()
+		if first.Value() != nil {
+			t.Error("what the caller of a rotation had in its context is still in memory")
 		}
 	})
 }

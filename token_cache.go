@@ -357,7 +357,14 @@ func (c *tokenCache) outdated(spec *spec, up *upstream) bool {
 // in memory, would have it ask for.
 func (c *tokenCache) standing(f *flight) bool {
 	role := c.roles.current(f.spec.role.name)
-	return role != nil && role.entry.TokenGeneration == f.spec.role.entry.TokenGeneration && c.isCurrent(f.up)
+	switch {
+	case role == nil || !c.isCurrent(f.up):
+		return false
+	case f.leave.now: // a rotation before it changes the generation, and nothing that counts
+		return role.entry.asksSameAs(&f.spec.role.entry)
+	default:
+		return role.entry.TokenGeneration == f.spec.role.entry.TokenGeneration
+	}
 }
 
 // newFlight makes a mint that has leave.
@@ -424,15 +431,15 @@ func (c *tokenCache) wait(ctx context.Context, done <-chan struct{}, waiter *gat
 	case <-done:
 		return nil
 	case <-tooLate:
-		return &noTurnError{waiter.Err(), up.config.name}
+		return &noTurnError{NoTurnError: waiter.Err(), config: up.config.name}
 	case <-ctx.Done():
 		switch {
 		case !errors.Is(ctx.Err(), context.DeadlineExceeded):
 			return context.Cause(ctx)
 		case waiter != nil:
-			return &noTurnError{waiter.Err(), up.config.name}
+			return &noTurnError{NoTurnError: waiter.Err(), config: up.config.name}
 		default:
-			return &noTurnError{up.gate.NoTurn(), up.config.name}
+			return &noTurnError{NoTurnError: up.gate.NoTurn(), config: up.config.name}
 		}
 	case <-c.ctx.Done():
 		return errClosed
@@ -454,7 +461,7 @@ func (c *tokenCache) waitFor(ctx context.Context, f *flight, waiter *gate.Waiter
 		return false, err
 	}
 	if why := waiter.Err(); f.turn.left.Load() == nil && (why.Throttled || why.Waiting > 1) {
-		return true, &noTurnError{why, f.up.config.name}
+		return true, &noTurnError{NoTurnError: why, config: f.up.config.name}
 	}
 	return true, nil
 }
@@ -464,9 +471,13 @@ func (c *tokenCache) waitFor(ctx context.Context, f *flight, waiter *gate.Waiter
 func (c *tokenCache) toTheEnd(ctx context.Context, f *flight, waiter *gate.Waiter) error {
 	err := c.wait(ctx, f.done, waiter, f.up)
 	var late *noTurnError
-	allowed := f.up.config.entry.RequestTimeout
-	if left := f.turn.left.Load(); errors.As(err, &late) && left != nil && time.Since(*left) >= allowed {
+	left, allowed := f.turn.left.Load(), f.up.config.entry.RequestTimeout
+	switch {
+	case left == nil || !errors.As(err, &late):
+	case time.Since(*left) >= allowed:
 		return &unavailable{mintError: &mintError{class: classTimeout, allowed: allowed}, config: f.up.config.name}
+	default:
+		late.asked = true
 	}
 	return err
 }

@@ -133,10 +133,12 @@ func (u *unavailable) Error() string {
 
 func (u *unavailable) Unwrap() error { return u.mintError }
 
-// noTurnError is why MojoAuth was not asked: the request had no turn at the config's gate.
+// noTurnError is why there is no answer of MojoAuth's: the request had no turn at the
+// config's gate, or had it late.
 type noTurnError struct {
 	*gate.NoTurnError
 	config string
+	asked  bool // it had it late
 }
 
 // Error names the config and says how crowded the gate is, and when to come back.
@@ -145,10 +147,12 @@ func (n *noTurnError) Error() string { return fmt.Sprintf("config %q: %s", n.con
 // reason is the error without the config's name.
 func (n *noTurnError) reason() string {
 	var why string
-	switch n.Reason {
-	case gate.RetryAfter:
-		why = "MojoAuth asked by Retry-After for a longer wait than a read has"
-	case gate.Crowded:
+	switch {
+	case n.asked:
+		why = "the turn to ask MojoAuth came late, and MojoAuth has not answered yet"
+	case n.Reason == gate.RetryAfter:
+		why = "MojoAuth asked by Retry-After for a longer wait than there is time"
+	case n.Reason == gate.Crowded:
 		why = "too many requests wait that are more urgent"
 	default:
 		why = "no turn to ask MojoAuth came in time"
@@ -260,9 +264,9 @@ func (u *upstream) minter() (minter, error) {
 	return u.client, nil
 }
 
-// mint asks for one token and accounts for how it went. The error is an *unavailable
-// without a next try when MojoAuth was asked; else a *noTurnError, one of turn.wait, or the
-// end of ctx.
+// mint asks for one token and accounts for how it went. The error is an *unavailable when
+// MojoAuth was asked or another mint's failure came first; else a *noTurnError, one of
+// turn.wait, or the end of ctx.
 func (u *upstream) mint(ctx context.Context, f *flight) (*cachedToken, error) {
 	started := time.Now()
 	tok, failed, err := u.ask(ctx, f)
@@ -339,7 +343,7 @@ func (u *upstream) unasked(err error) error {
 	switch {
 	case errors.As(err, &late):
 		u.telemetry.noTurn(u.config.name)
-		return &noTurnError{late, u.config.name}
+		return &noTurnError{NoTurnError: late, config: u.config.name}
 	case errors.Is(err, gate.ErrAbandoned):
 		u.telemetry.noTurn(u.config.name)
 	case errors.Is(err, gate.ErrClosed), errors.Is(err, errBackoff):
