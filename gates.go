@@ -39,17 +39,18 @@ func newGates() gates { return gates{of: make(map[string]configGate)} }
 func (g *gates) enter(name string, config *configEntry) *gate.Gate {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if known, ok := g.of[name]; ok {
-		if known.tokenURL == config.TokenURL {
-			return known.Gate
-		}
+	known, ok := g.of[name]
+	if ok && known.tokenURL == config.TokenURL {
+		known.SetLimit(config.requestsPerSecond()) // which may have come by a reader first
+		return known.Gate
+	}
+	if ok {
 		known.Close()
 	}
 	g.of[name] = g.try(name, config)
 	if g.triedName == name {
 		g.tried = configGate{}
 	}
-	g.of[name].SetLimit(config.requestsPerSecond())
 	return g.of[name].Gate
 }
 
@@ -68,6 +69,7 @@ func (g *gates) tryOut(name string, config *configEntry) *gate.Gate {
 // The caller holds g.mu.
 func (g *gates) try(name string, config *configEntry) configGate {
 	if g.tried.Gate != nil && g.triedName == name && g.tried.tokenURL == config.TokenURL {
+		g.tried.SetLimit(config.requestsPerSecond())
 		return g.tried
 	}
 	return configGate{gate.New(config.requestsPerSecond(), nil), config.TokenURL}

@@ -267,7 +267,7 @@ func (w *simWorld) mintBegins(m *simMint) {
 
 func (w *simWorld) verificationBegins(m *simMint) {
 	j := &m.node.judge
-	if since := m.begin - j.verified; since < time.Second {
+	if since := m.asked - j.verified; since < time.Second {
 		w.violate("%s, a verification, begins %s after another", m, since)
 	}
 	for other := range j.flights {
@@ -275,7 +275,7 @@ func (w *simWorld) verificationBegins(m *simMint) {
 			w.violate("%s, a verification, begins beside another", m)
 		}
 	}
-	j.verified = m.begin
+	j.verified = m.asked
 	j.flights[m] = struct{}{}
 }
 
@@ -285,7 +285,8 @@ func (w *simWorld) clientMayBeMade(n *simNode, config *configEntry) bool {
 	now := w.now()
 	name := simConfigOf(config.ClientID)
 	c := n.judge.config(name)
-	verifying := slices.ContainsFunc(n.ops(), func(op *simOp) bool { return op.key == configPrefix+name || op.kind == opRotate })
+	verifying := slices.ContainsFunc(n.ops(), func(op *simOp) bool { return op.key == configPrefix+name || op.kind == opRotate }) ||
+		slices.ContainsFunc(n.judge.rotations, func(op *simOp) bool { return op.end >= now-simSlack }) // whose caller has left
 	if now < c.block.until && now > c.block.lastAt && !verifying {
 		w.violate("%s makes a client of config %s %s before the end of its back-off", n.name, name, c.block.until-now)
 	}
@@ -320,7 +321,7 @@ func (n *simNode) ops() []*simOp { return slices.Collect(maps.Keys(n.busy)) }
 // judgeNeed judges whether there is any need for a mint.
 func (w *simWorld) judgeNeed(m *simMint, k *simKeyState) {
 	n, now := m.node, m.begin
-	began := max(0, now-simSlack)
+	began := max(0, m.asked-simSlack) // before any wait for its turn
 	attended, minTTL := false, time.Duration(0)
 	for op := range n.busy {
 		if op.kind == opRead && op.role == m.role {
@@ -343,6 +344,7 @@ func (w *simWorld) judgeNeed(m *simMint, k *simKeyState) {
 			life, left := a.life(role, minTTL, now)
 			renewal, _ := a.life(role, 0, now)
 			fresh = fresh && left > max(life.refresh, renewal.refresh+life.life/20)+simSlack
+			left += now - m.asked // it may have waited for its turn since
 			alive = alive || left > life.floor-simSlack || len(a.token.answers) > 1 && left > simRepeatedFloor-simSlack
 		}
 		if fresh && len(a.token.answers) == 1 && a.surely(n, began) && w.stillGood(n, a, began, now) {
