@@ -28,11 +28,6 @@ const (
 	safe      = 0.9 // of what left in the second of the cut
 	wellAbove = 1.1 // times what left in the second of the cut
 
-	// vouched is how much faster than its request left the rate may become by an
-	// answer. So a rate that nothing has been answered to yet is never far above
-	// one that is known to be allowed, however long answers take.
-	vouched = 2.5
-
 	// Requests that leave within steadyFor of a cut do not make the rate exceed
 	// what was safe, nor those that leave within steadyClosed times as long as the
 	// cut kept the gate closed. So little is refused however long an excess goes
@@ -46,8 +41,8 @@ const (
 	recoveredRate = 1.0
 
 	// backlog is how long those who have time have to wait before the rate grows
-	// for their sake: it becomes what they need, not what the endpoint allows.
-	backlog = time.Minute
+	// for their sake. So it becomes what they need, not what the endpoint allows.
+	backlog = 10 * time.Second
 
 	longestRetryAfter = 10 * time.Minute
 
@@ -154,19 +149,18 @@ func (p *pace) answered(now time.Time, from departure, d demand) {
 	if !needed || float64(p.inSecond(now)) < math.Floor(p.rate/2) {
 		return
 	}
-	rate := p.rate
 	switch {
 	case p.rate < safe*p.cutFrom:
-		rate = min(p.rate+steepStep, safe*p.cutFrom)
+		p.rate = min(p.rate+steepStep, safe*p.cutFrom)
 	case from.at.Before(p.steady):
 	default:
 		step := creepStep
 		if d.hurts {
 			step = probeStep
 		}
-		rate += min(max(step, from.rate/p.cutFrom-wellAbove), steepStep)
+		p.rate += min(max(step, from.rate/p.cutFrom-wellAbove), steepStep)
 	}
-	p.rate = max(p.rate, min(rate, vouched*from.rate, float64(p.limit)))
+	p.rate = min(p.rate, float64(p.limit))
 }
 
 // throttled takes in a 429. When its request left after the last cut, the rate

@@ -72,36 +72,17 @@ func TestPaceGrowsOnlyWhileItIsUsed(t *testing.T) {
 	b.wantRate(5, "when less than half of it has left in the last second")
 }
 
-// What has not been answered yet may turn out to be too much.
-func TestPaceOutgrowsNoAnswersRequestByMuch(t *testing.T) {
-	b := newBusy(t, 1000)
-	d := b.send(10)
-	b.answer(3)
-	b.send(10)
-	b.answered(b.now, d, demand{waiting: 1, hurts: true})
-	b.wantRate(9, "after an answer to a request that left at 5")
-	for range 10 {
-		b.answered(b.now, d, demand{waiting: 1, hurts: true})
-	}
-	b.wantRate(12.5, "after more of them")
-	b.send(20)
-	b.answer(1)
-	b.wantRate(13.5, "after an answer to a request that left at 12.5")
-	b.answered(b.now, d, demand{waiting: 1, hurts: true})
-	b.wantRate(13.5, "after a late one to a request that left at 5")
-}
-
-// Renewals wait long before it hurts: they need no more than what comes, and
-// find out for nobody how much the endpoint allows.
+// Renewals can wait: they need no more than what comes, not all that the
+// endpoint allows.
 func TestPaceGrowsForThoseWhoHaveTimeToWhatTheyNeed(t *testing.T) {
 	b := newBusy(t, 1000)
 	b.send(10)
-	b.answered(b.now, b.sent, demand{waiting: 300})
-	b.wantRate(5, "when a minute's worth of requests waits")
-	b.answered(b.now, b.sent, demand{waiting: 301})
-	b.wantRate(6, "when more waits than leaves in a minute")
-	b.answered(b.now, b.sent, demand{waiting: 301})
-	b.wantRate(6, "when that is less than leaves in a minute now")
+	b.answered(b.now, b.sent, demand{waiting: 50})
+	b.wantRate(5, "when no more waits than leaves in ten seconds")
+	b.answered(b.now, b.sent, demand{waiting: 51})
+	b.wantRate(6, "when more waits")
+	b.answered(b.now, b.sent, demand{waiting: 51})
+	b.wantRate(6, "when that is less than leaves in ten seconds now")
 }
 
 func TestRequestsLeaveEvenly(t *testing.T) {
@@ -331,10 +312,10 @@ func TestPaceHardlyProbesForThoseWhoHaveTime(t *testing.T) {
 	b.throttled(b.now, d, 0)
 	b.answer(50)
 	b.send(10 * 36 * 2)
-	b.answered(b.now, b.sent, demand{waiting: 36 * 60})
-	b.wantRate(36, "when a minute's worth of requests waits")
-	b.answered(b.now, b.sent, demand{waiting: 36*60 + 1})
-	b.wantRate(36+creepStep, "when more waits than leaves in a minute")
+	b.answered(b.now, b.sent, demand{waiting: 36 * 10})
+	b.wantRate(36, "when no more waits than leaves in ten seconds")
+	b.answered(b.now, b.sent, demand{waiting: 36*10 + 1})
+	b.wantRate(36+creepStep, "when more waits")
 }
 
 func TestRetryAfterClosesTheGate(t *testing.T) {
