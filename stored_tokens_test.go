@@ -648,6 +648,36 @@ func TestAHeldUpSaveDoesNotOutliveItsRole(t *testing.T) {
 	})
 }
 
+// Nor does one that was held up until its config drops its tokens, though storage does
+// not list it yet.
+func TestAHeldUpSaveDoesNotOutliveItsConfig(t *testing.T) {
+	for name, drop := range map[string]func(m *testMount){
+		"config deleted": func(m *testMount) { m.do(logical.DeleteOperation, "config", nil) },
+		"client changed": func(m *testMount) {
+			m.write("config", map[string]any{"client_id": "other", "verify_connection": false})
+		},
+		"not to be stored": func(m *testMount) {
+			m.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
+				m.storage.Storage = held
+				m.wantToken("app", 1)
+				synctest.Wait()
+				done := make(chan struct{})
+				go func() { defer close(done); drop(m) }()
+				synctest.Wait()
+				close(held.until)
+				<-done
+				m.wantStored()
+			})
+		})
+	}
+}
+
 // heldWrites holds up the writes of tokens.
 type heldWrites struct {
 	logical.Storage
