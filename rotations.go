@@ -135,7 +135,7 @@ func (c *tokenCache) successor(spec *spec, tok *cachedToken) (*cachedToken, erro
 			switch {
 			case old.accessToken == tok.accessToken:
 				return nil, &unavailable{mintError: repeats(old), config: spec.config.name}
-			case old.mintedAt.After(tok.mintedAt):
+			case !old.restored && old.mintedAt.After(tok.mintedAt):
 				next = old
 			}
 			next.use.Store(old.use.Load())

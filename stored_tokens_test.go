@@ -609,6 +609,26 @@ func TestRotationOfAStoredTokenThatComesAgainFails(t *testing.T) {
 	})
 }
 
+// A rotation replaces what another node minted, even if that node's clock was ahead.
+func TestRotationReplacesATokenOfAClockAhead(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		synctest.Wait()
+		stored := m.stored("tokens/default/app")
+		stored.MintedAt, stored.ExpiresAt = stored.MintedAt.Add(50*time.Second), stored.ExpiresAt.Add(50*time.Second)
+		m = m.restart()
+		m.store("tokens/default/app", stored)
+		m.wantToken("app", 1)
+		m.write("rotate-role/app", nil)
+		m.wantToken("app", 2)
+		m.wantMints(2)
+		if got := m.stored("tokens/default/app"); !strings.HasPrefix(got.AccessToken, "token-2-") {
+			t.Errorf("storage has %+v", got)
+		}
+	})
+}
+
 // An older token whose write was held up does not follow a newer one.
 func TestAHeldUpSaveDoesNotOutdoANewerOne(t *testing.T) {
 	bubble(t, func(m *testMount) {

@@ -79,7 +79,7 @@ func (t *storedToken) restore(spec *spec, now time.Time, random float64) *cached
 	if !t.ExpiresAt.IsZero() {
 		tok.told = t.ExpiresAt.Sub(t.MintedAt)
 	}
-	restored := &cachedToken{token: tok, use: new(atomic.Int32), repeatedUntil: t.RepeatedUntil, draw: random}
+	restored := &cachedToken{token: tok, use: new(atomic.Int32), repeatedUntil: t.RepeatedUntil, restored: true, draw: random}
 	restored = restored.view(spec)
 	if !restored.usable(now) || t.MintedAt.Sub(now) > restored.schedule.Floor {
 		return nil
