@@ -116,6 +116,36 @@ func TestStandbyForwards(t *testing.T) {
 	})
 }
 
+// Role and config may change while a reader waits: then what they have become counts.
+func TestStandbyForwardsWhatChangedWhileItWasRead(t *testing.T) {
+	for name, query := range map[string]map[string]any{
+		"narrowed": {"scopes": "a"},
+		"leased":   nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			standbyBubble(t, func(p *pair) {
+				p.wantToken("app", 1)
+				p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+				p.mojo.set(func(s *standIn) { s.fail, s.latency = errDown, 3*time.Second })
+				read := make(chan got, 1)
+				go func() { read <- p.standby.creds("app", query) }()
+				time.Sleep(time.Second)
+				p.mojo.set(func(s *standIn) { s.fail, s.latency = nil, 0 })
+				p.write("config", map[string]any{"persist_tokens": true, "verify_connection": false})
+				if name == "leased" {
+					p.write("roles/app", map[string]any{"generate_lease": true})
+				}
+				p.write("rotate-role/app", nil)
+				p.tell("config/default")
+				p.tell("roles/app")
+				if got := <-read; got.err != logical.ErrReadOnly { //nolint:errorlint // a bare one is meant
+					t.Errorf("got %q, %v; want it forwarded", got.token, got.err)
+				}
+			})
+		})
+	}
+}
+
 // A standby that mints for itself forwards only leases and what it does not know.
 func TestStandbyWithoutStoredTokensMints(t *testing.T) {
 	standbyBubble(t, func(p *pair) {

@@ -119,6 +119,9 @@ func (c *tokenCache) cached(q *query) (served, bool) {
 // await answers a read that found no fresh token. The error is an *unavailable or a
 // *noTurnError, errOutdated, errClosed, errForward, or why ctx ended.
 func (c *tokenCache) await(ctx context.Context, q *query) (served, error) {
+	if c.forwards(q) { // since role or config were written meanwhile
+		return served{}, errForward
+	}
 	s, err := c.slot(&q.spec)
 	if err != nil {
 		return served{}, err
