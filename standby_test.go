@@ -338,6 +338,37 @@ func TestStandbyFindsOutAboutARestoredSnapshot(t *testing.T) {
 	})
 }
 
+// A reader who gives up while an entry is compared with storage leaves that to the next.
+func TestReaderWhoLeavesSettlesNoDoubt(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		slow := &slowStorage{p.standby.storage.Storage}
+		p.standby.storage.Storage = slow
+		if err := p.storage.Storage.Delete(context.Background(), "roles/app"); err != nil {
+			t.Fatal(err)
+		}
+		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+		defer cancel()
+		p.standby.credsCtx(ctx, "app", nil)
+		p.wantForwarded("app", nil)
+	})
+}
+
+// slowStorage takes its time to read.
+type slowStorage struct{ logical.Storage }
+
+func (s *slowStorage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
+	select {
+	case <-time.After(100 * time.Millisecond):
+		return s.Storage.Get(ctx, key)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
 // Storage that fails takes nothing from a standby that it holds.
 func TestStandbyWithoutStorageServesWhatItHolds(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
