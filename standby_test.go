@@ -369,6 +369,33 @@ func (s *slowStorage) Get(ctx context.Context, key string) (*logical.StorageEntr
 	}
 }
 
+// A config that another node wrote is loaded for tokens that came from storage, too.
+func TestTokensFromStorageGoByTheirConfig(t *testing.T) {
+	t.Run("dropped", func(t *testing.T) {
+		standbyBubble(t, func(p *pair) {
+			p.wantToken("app", 1)
+			synctest.Wait()
+			p.wantServed(1, nil)
+			p.write("config", map[string]any{"client_id": "other", "verify_connection": false})
+			p.tell("config/default")
+			if n := p.standby.kept().slots; n != 0 {
+				t.Errorf("%d slots are kept", n)
+			}
+		})
+	})
+	t.Run("renewed", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			m = m.restart()
+			m.wantToken("app", 1)
+			m.InvalidateKey(context.Background(), "config/default")
+			time.Sleep(46 * time.Minute)
+			m.wantMints(2)
+		})
+	})
+}
+
 // Storage that fails takes nothing from a standby that it holds.
 func TestStandbyWithoutStorageServesWhatItHolds(t *testing.T) {
 	standbyBubble(t, func(p *pair) {

@@ -6,6 +6,7 @@ package mojoauth
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -291,7 +292,8 @@ func (c *tokenCache) roleForgotten(name string) {
 // configForgotten is roleForgotten for a config.
 func (c *tokenCache) configForgotten(name string) {
 	c.detach(name, nil)
-	if c.telemetry.knows(name) { // so it was at work on this node
+	// It was at work on this node, or its tokens came from storage.
+	if c.telemetry.knows(name) || slices.ContainsFunc(c.all(), func(s *slot) bool { return s.key.config == name }) {
 		reload(c, c.configs, name, c.configChanged)
 	}
 }
