@@ -396,6 +396,24 @@ func TestTokensFromStorageGoByTheirConfig(t *testing.T) {
 	})
 }
 
+// Once a standby mints for itself, what it doubted is served without a look at the slot.
+func TestStandbyThatMintsForItselfHasNoDoubts(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+		p.tell("config/default")
+		p.wantServed(1, nil)
+		for _, s := range p.standby.tokens.all() {
+			if s.unsure.Load() {
+				t.Error("the slot is in doubt for good")
+			}
+		}
+	})
+}
+
 // Storage that fails takes nothing from a standby that it holds.
 func TestStandbyWithoutStorageServesWhatItHolds(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
