@@ -562,6 +562,36 @@ func TestBackOffCostsOneLookUp(t *testing.T) {
 	})
 }
 
+// Nor does one look-up follow another for each reader while storage fails: a key has one
+// a second at most, and is served once storage is well.
+func TestFailingStorageCostsOneLookUpASecond(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.write("roles/other", nil)
+		m.wantToken("app", 1)
+		m = m.restart()
+		broken := &failingTokens{Storage: m.storage.Storage}
+		broken.fails.Store(true)
+		m.storage.Storage = broken
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		m.creds("other", nil)
+		m.creds("app", nil)
+		before := m.storage.operations.Load()
+		for range 100 {
+			if got := m.creds("app", nil); got.err == nil {
+				t.Error("got a token")
+			}
+			time.Sleep(40 * time.Millisecond)
+		}
+		if n := m.storage.operations.Load() - before; n > 10 {
+			t.Errorf("%d storage operations in 4 s, want a look-up a second and what a mint reads", n)
+		}
+		broken.fails.Store(false)
+		time.Sleep(time.Second)
+		m.wantToken("app", 1)
+	})
+}
+
 // A stored token is served during a back-off too.
 func TestStoredTokenIsServedDuringABackOff(t *testing.T) {
 	bubble(t, func(m *testMount) {
