@@ -130,7 +130,7 @@ func (s *slot) toSave() *storedToken {
 // unsave has a token deleted from storage that has come to its end. The caller holds
 // s.mu.
 func (s *slot) unsave() {
-	if s.saved == nil {
+	if s.saved == nil || s.cache.standby {
 		return
 	}
 	s.saved = nil

@@ -414,6 +414,32 @@ func TestStandbyThatMintsForItselfHasNoDoubts(t *testing.T) {
 	})
 }
 
+// Also a token that it found when it no longer had to look is not deleted by a standby.
+func TestStandbyDeletesNothing(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantForwarded("app", nil)
+		release := make(chan struct{})
+		hook := func(key string) {
+			if key == "tokens/default/app" {
+				<-release
+			}
+		}
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.standby.storage.afterGet.Store(&hook)
+		p.tell("tokens/default/app") // it looks
+		p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+		synctest.Wait()
+		stored := p.tokens.all()[0]
+		p.store("tokens/default/app", newStoredToken(stored.token.Load(), stored.key)) // as when deleting it failed
+		p.tell("config/default")
+		close(release)
+		p.wantServed(1, nil)
+		p.Cleanup(context.Background()) // so it is not the active node that deletes it
+		time.Sleep(2 * time.Hour)
+	})
+}
+
 // Storage that fails takes nothing from a standby that it holds.
 func TestStandbyWithoutStorageServesWhatItHolds(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
