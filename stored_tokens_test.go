@@ -562,6 +562,36 @@ func TestBackOffCostsOneLookUp(t *testing.T) {
 	})
 }
 
+// Nor does one look-up follow another for each reader while storage fails: a key has one
+// a second at most, and is served once storage is well.
+func TestFailingStorageCostsOneLookUpASecond(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.write("roles/other", nil)
+		m.wantToken("app", 1)
+		m = m.restart()
+		broken := &failingTokens{Storage: m.storage.Storage}
+		broken.fails.Store(true)
+		m.storage.Storage = broken
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		m.creds("other", nil)
+		m.creds("app", nil)
+		before := m.storage.operations.Load()
+		for range 100 {
+			if got := m.creds("app", nil); got.err == nil {
+				t.Error("got a token")
+			}
+			time.Sleep(40 * time.Millisecond)
+		}
+		if n := m.storage.operations.Load() - before; n > 10 {
+			t.Errorf("%d storage operations in 4 s, want a look-up a second and what a mint reads", n)
+		}
+		broken.fails.Store(false)
+		time.Sleep(time.Second)
+		m.wantToken("app", 1)
+	})
+}
+
 // A stored token is served during a back-off too.
 func TestStoredTokenIsServedDuringABackOff(t *testing.T) {
 	bubble(t, func(m *testMount) {
@@ -609,6 +639,26 @@ func TestRotationOfAStoredTokenThatComesAgainFails(t *testing.T) {
 	})
 }
 
+// A rotation replaces what another node minted, even if that node's clock was ahead.
+func TestRotationReplacesATokenOfAClockAhead(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		synctest.Wait()
+		stored := m.stored("tokens/default/app")
+		stored.MintedAt, stored.ExpiresAt = stored.MintedAt.Add(50*time.Second), stored.ExpiresAt.Add(50*time.Second)
+		m = m.restart()
+		m.store("tokens/default/app", stored)
+		m.wantToken("app", 1)
+		m.write("rotate-role/app", nil)
+		m.wantToken("app", 2)
+		m.wantMints(2)
+		if got := m.stored("tokens/default/app"); !strings.HasPrefix(got.AccessToken, "token-2-") {
+			t.Errorf("storage has %+v", got)
+		}
+	})
+}
+
 // An older token whose write was held up does not follow a newer one.
 func TestAHeldUpSaveDoesNotOutdoANewerOne(t *testing.T) {
 	bubble(t, func(m *testMount) {
@@ -646,6 +696,36 @@ func TestAHeldUpSaveDoesNotOutliveItsRole(t *testing.T) {
 		<-done
 		m.wantStored()
 	})
+}
+
+// Nor does one that was held up until its config drops its tokens, though storage does
+// not list it yet.
+func TestAHeldUpSaveDoesNotOutliveItsConfig(t *testing.T) {
+	for name, drop := range map[string]func(m *testMount){
+		"config deleted": func(m *testMount) { m.do(logical.DeleteOperation, "config", nil) },
+		"client changed": func(m *testMount) {
+			m.write("config", map[string]any{"client_id": "other", "verify_connection": false})
+		},
+		"not to be stored": func(m *testMount) {
+			m.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
+				m.storage.Storage = held
+				m.wantToken("app", 1)
+				synctest.Wait()
+				done := make(chan struct{})
+				go func() { defer close(done); drop(m) }()
+				synctest.Wait()
+				close(held.until)
+				<-done
+				m.wantStored()
+			})
+		})
+	}
 }
 
 // heldWrites holds up the writes of tokens.

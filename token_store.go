@@ -6,6 +6,7 @@ package mojoauth
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -78,7 +79,7 @@ func (t *storedToken) restore(spec *spec, now time.Time, random float64) *cached
 	if !t.ExpiresAt.IsZero() {
 		tok.told = t.ExpiresAt.Sub(t.MintedAt)
 	}
-	restored := &cachedToken{token: tok, use: new(atomic.Int32), repeatedUntil: t.RepeatedUntil, draw: random}
+	restored := &cachedToken{token: tok, use: new(atomic.Int32), repeatedUntil: t.RepeatedUntil, restored: true, draw: random}
 	restored = restored.view(spec)
 	if !restored.usable(now) || t.MintedAt.Sub(now) > restored.schedule.Floor {
 		return nil
@@ -226,6 +227,19 @@ func (k *keyLocks) lock(ctx context.Context, key string) (unlock func(), err err
 	}
 }
 
+// names are what follows prefix in the keys that somebody holds or waits for.
+func (k *keyLocks) names(prefix string) []string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var names []string
+	for key := range k.of {
+		if name, ok := strings.CutPrefix(key, prefix); ok {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
 // background bounds work on storage that no request waits for. Closing waits for it.
 func (c *tokenCache) background() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(c.ctx), storeTimeout)
@@ -286,10 +300,15 @@ func (c *tokenCache) pruneConfig(ctx context.Context, config string) error {
 	if c.standby {
 		return nil
 	}
-	roles, err := c.store.list(ctx, c.storage, storeKey(config, ""))
+	// A token whose write is under way is perhaps not listed yet.
+	roles := c.store.locks.names(storeKey(config, ""))
+	listed, err := c.store.list(ctx, c.storage, storeKey(config, ""))
 	if err != nil {
 		return err
 	}
+	roles = append(roles, listed...)
+	slices.Sort(roles)
+	roles = slices.Compact(roles)
 	now, later := roles[:min(len(roles), maxPrunedAtOnce)], roles[min(len(roles), maxPrunedAtOnce):]
 	var failed error
 	for _, role := range now {
