@@ -102,8 +102,8 @@ func (w *simWorld) judgeToken(op *simOp) {
 	var why []string
 	fits := false
 	var served []*simAnswer // what it may have been
-	for _, a := range tok.answers {
-		if a.mint.node != n || a.delivered > op.end || a.mint.end < 0 {
+	for _, a := range tok.on(n) {
+		if a.delivered > op.end {
 			continue
 		}
 		for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
@@ -125,6 +125,7 @@ func (w *simWorld) judgeToken(op *simOp) {
 		return
 	}
 	w.judgeLaterEnd(op, served[0])
+	w.judgeStandby(op, served)
 	for _, a := range served {
 		if a.served < 0 {
 			a.served = op.end
@@ -170,7 +171,7 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 	seconds, _ := d["expires_at_seconds"].(int64)
 	if repeated {
 		// The first answer counts.
-		for _, same := range a.token.answers {
+		for _, same := range a.token.on(op.node) {
 			if same.mint.node == op.node && same.delivered < a.delivered && same.surely(op.node, a.mint.begin) &&
 				w.stillGood(op.node, same, a.mint.begin, a.delivered) {
 				return fmt.Sprintf("its answer from %s counts, and it was there since %s", a.sent, same.sent)
@@ -392,6 +393,7 @@ func (w *simWorld) judgeStatus(op *simOp) {
 		mints+failed < j.tokens+j.failed || mints+failed > j.tokens+j.failed+j.mayHaveFailed {
 		w.violate("%s tells %d mints and %d failures; there were %d and %d, and %d (perhaps %d more) were over on arrival", op, mints, failed, j.tokens, j.failed, over, maybeOver)
 	}
+	w.judgeCounts(op)
 	cached, most := op.resp.Data["cached_tokens"].(int64), int64(0)
 	for role := range j.greedy {
 		most += min(int64(j.greedy[role]), simNarrowedKeys) + 1
@@ -427,12 +429,14 @@ func (w *simWorld) judgeFailedRead(op *simOp) {
 	}
 	w.judgeDescription(op)
 	if op.err == nil && w.userMistake(op) {
+		w.judgeUnknown(op)
 		return
 	}
 	for _, a := range op.held() {
 		w.violate("%s failed, though %s would have done", op, a.token.text)
 		return
 	}
+	w.judgeStoredInstead(op)
 	if !w.excused(op, coded) {
 		w.violate("%s failed without a failure that concerns it: %s", op, simResult(op))
 	}
