@@ -382,8 +382,8 @@ func (a *simAnswer) life(role *simVersion, minTTL, now time.Duration) (simLife, 
 // count, unless rotations says so.
 func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotations bool) time.Duration {
 	_, end := a.life(role, 0, 0)
-	if a.again >= 0 {
-		end = min(end, a.again)
+	if again := a.storedAgain(n, now); again >= 0 {
+		end = min(end, again)
 	}
 	for _, again := range a.token.answers {
 		if again.repeats(a, n, now, rotations) && again.sent >= role.dropAt {
@@ -395,6 +395,18 @@ func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotatio
 	return end
 }
 
+// storedAgain is when the token ends by what storage said of it until then, -1 when it
+// did not say that it was given again.
+func (a *simAnswer) storedAgain(n *simNode, now time.Duration) time.Duration {
+	again := a.again
+	for _, later := range a.token.loaded {
+		if later.mint.node == n && later.delivered > a.delivered && later.delivered <= now && later.again >= 0 {
+			again = later.again
+		}
+	}
+	return again
+}
+
 // repeats tells whether the node was given the token of an earlier answer once more.
 func (a *simAnswer) repeats(earlier *simAnswer, n *simNode, now time.Duration, rotations bool) bool {
 	return a.mint.node == n && a.delivered > earlier.delivered && a.delivered <= now && (rotations || !a.mint.exempt)
@@ -402,7 +414,7 @@ func (a *simAnswer) repeats(earlier *simAnswer, n *simNode, now time.Duration, r
 
 // repeated tells whether the node was given the token again.
 func (a *simAnswer) repeated(n *simNode, now time.Duration, rotations bool) bool {
-	return a.again >= 0 || slices.ContainsFunc(a.token.answers, func(again *simAnswer) bool { return again.repeats(a, n, now, rotations) })
+	return a.storedAgain(n, now) >= 0 || slices.ContainsFunc(a.token.answers, func(again *simAnswer) bool { return again.repeats(a, n, now, rotations) })
 }
 
 // servable is until when the token may be served under that version of its role.

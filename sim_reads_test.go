@@ -29,6 +29,7 @@ func (j *simJudge) recent(since time.Duration) []*simOp {
 func (w *simWorld) judgeRead(op *simOp) {
 	n := op.node
 	n.judge.reads = append(n.judge.reads, op)
+	op.lookedUp()
 	took := op.end - op.start
 	if op.giveUp > 0 && took > op.giveUp {
 		w.violate("%s was answered %s after the reader gave up", op, took-op.giveUp)
@@ -172,7 +173,7 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 	if repeated {
 		// The first answer counts.
 		for _, same := range a.token.on(op.node) {
-			if same.mint.node == op.node && same.delivered < a.delivered && same.surely(op.node, a.mint.begin) &&
+			if !a.fromStorage && same.delivered < a.delivered && same.surely(op.node, a.mint.begin) &&
 				w.stillGood(op.node, same, a.mint.begin, a.delivered) {
 				return fmt.Sprintf("its answer from %s counts, and it was there since %s", a.sent, same.sent)
 			}

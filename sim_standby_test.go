@@ -96,12 +96,10 @@ func (w *simWorld) judgeForward(op *simOp) {
 	op.forwarded = true
 	w.tally.forwards++
 	j.forwardedAt[op.role] = op.end
-	if waited := op.end - op.start - op.storageTime; waited > simSlack {
-		w.violate("%s is forwarded after %s", op, waited)
-	}
 	if n.closingAt >= 0 {
 		return
 	}
+	op.lookedUp()
 	keeps, keepsNot := false, false
 	for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
 		if !role.exists || role.lease {
@@ -123,8 +121,11 @@ func (w *simWorld) judgeForward(op *simOp) {
 	if keepsNot && !keeps {
 		w.violate("%s is forwarded, though its config keeps no tokens in storage", op)
 	}
-	if keepsNot {
+	if keepsNot { // it may have waited for a mint before
 		return
+	}
+	if waited := op.end - op.start - op.storageTime; waited > simSlack {
+		w.violate("%s is forwarded after %s", op, waited)
 	}
 	for _, a := range op.held() {
 		if !w.keptSince(a, op) {

@@ -65,7 +65,7 @@ type simLookUp struct {
 type simStoreJudge struct {
 	lookUps  map[*simLookUp]struct{} // under way
 	trouble  map[string]time.Duration
-	absent   map[string]time.Duration
+	absent   map[string]*simLookUp // the last that found nothing
 	saved    map[*simToken]int
 	swept    []time.Duration
 	restored int64 // reads that surely count as that
@@ -77,7 +77,7 @@ type simStoreJudge struct {
 
 func newSimStoreJudge() simStoreJudge {
 	return simStoreJudge{
-		lookUps: make(map[*simLookUp]struct{}), trouble: make(map[string]time.Duration), absent: make(map[string]time.Duration),
+		lookUps: make(map[*simLookUp]struct{}), trouble: make(map[string]time.Duration), absent: make(map[string]*simLookUp),
 		saved: make(map[*simToken]int), forwardedAt: make(map[string]time.Duration), dueForwards: make(map[string]simDueForward),
 	}
 }
@@ -209,9 +209,9 @@ func (n *simNode) lookUpBegins(op *simOp, key string) *simLookUp {
 	}
 	if simPlanted(role) {
 		n.sweepsOne()
-	} else if at, ok := j.absent[key]; ok && !n.readOnly && now-at < simRemembered-time.Second && n.blurredAt < at &&
-		w.storedAt(key) == nil && (len(w.stored[key]) == 0 || w.stored[key][len(w.stored[key])-1].at < at) {
-		w.violate("%s looks for %s again, %s after nothing was there", n.name, key, now-at)
+	} else if before := j.absent[key]; before != nil && !n.readOnly && now-before.begin < simRemembered-time.Second && n.blurredAt < before.begin &&
+		w.storedAt(key) == nil && (len(w.stored[key]) == 0 || w.stored[key][len(w.stored[key])-1].at < before.begin) {
+		w.violate("%s looks for %s again, %s after nothing was there", n.name, key, now-before.begin)
 	}
 	j.lookUps[look] = struct{}{}
 	return look
@@ -225,6 +225,15 @@ func (n *simNode) read(role string) bool {
 		}
 	}
 	return false
+}
+
+// lookedUp counts the time of a request that ends while a look-up goes on.
+func (op *simOp) lookedUp() {
+	for look := range op.node.judge.lookUps {
+		if look.role == op.role {
+			op.storageTime += op.end - max(op.start, look.begin)
+		}
+	}
 }
 
 // lookUpEnds takes in what a look-up found.
@@ -243,7 +252,7 @@ func (n *simNode) lookUpEnds(look *simLookUp, entry *logical.StorageEntry, err e
 	case err != nil:
 		j.trouble[look.key] = now
 	case entry == nil:
-		j.absent[look.key] = now
+		j.absent[look.key] = look
 	default:
 		delete(j.absent, look.key)
 		w.loaded(n, look, entry.Value)
@@ -256,17 +265,18 @@ func (w *simWorld) loaded(n *simNode, look *simLookUp, value []byte) {
 	if s.answer == nil {
 		return
 	}
-	now := w.now()
+	now, unasked := w.now(), !look.asked && !n.read(look.role)
 	mint := *s.answer.mint
 	mint.node, mint.begin, mint.asked, mint.end, mint.exempt = n, now, now, now, false
 	a := &simAnswer{
 		token: s.answer.token, mint: &mint, sent: s.answer.sent, told: s.told, delivered: now, served: -1, asOf: -1, again: s.again,
 		roleGenerations: []string{s.RoleGeneration}, configGenerations: []string{s.ConfigGeneration}, fromStorage: true,
-		unasked: !look.asked && !n.read(look.role),
+		unasked: unasked,
 	}
 	mint.answer = a
 	for _, had := range a.token.on(n) {
 		a.unasked = false
+		had.unasked = had.unasked && unasked
 		if had.fromStorage && had.again == a.again && had.sent == a.sent &&
 			slices.Equal(had.roleGenerations, a.roleGenerations) && slices.Equal(had.configGenerations, a.configGenerations) {
 			return
@@ -546,6 +556,9 @@ func (w *simWorld) judgeTidy() {
 			continue
 		}
 		role, config := w.history[rolePrefix+s.role].last(), w.history[configPrefix+s.config].last()
+		if role.corrupt { // which says nothing of it; but it ends
+			role = w.history[rolePrefix+s.role].versions[role.number-1]
+		}
 		if !s.stands(role, config) {
 			at := max(s.at, role.at, config.at)
 			if late(at) || w.calm >= 0 && at > w.calm && now-at > simSweepAll {
