@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"testing/synctest"
@@ -133,13 +132,10 @@ func (n *simNode) periodic() {
 // rollFate decides what a case has of deaths and standbys.
 func (w *simWorld) rollFate(p *simProfile) {
 	p.readOnly = w.fate.IntN(2) == 0 || p.readOnly
-	w.stores = p.readOnly && os.Getenv("SIM_STORED") != ""
+	w.stores = p.readOnly
 	if w.stores {
 		p.disasters = []float64{0, 0.03, 0.1, 0.2}[w.fate.IntN(4)]
 		p.restores = p.disasters > 0 && w.fate.IntN(3) == 0
-	}
-	if !w.stores {
-		p.readOnly = false
 	}
 }
 
