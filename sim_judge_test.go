@@ -430,7 +430,7 @@ func (a *simAnswer) servable(n *simNode, role *simVersion, now time.Duration) ti
 // surely tells whether the node holds the token since before that time, or one that may
 // be served as long, for sure.
 func (a *simAnswer) surely(n *simNode, before time.Duration) bool {
-	if a.mint.node != n || a.served < 0 || a.served >= before || n.judge.greedy[a.mint.role] > simNarrowedKeys && n.narrowed(a.mint) {
+	if a.mint.node != n || a.served < 0 || a.served >= before || n.judge.greedy[a.mint.role] > simNarrowedKeys && n.narrowed(a.mint) || !n.keeps(a) {
 		return false
 	}
 	// What the node was given before counts from then.

@@ -128,7 +128,7 @@ func (w *simWorld) judgeForward(op *simOp) {
 		w.violate("%s is forwarded after %s", op, waited)
 	}
 	for _, a := range op.held() {
-		if !w.keptSince(a, op) {
+		if n.storageFailed >= a.served {
 			continue
 		}
 		fresh, due := true, false
@@ -152,12 +152,23 @@ func (w *simWorld) judgeForward(op *simOp) {
 	}
 }
 
-// keptSince tells whether storage has had the token since the read before last began
-// that got it.
-func (w *simWorld) keptSince(a *simAnswer, op *simOp) bool {
+// keeps tells whether the node keeps a token for sure that it had. A standby goes by what
+// storage has, unless its config keeps nothing there.
+func (n *simNode) keeps(a *simAnswer) bool {
+	w := n.w
+	if !n.readOnly || !w.stores {
+		return true
+	}
 	s := w.storedAt(simTokenPrefix + a.mint.config + "/" + a.mint.role)
-	return s != nil && s.AccessToken == a.token.text && a.fromStorage && s.at <= a.delivered && s.again == a.again &&
-		op.node.storageFailed < a.served
+	if s != nil && a.fromStorage && s.AccessToken == a.token.text && s.at <= a.delivered && s.again == a.again {
+		return true
+	}
+	for _, config := range n.possible(configPrefix+a.mint.config, a.delivered, w.now()) {
+		if config.persist {
+			return false
+		}
+	}
+	return true
 }
 
 // judgeStandby judges that a standby answers only what it may. The caller holds w.mu.

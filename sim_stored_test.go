@@ -67,6 +67,7 @@ type simStoreJudge struct {
 	trouble  map[string]time.Duration
 	absent   map[string]*simLookUp // the last that found nothing
 	saved    map[*simToken]int
+	savedAt  map[string]time.Duration
 	swept    []time.Duration
 	restored int64 // reads that surely count as that
 
@@ -78,7 +79,7 @@ type simStoreJudge struct {
 func newSimStoreJudge() simStoreJudge {
 	return simStoreJudge{
 		lookUps: make(map[*simLookUp]struct{}), trouble: make(map[string]time.Duration), absent: make(map[string]*simLookUp),
-		saved: make(map[*simToken]int), forwardedAt: make(map[string]time.Duration), dueForwards: make(map[string]simDueForward),
+		saved: make(map[*simToken]int), savedAt: make(map[string]time.Duration), forwardedAt: make(map[string]time.Duration), dueForwards: make(map[string]simDueForward),
 	}
 }
 
@@ -209,7 +210,8 @@ func (n *simNode) lookUpBegins(op *simOp, key string) *simLookUp {
 	}
 	if simPlanted(role) {
 		n.sweepsOne()
-	} else if before := j.absent[key]; before != nil && !n.readOnly && now-before.begin < simRemembered-time.Second && n.blurredAt < before.begin &&
+	} else if before := j.absent[key]; before != nil && !n.readOnly && now-before.begin < simRemembered-time.Second &&
+		max(n.blurredAt, j.savedAt[key]) < before.begin &&
 		w.storedAt(key) == nil && (len(w.stored[key]) == 0 || w.stored[key][len(w.stored[key])-1].at < before.begin) {
 		w.violate("%s looks for %s again, %s after nothing was there", n.name, key, now-before.begin)
 	}
@@ -295,6 +297,7 @@ func (w *simWorld) tokenWriteBegins(n *simNode, op *simOp, key string, value []b
 	if value == nil {
 		w.judgeForget(n, op, key)
 	} else {
+		n.judge.savedAt[key] = w.now()
 		w.judgeSave(n, op, w.newSimStored(n, key, value))
 	}
 }
@@ -543,8 +546,10 @@ func (w *simWorld) judgeTidy() {
 	}
 	// late tells whether what came to be of no use at that time should be gone.
 	late := func(at time.Duration) bool {
-		return now-at > simSweepAgain && now-active.startedAt > simSweepAgain ||
-			active.startedAt > at && now-active.startedAt > simSweepAll
+		if active.startedAt > at && active.storageFailed < active.startedAt {
+			return now-active.startedAt > simSweepAll
+		}
+		return now-max(at, active.startedAt, active.storageFailed) > simSweepAgain
 	}
 	stored := w.storedNow()
 	for _, key := range slices.Sorted(maps.Keys(stored)) {
