@@ -768,6 +768,23 @@ func TestSweep(t *testing.T) {
 	})
 }
 
+// A role or config that cannot be read has no tokens: a new one has another generation.
+func TestSweepTakesTokensOfWhatCannotBeRead(t *testing.T) {
+	for _, key := range []string{"roles/app", "config/default"} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			m.wantStored("tokens/default/app")
+			if err := m.storage.Storage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: []byte("{")}); err != nil {
+				t.Fatal(err)
+			}
+			m = m.restart()
+			time.Sleep(time.Minute)
+			m.wantStored()
+		})
+	}
+}
+
 // The sweep leaves storage to others, and ends with the mount.
 func TestSweepIsPaced(t *testing.T) {
 	bubble(t, func(m *testMount) {
