@@ -131,13 +131,15 @@ func (n *simNode) periodic() {
 
 // rollFate decides what a case has of deaths and standbys.
 func (w *simWorld) rollFate(p *simProfile) {
-	p.readOnly = w.fate.IntN(2) == 0 || p.readOnly
+	p.readOnly = w.fate.IntN(3) > 0 || p.readOnly
 	w.stores = p.readOnly
 	if w.stores {
-		p.disasters = []float64{0, 0.03, 0.1, 0.2}[w.fate.IntN(4)]
+		p.disasters = pickFate(w, []float64{0, 0.03, 0.03, 0.1, 0.1, 0.1, 0.2, 0.2})
 		p.restores = p.disasters > 0 && w.fate.IntN(3) == 0
 	}
 }
+
+func pickFate[T any](w *simWorld, from []T) T { return from[w.fate.IntN(len(from))] }
 
 // persists is what a write of a config says of storage, if it does.
 func (w *simWorld) persists(exists bool) (persist, sent bool) {
@@ -367,6 +369,11 @@ func (w *simWorld) restore(standbyStays bool) {
 			time.Sleep(2 * time.Minute)
 			w.mu.Lock()
 			defer w.mu.Unlock()
+			for w.now()-stays.storageFailed < 2*time.Minute { // it goes on with what it has
+				w.mu.Unlock()
+				time.Sleep(time.Minute)
+				w.mu.Lock()
+			}
 			for _, key := range changed {
 				w.learned(stays, key, w.history[key].at(now).number)
 			}
