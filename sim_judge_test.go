@@ -633,13 +633,22 @@ func (w *simWorld) mintEnds(m *simMint, err error) {
 			k.suspect = min(k.suspect, maybe)
 			j.suspectOthers(k, now, false)
 		}
-	case c.written > m.begin:
+	case c.written > m.begin && w.configAt(m.config, c.written) > m.begin:
 		// What was written may have mended it: the failure is forgotten.
 		j.failures = append(j.failures, &simFailure{mint: m, outcome: o, config: true, until: c.written})
 	default:
 		w.fails(m, o, sure)
 	}
 	j.failures = slices.DeleteFunc(j.failures, func(f *simFailure) bool { return f.mint.end < now-20*time.Minute })
+}
+
+// configAt is when storage had the version of a config that it has then. A write may take
+// longer, since it deletes tokens, too.
+func (w *simWorld) configAt(name string, then time.Duration) time.Duration {
+	if h := w.history[configPrefix+name]; h != nil {
+		return h.at(then).at
+	}
+	return 0
 }
 
 // Failures that an endpoint knows nothing of.

@@ -506,7 +506,7 @@ func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 			}
 			mine = true
 		}
-		if c := n.judge.configs[m.config]; !mine || f.config && c != nil && m.begin < c.written && c.written < op.start {
+		if c := n.judge.configs[m.config]; !mine || f.config && c != nil && m.begin < c.written && c.written < op.start && m.begin < w.configAt(m.config, c.written) {
 			continue
 		}
 		refused := f.outcome.class == classClientRefused || f.outcome.class == classRequestRefused

@@ -99,6 +99,13 @@ func (s *simStorage) plan(ctx context.Context, what, key string, write bool) (p 
 	return p, nil
 }
 
+// blurs is for when the node has to look what it wrote.
+func (n *simNode) blurs(key string) {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	n.w.blurred(n, key)
+}
+
 // ended is why an operation has no result: its node died.
 func (s *simStorage) ended(p simPlan) error {
 	w := s.node.w
@@ -212,6 +219,9 @@ func (s *simStorage) write(ctx context.Context, key string, value []byte, apply 
 	}
 	if s.node.isCut() {
 		return errSimDied
+	}
+	if p.fail < 1 && !token {
+		defer s.node.blurs(key)
 	}
 	if p.fail < 0.5 {
 		s.node.w.note("%s storage fails to write %s", s.node.name, key)

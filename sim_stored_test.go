@@ -59,6 +59,7 @@ type simLookUp struct {
 	key, role string
 	begin     time.Duration
 	asked     bool // a reader waits for it
+	deletes   bool // it is to be deleted
 }
 
 // simStoreJudge is the part of a node's account that is about stored tokens.
@@ -112,6 +113,14 @@ func (w *simWorld) storedAt(key string) *simStored {
 		return all[len(all)-1]
 	}
 	return nil
+}
+
+// changedAt is when storage had a key written or deleted last. The caller holds w.mu.
+func (w *simWorld) changedAt(key string) time.Duration {
+	if all := w.stored[key]; len(all) > 0 {
+		return all[len(all)-1].at
+	}
+	return -1
 }
 
 // storedNow is all that storage has. The caller holds w.mu.
@@ -198,7 +207,7 @@ func (n *simNode) lookUpBegins(op *simOp, key string) *simLookUp {
 	defer w.mu.Unlock()
 	now, j := w.now(), &n.judge
 	_, role, _ := strings.Cut(strings.TrimPrefix(key, simTokenPrefix), "/")
-	look := &simLookUp{key: key, role: role, begin: now, asked: n.read(role)}
+	look := &simLookUp{key: key, role: role, begin: now, asked: n.read(role), deletes: op != nil}
 	beside := 0
 	for other := range j.lookUps {
 		if other.key == key {
@@ -208,11 +217,12 @@ func (n *simNode) lookUpBegins(op *simOp, key string) *simLookUp {
 	if beside > 1 { // a sweep and a reader may meet, or a reader and what is told
 		w.violate("%s looks for %s beside %d others", n.name, key, beside)
 	}
-	if simPlanted(role) {
+	switch before := j.absent[key]; {
+	case simPlanted(role):
 		n.sweepsOne()
-	} else if before := j.absent[key]; before != nil && !n.readOnly && now-before.begin < simRemembered-time.Second &&
-		max(n.blurredAt, j.savedAt[key]) < before.begin &&
-		w.storedAt(key) == nil && (len(w.stored[key]) == 0 || w.stored[key][len(w.stored[key])-1].at < before.begin) {
+	case op != nil || n.readOnly || before == nil || now-before.begin >= simRemembered-time.Second:
+	case before.begin < max(n.blurredAt, j.savedAt[key], w.changedAt(key)):
+	default:
 		w.violate("%s looks for %s again, %s after nothing was there", n.name, key, now-before.begin)
 	}
 	j.lookUps[look] = struct{}{}
@@ -253,8 +263,9 @@ func (n *simNode) lookUpEnds(look *simLookUp, entry *logical.StorageEntry, err e
 	switch {
 	case err != nil:
 		j.trouble[look.key] = now
-	case entry == nil:
+	case entry == nil && !look.deletes:
 		j.absent[look.key] = look
+	case entry == nil:
 	default:
 		delete(j.absent, look.key)
 		w.loaded(n, look, entry.Value)
