@@ -68,7 +68,7 @@ type simStoreJudge struct {
 	trouble  map[string]time.Duration
 	absent   map[string]*simLookUp // the last that found nothing
 	saved    map[*simToken]int
-	savedAt  map[string]time.Duration
+	had      map[string]bool // that it saved or found
 	swept    []time.Duration
 	restored int64 // reads that surely count as that
 
@@ -80,7 +80,7 @@ type simStoreJudge struct {
 func newSimStoreJudge() simStoreJudge {
 	return simStoreJudge{
 		lookUps: make(map[*simLookUp]struct{}), trouble: make(map[string]time.Duration), absent: make(map[string]*simLookUp),
-		saved: make(map[*simToken]int), savedAt: make(map[string]time.Duration), forwardedAt: make(map[string]time.Duration), dueForwards: make(map[string]simDueForward),
+		saved: make(map[*simToken]int), had: make(map[string]bool), forwardedAt: make(map[string]time.Duration), dueForwards: make(map[string]simDueForward),
 	}
 }
 
@@ -221,7 +221,8 @@ func (n *simNode) lookUpBegins(op *simOp, key string) *simLookUp {
 	case simPlanted(role):
 		n.sweepsOne()
 	case op != nil || n.readOnly || before == nil || now-before.begin >= simRemembered-time.Second:
-	case before.begin < max(n.blurredAt, j.savedAt[key], w.changedAt(key)):
+	case before.begin < max(n.blurredAt+simSlack, w.changedAt(key)):
+	case j.had[key]: // it may have come to its end, and is to be deleted
 	default:
 		w.violate("%s looks for %s again, %s after nothing was there", n.name, key, now-before.begin)
 	}
@@ -268,6 +269,7 @@ func (n *simNode) lookUpEnds(look *simLookUp, entry *logical.StorageEntry, err e
 	case entry == nil:
 	default:
 		delete(j.absent, look.key)
+		j.had[look.key] = true
 		w.loaded(n, look, entry.Value)
 	}
 }
@@ -308,7 +310,7 @@ func (w *simWorld) tokenWriteBegins(n *simNode, op *simOp, key string, value []b
 	if value == nil {
 		w.judgeForget(n, op, key)
 	} else {
-		n.judge.savedAt[key] = w.now()
+		n.judge.had[key] = true
 		w.judgeSave(n, op, w.newSimStored(n, key, value))
 	}
 }
