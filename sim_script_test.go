@@ -465,7 +465,8 @@ func (w *simWorld) write(n *simNode, op *simOp) {
 				continue
 			}
 			writing = writing || node == n
-			blocked = blocked || node != n && other.key == op.key
+			// What is sent depends on what is there.
+			blocked = blocked || (node != n || other.kind == opDelete) && other.key == op.key
 		}
 	}
 	// Only who has heard of the last write may make the next.

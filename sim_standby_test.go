@@ -133,9 +133,10 @@ func (w *simWorld) judgeForward(op *simOp) {
 		}
 		fresh, due := true, false
 		for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
-			life, left := a.life(role, op.minTTL, op.end)
+			left := a.end(n, role, op.end, true) - op.end
+			life, _ := a.life(role, op.minTTL, op.end)
 			fresh = fresh && left > life.refresh
-			life, left = a.life(role, 0, op.end)
+			life, _ = a.life(role, 0, op.end)
 			due = due || left <= life.refresh
 		}
 		switch last, ok := j.dueForwards[op.role]; {
@@ -186,7 +187,8 @@ func (w *simWorld) judgeStandby(op *simOp, served []*simAnswer) {
 			keeps = keeps && config.persist
 		}
 		for _, a := range served {
-			wanted, left := a.life(role, op.minTTL, op.start)
+			left := a.end(n, role, op.end, true) - op.start
+			wanted, _ := a.life(role, op.minTTL, op.start)
 			life, _ := a.life(role, 0, op.start)
 			early = early && left <= wanted.refresh && left-(op.end-op.start) > life.refresh
 		}
@@ -229,7 +231,7 @@ func (w *simWorld) judgeRestored(op *simOp, served []*simAnswer) {
 			return
 		}
 		for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
-			if life, left := a.life(role, op.minTTL, op.end); left <= life.refresh {
+			if life, _ := a.life(role, op.minTTL, op.end); a.end(op.node, role, op.end, true)-op.end <= life.refresh {
 				return
 			}
 		}

@@ -214,7 +214,9 @@ func (n *simNode) lookUpBegins(op *simOp, key string) *simLookUp {
 			beside++
 		}
 	}
-	if beside > 1 { // a sweep and a reader may meet, or a reader and what is told
+	// A sweep and a reader may meet, or a reader and what is told; and those who go by
+	// another generation.
+	if beside > 1 && n.blurredAt < now-simSlack {
 		w.violate("%s looks for %s beside %d others", n.name, key, beside)
 	}
 	switch before := j.absent[key]; {
@@ -337,7 +339,7 @@ func (w *simWorld) judgeSave(n *simNode, op *simOp, s *simStored) {
 	// its own.
 	rotations := 0
 	for _, r := range n.judge.rotations {
-		if r.role == s.role && (r.end < 0 || r.end >= a.delivered) {
+		if r.role == s.role && (r.end < 0 || r.end+time.Minute+simSlack >= a.delivered) { // it goes on without its caller
 			rotations++
 		}
 	}
@@ -525,13 +527,19 @@ func (w *simWorld) judgeStored(m *simMint) {
 // w.mu.
 func (w *simWorld) judgeStoredInstead(op *simOp) {
 	n := op.node
+	looked := op.start // or before, by the mint that it joined
+	for _, f := range n.judge.failures {
+		if f.mint.role == op.role && f.mint.end >= op.start {
+			looked = min(looked, f.mint.asked)
+		}
+	}
 	for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
 		key := simTokenPrefix + role.config + "/" + op.role
 		s := w.storedAt(key)
 		if s == nil || s.answer == nil || !op.wants(s.answer.mint.set) {
 			continue
 		}
-		if at, ok := n.judge.trouble[key]; ok && at >= op.start-simSlack || n.unsettled > op.start || op.storageFailed {
+		if at, ok := n.judge.trouble[key]; ok && at >= looked-simSlack || n.unsettled > looked || op.storageFailed {
 			continue
 		}
 		if w.would(n, s, op.start-simSlack, op.end, func(role *simVersion) bool {
