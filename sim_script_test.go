@@ -466,7 +466,7 @@ func (w *simWorld) write(n *simNode, op *simOp) {
 			}
 			writing = writing || node == n
 			// What is sent depends on what is there.
-			blocked = blocked || (node != n || other.kind == opDelete) && other.key == op.key
+			blocked = blocked || (node != n || other.kind == opDelete || op.kind == opDelete) && other.key == op.key
 		}
 	}
 	// Only who has heard of the last write may make the next.

@@ -343,6 +343,13 @@ func (w *simWorld) judgeSave(n *simNode, op *simOp, s *simStored) {
 			rotations++
 		}
 	}
+	// And once more when it had ended by a max_ttl that was raised since.
+	versions := w.history[rolePrefix+s.role].versions
+	for i, v := range versions[1:] {
+		if v.at >= a.delivered && v.maxTTL != versions[i].maxTTL {
+			rotations++
+		}
+	}
 	minted := 0
 	for _, answer := range on {
 		if !answer.fromStorage {
@@ -350,7 +357,7 @@ func (w *simWorld) judgeSave(n *simNode, op *simOp, s *simStored) {
 		}
 	}
 	if n.judge.saved[a.token]++; n.judge.saved[a.token] > minted+rotations {
-		w.violate("%s for the %dth time, and it came %d times, with %d rotations", what, n.judge.saved[a.token], minted, rotations)
+		w.violate("%s for the %dth time, and it came %d times, with %d rotations and changes of max_ttl", what, n.judge.saved[a.token], minted, rotations)
 	}
 	roles := n.possible(rolePrefix+s.role, now, now)
 	configs := n.possible(configPrefix+s.config, now, now)
@@ -586,7 +593,7 @@ func (w *simWorld) judgeTidy() {
 			role = w.history[rolePrefix+s.role].versions[role.number-1]
 		}
 		if !s.stands(role, config) {
-			at := max(s.at, role.at, config.at)
+			at := w.fellAt(s)
 			if late(at) || w.calm >= 0 && at > w.calm && now-at > simSweepAll {
 				w.violate("storage has %s since %s, which does not stand since %s", key, s.at, at)
 			}
@@ -599,6 +606,24 @@ func (w *simWorld) judgeTidy() {
 			w.violate("storage has %s since %s, which came to its floor at %s", key, s.at, floor)
 		}
 	}
+}
+
+// fellAt is from when on a stored token did not stand.
+func (w *simWorld) fellAt(s *simStored) time.Duration {
+	roles, configs := w.history[rolePrefix+s.role], w.history[configPrefix+s.config]
+	moments := []time.Duration{s.at}
+	for _, v := range slices.Concat(roles.versions, configs.versions) {
+		if v.at > s.at {
+			moments = append(moments, v.at)
+		}
+	}
+	slices.Sort(moments)
+	for _, at := range moments {
+		if !s.stands(roles.at(at), configs.at(at)) {
+			return at
+		}
+	}
+	return moments[len(moments)-1]
 }
 
 // judgeCounts judges what a status tells of reads that have to do with storage. The
