@@ -578,5 +578,7 @@ func (w *simWorld) judgeWrite(op *simOp) {
 		w.violate("%s was acknowledged, and wrote nothing", op)
 	case op.resp.IsError() && op.wrote != nil:
 		w.violate("%s was refused, and wrote", op)
+	case op.wrote != nil:
+		w.judgeDropped(op)
 	}
 }

@@ -227,7 +227,7 @@ func (w *simWorld) judgeAnnounced(op *simOp, served []*simAnswer) {
 // w.mu.
 func (w *simWorld) judgeRestored(op *simOp, served []*simAnswer) {
 	for _, a := range served {
-		if !a.fromStorage || a.served >= 0 || a.unasked || a.delivered < op.start {
+		if !a.fromStorage || a.served >= 0 || a.unasked || a.delivered < op.end { // when it was answered
 			return
 		}
 		for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {

@@ -608,6 +608,24 @@ func (w *simWorld) judgeTidy() {
 	}
 }
 
+// judgeDropped judges that a write has deleted the stored tokens that it dropped, or has
+// said that it could not.
+func (w *simWorld) judgeDropped(op *simOp) {
+	if op.resp != nil && len(op.resp.Warnings) > 0 {
+		return
+	}
+	for key, s := range w.storedNow() {
+		if (op.key != rolePrefix+s.role && op.key != configPrefix+s.config) || s.answer == nil || s.at >= op.wrote.at ||
+			w.history[rolePrefix+s.role] == nil || w.history[configPrefix+s.config] == nil {
+			continue
+		}
+		role, config := w.history[rolePrefix+s.role].last(), w.history[configPrefix+s.config].last()
+		if !s.stands(role, config) && w.fellAt(s) == op.wrote.at {
+			w.violate("%s left %s in storage", op, key)
+		}
+	}
+}
+
 // fellAt is from when on a stored token did not stand.
 func (w *simWorld) fellAt(s *simStored) time.Duration {
 	roles, configs := w.history[rolePrefix+s.role], w.history[configPrefix+s.config]
