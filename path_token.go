@@ -236,7 +236,7 @@ func inTime(ctx context.Context, err error) error {
 	if ctx.Err() == nil {
 		return err
 	}
-	return fmt.Errorf("reading role and config from storage took longer than a request may: %w", err)
+	return fmt.Errorf("reading role, config and token from storage took longer than a request may: %w", err)
 }
 
 // withDeadline bounds all that a request for a token waits for on this node: its turn,

@@ -72,7 +72,7 @@ func (s *slot) waitForLook(ctx context.Context, l *look) error {
 	case <-l.done:
 		return nil
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return inTime(ctx, context.Cause(ctx))
 	case <-s.cache.ctx.Done():
 		return errClosed
 	}

@@ -592,6 +592,41 @@ func TestFailingStorageCostsOneLookUpASecond(t *testing.T) {
 	})
 }
 
+// A read whose time is over while it looks for a token says so.
+func TestReadThatStorageHoldsUpSaysSo(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.write("config", testConfig(map[string]any{"request_timeout": 1}))
+		m.write("roles/app", nil)
+		m.read("roles/app")
+		m.read("config")
+		slow := func(key string) {
+			if strings.HasPrefix(key, tokenPrefix) {
+				time.Sleep(950 * time.Millisecond)
+			}
+		}
+		m.storage.afterGet.Store(&slow)
+		for _, after := range []time.Duration{500 * time.Millisecond, 1500 * time.Millisecond} { // it looks again for each
+			time.AfterFunc(after, func() {
+				role := m.storedRole("app")
+				role.TokenGeneration += "x"
+				entry, err := logical.StorageEntryJSON("roles/app", &role)
+				if err == nil {
+					err = m.storage.Storage.Put(context.Background(), entry)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+				m.InvalidateKey(context.Background(), "roles/app")
+			})
+		}
+		began := time.Now()
+		got := m.creds("app", nil)
+		if took := time.Since(began); got.err == nil || !strings.Contains(got.err.Error(), "took longer than a request may") || took > 2*time.Second {
+			t.Errorf("got %q, %v after %s; want it to say that storage took longer", got.token, got.err, took)
+		}
+	})
+}
+
 // A stored token is served during a back-off too.
 func TestStoredTokenIsServedDuringABackOff(t *testing.T) {
 	bubble(t, func(m *testMount) {
@@ -811,6 +846,23 @@ func TestSweep(t *testing.T) {
 			t.Errorf("storage has %q after an hour", got)
 		}
 	})
+}
+
+// A role or config that cannot be read has no tokens: a new one has another generation.
+func TestSweepTakesTokensOfWhatCannotBeRead(t *testing.T) {
+	for _, key := range []string{"roles/app", "config/default"} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			m.wantStored("tokens/default/app")
+			if err := m.storage.Storage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: []byte("{")}); err != nil {
+				t.Fatal(err)
+			}
+			m = m.restart()
+			time.Sleep(time.Minute)
+			m.wantStored()
+		})
+	}
 }
 
 // The sweep leaves storage to others, and ends with the mount.

@@ -261,17 +261,26 @@ func (c *tokenCache) save(ctx context.Context, s *slot) {
 }
 
 // standingSpec is what tokens of a role with a config are asked for as both stand, nil
-// when none may be stored.
+// when none may be stored. What cannot be read does not stand: it has to be written anew,
+// and gets another generation.
 func (c *tokenCache) standingSpec(ctx context.Context, storage logical.Storage, configName, roleName string) (*spec, error) {
 	role, err := c.roles.standing(ctx, storage, roleName)
 	if err != nil || role == nil || role.entry.Config != configName {
-		return nil, err
+		return nil, unlessUnreadable(err)
 	}
 	config, err := c.configs.standing(ctx, storage, configName)
 	if err != nil || config == nil || !config.entry.persistsTokens() {
-		return nil, err
+		return nil, unlessUnreadable(err)
 	}
 	return &spec{role: role, config: config, scopes: role.entry.Scopes}, nil
+}
+
+func unlessUnreadable(err error) error {
+	var broken *unreadable
+	if errors.As(err, &broken) {
+		return nil
+	}
+	return err
 }
 
 // prune deletes the stored token of a role with a config, unless it stands and may be
