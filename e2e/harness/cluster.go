@@ -26,9 +26,31 @@ type Cluster struct {
 // be filled up.
 const diskSize = 192 << 20
 
+// performance_multiplier of integrated storage: how long nodes do without the leader.
+const (
+	eager   = 1 // what Vault's documentation advises for production: 1 s
+	patient = 5 // the default: 5 s
+)
+
 // StartCluster starts a cluster with an empty storage. Each node's storage is a disk
 // of its own, if this process may mount one.
 func StartCluster(t testing.TB, binary, pluginDir string, nodes int) *Cluster {
+	t.Helper()
+	return startCluster(t, binary, pluginDir, nodes, eager)
+}
+
+// StartPatientCluster is StartCluster for a test beside others, which take the machine's
+// time: its nodes take longer to find that the active one is gone, NoticeDeath at least.
+func StartPatientCluster(t testing.TB, binary, pluginDir string, nodes int) *Cluster {
+	t.Helper()
+	return startCluster(t, binary, pluginDir, nodes, patient)
+}
+
+// NoticeDeath is how long nobody becomes active in the place of a node of a patient
+// cluster that was killed.
+const NoticeDeath = patient * time.Second
+
+func startCluster(t testing.TB, binary, pluginDir string, nodes, multiplier int) *Cluster {
 	t.Helper()
 	ca := NewAuthority(t)
 	c := &Cluster{}
@@ -46,7 +68,7 @@ func StartCluster(t testing.TB, binary, pluginDir string, nodes int) *Cluster {
 			t.Fatal(err)
 		}
 		mountDisk(t, node.disk())
-		node.configure(t, raftStanza(node.disk(), fmt.Sprintf("node-%d", i), join.String()), pluginDir, "info")
+		node.configure(t, raftStanza(node.disk(), fmt.Sprintf("node-%d", i), join.String(), multiplier), pluginDir, "info")
 		node.Start(t)
 	}
 	t.Cleanup(func() {
@@ -201,7 +223,30 @@ func (c *Cluster) Restore(t testing.TB, snapshot string, from *Cluster) {
 		node.SetToken(from.Nodes[0].Token())
 	}
 	// The nodes find out one after the other that they do not have the key.
-	Eventually(t, "the restored cluster serves", func() error {
+	c.Serve(t)
+}
+
+// SealAndUnseal seals all nodes, the active one by a request and the others, which take
+// none, by ending them and starting them again; and unseals all.
+func (c *Cluster) SealAndUnseal(t testing.TB) {
+	t.Helper()
+	active := c.Active(t)
+	if err := active.Sys().Seal(); err != nil {
+		t.Fatal(err)
+	}
+	for _, node := range c.Without(active).Nodes {
+		node.Stop()
+	}
+	for _, node := range c.Without(active).Nodes {
+		node.Start(t)
+	}
+	c.Serve(t)
+}
+
+// Serve unseals the nodes that are sealed, until all serve.
+func (c *Cluster) Serve(t testing.TB) {
+	t.Helper()
+	Eventually(t, "all nodes serve", func() error {
 		for _, node := range c.Nodes {
 			if node.Sealed(t) {
 				if _, err := node.Sys().Unseal(node.unsealKey); err != nil {
