@@ -29,7 +29,7 @@ const diskSize = 192 << 20
 // performance_multiplier of integrated storage: how long nodes do without the leader.
 const (
 	eager   = 1 // what Vault's documentation advises for production: 1 s
-	patient = 5 // the default: 5 s
+	patient = 2
 )
 
 // StartCluster starts a cluster with an empty storage. Each node's storage is a disk
