@@ -12,8 +12,9 @@
 //
 // A read passes path_token.go (request and response), entries.go (role and
 // config, in memory), token_cache.go (which slot), slot.go (its token, and when a
-// new one), upstream.go (whether MojoAuth may be asked), client.go and answer.go
-// (one request to MojoAuth and what comes back).
+// new one), restoring.go and token_store.go (the token in storage; standby.go on a
+// node that may not write), upstream.go (whether MojoAuth may be asked), client.go
+// and answer.go (one request to MojoAuth and what comes back).
 package mojoauth
 
 import (
@@ -57,9 +58,10 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 	return b, b.Setup(ctx, conf)
 }
 
-// Setup gives the backend its storage and its view of Vault.
+// Setup gives the backend its storage and its view of Vault. Whether the node may write is
+// asked here, once: it never changes, and a node that is going down says that it may.
 func (b *backend) Setup(ctx context.Context, conf *logical.BackendConfig) error {
-	b.tokens.storage = conf.StorageView
+	b.tokens.serveFrom(conf.StorageView, isStandby(conf.System.ReplicationState()))
 	return b.Backend.Setup(ctx, conf)
 }
 
@@ -82,6 +84,8 @@ func newBackend(newClient clientFactory) *backend {
 		Help:           strings.TrimSpace(backendHelp),
 		BackendType:    logical.TypeLogical,
 		RunningVersion: runningVersion(),
+		InitializeFunc: func(context.Context, *logical.InitializationRequest) error { b.tokens.sweep(); return nil },
+		PeriodicFunc:   b.periodic,
 		Invalidate:     b.invalidate,
 		Secrets:        []*framework.Secret{b.secretToken()},
 		Clean:          func(context.Context) { b.tokens.close() },
@@ -89,6 +93,8 @@ func newBackend(newClient clientFactory) *backend {
 			// The slash makes it a prefix; without it only the key "config"
 			// itself would be wrapped.
 			SealWrapStorage: []string{configPrefix},
+			// Each cluster has tokens of its own.
+			LocalStorage: []string{tokenPrefix},
 		},
 		// The most read path comes first: the framework tries them in order.
 		Paths: framework.PathAppend(
@@ -128,7 +134,21 @@ func (b *backend) invalidate(_ context.Context, key string) {
 		b.configs.forget(name)
 	} else if name, ok := strings.CutPrefix(key, rolePrefix); ok {
 		b.roles.forget(name)
+	} else if name, ok := strings.CutPrefix(key, tokenPrefix); ok {
+		config, role, _ := strings.Cut(name, "/")
+		b.tokens.tokenWritten(config, role)
 	}
+}
+
+// periodic is called every minute or so, and must not take long: Vault holds a lock
+// meanwhile.
+func (b *backend) periodic(context.Context, *logical.Request) error {
+	if b.tokens.standby {
+		b.tokens.doubt()
+	} else {
+		b.tokens.sweep()
+	}
+	return nil
 }
 
 const backendHelp = `

@@ -80,6 +80,14 @@ func (t *cachedToken) view(spec *spec) *cachedToken {
 	}
 }
 
+// same reports whether both are one token, with the same end, or both none.
+func (t *cachedToken) same(other *cachedToken) bool {
+	if t == nil || other == nil {
+		return t == other
+	}
+	return t.accessToken == other.accessToken && t.mintedAt.Equal(other.mintedAt) && t.repeatedUntil.Equal(other.repeatedUntil)
+}
+
 // repeated reports whether MojoAuth has returned the token more than once.
 func (t *cachedToken) repeated() bool { return !t.repeatedUntil.IsZero() }
 
@@ -208,6 +216,8 @@ const (
 	outcomeHit       outcome = "hit"       // the cached token
 	outcomeRefreshed outcome = "refreshed" // a new token, though the old would have done
 	outcomeMinted    outcome = "minted"    // a new token
+	outcomeRestored  outcome = "restored"  // the token that storage has
+	outcomeForwarded outcome = "forwarded" // by the active node
 	outcomeStale     outcome = "stale"     // the old token, since no new one could be had
 	outcomeError     outcome = "error"     // no token
 )

@@ -443,11 +443,12 @@ func TestNothingIsKeptOfWhatIsGone(t *testing.T) {
 	// heldUp lets the first reading of a key from storage end only after meanwhile.
 	heldUp := func(m *testMount, key string, meanwhile func()) {
 		m.t.Helper()
-		var once sync.Once
+		var held atomic.Bool
 		release, waits := make(chan struct{}), make(chan struct{})
 		hook := func(got string) {
-			if got == key {
-				once.Do(func() { close(waits); <-release })
+			if got == key && held.CompareAndSwap(false, true) {
+				close(waits)
+				<-release
 			}
 		}
 		m.storage.afterGet.Store(&hook)

@@ -6,6 +6,7 @@ package mojoauth
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 
@@ -34,6 +35,8 @@ type entries[T any] struct {
 
 	mu   sync.RWMutex // never held across I/O
 	held map[string]*held[T]
+	// doubted has the held entries that the next get compares with storage.
+	doubted map[string]struct{}
 	// loads has a marker for each name that is being read from storage. A change
 	// takes the marker away: what was read before a change must not be held after it.
 	loads map[string]*load
@@ -60,10 +63,59 @@ func newEntries[T any](prefix string) *entries[T] {
 // get returns the entry of that name, from memory when it is held there, else
 // from storage. It is nil when there is none.
 func (e *entries[T]) get(ctx context.Context, s logical.Storage, name string) (*held[T], error) {
+	e.mu.RLock()
+	h := e.held[name]
+	_, doubted := e.doubted[name]
+	e.mu.RUnlock()
+	switch {
+	case h == nil:
+		return e.fresh(ctx, s, name)
+	case doubted && e.settleDoubt(name):
+		return e.verified(ctx, s, h)
+	default:
+		return h, nil
+	}
+}
+
+// doubt has each held entry compared with storage by the next get.
+func (e *entries[T]) doubt() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.doubted = make(map[string]struct{}, len(e.held))
+	for name := range e.held {
+		e.doubted[name] = struct{}{}
+	}
+}
+
+// settleDoubt reports whether the caller is the one who has to compare an entry with
+// storage.
+func (e *entries[T]) settleDoubt(name string) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	_, doubted := e.doubted[name]
+	delete(e.doubted, name)
+	return doubted
+}
+
+// verified returns the entry as storage has it, or the held one when storage fails.
+func (e *entries[T]) verified(ctx context.Context, s logical.Storage, h *held[T]) (*held[T], error) {
+	bounded, cancel := context.WithTimeout(ctx, storagePatience)
+	defer cancel()
+	now, err := e.fresh(bounded, s, h.name)
+	var broken *unreadable
+	if err == nil || errors.As(err, &broken) {
+		return now, err
+	}
+	return h, ctx.Err()
+}
+
+// standing returns the entry from memory, else from storage, and leaves alone what is
+// held.
+func (e *entries[T]) standing(ctx context.Context, s logical.Storage, name string) (*held[T], error) {
 	if h := e.current(name); h != nil {
 		return h, nil
 	}
-	return e.fresh(ctx, s, name)
+	return e.load(ctx, s, name)
 }
 
 // current returns the entry that is held, nil when none is.
@@ -148,17 +200,17 @@ func (u *unreadable) Error() string {
 
 func (u *unreadable) Unwrap() error { return u.err }
 
-// update loads the entry, has change make the next one of it, and saves that. An
-// error of change is returned as it is, and nothing is saved. Writes go one at a
-// time, to storage, then to memory, then to what depends on the entry.
-func (e *entries[T]) update(ctx context.Context, s logical.Storage, name string, change func(old *held[T]) (*T, error)) (*held[T], error) {
+// update loads the entry, has change make the next one of it, and saves that. It
+// returns the entry that was there before, nil for none. An error of change is returned
+// as it is, and nothing is saved. Writes go one at a time, to storage, then to memory,
+// then to what depends on the entry.
+func (e *entries[T]) update(ctx context.Context, s logical.Storage, name string, change func(old *held[T]) (*T, error)) (old *held[T], err error) {
 	done, err := e.beginWriting(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer done()
-	old, err := e.load(ctx, s, name)
-	if err != nil {
+	if old, err = e.load(ctx, s, name); err != nil {
 		return nil, err
 	}
 	next, err := change(old)
@@ -170,17 +222,22 @@ func (e *entries[T]) update(ctx context.Context, s logical.Storage, name string,
 		return nil, err
 	}
 	now := &held[T]{name: name, entry: *next, stored: stored.Value}
-	return now, e.settle(name, now, s.Put(ctx, stored))
+	return old, e.settle(name, now, s.Put(ctx, stored))
 }
 
-// remove deletes the entry, in the order of update.
-func (e *entries[T]) remove(ctx context.Context, s logical.Storage, name string) error {
+// remove deletes the entry, in the order of update, and returns what it was: nil when
+// there was none, or none that can be read.
+func (e *entries[T]) remove(ctx context.Context, s logical.Storage, name string) (old *held[T], err error) {
 	done, err := e.beginWriting(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer done()
-	return e.settle(name, nil, s.Delete(ctx, e.prefix+name))
+	var broken *unreadable
+	if old, err = e.load(ctx, s, name); err != nil && !errors.As(err, &broken) {
+		return nil, err
+	}
+	return old, e.settle(name, nil, s.Delete(ctx, e.prefix+name))
 }
 
 // beginWriting waits until no other write is under way. done has to be called after it.
@@ -216,6 +273,7 @@ func (e *entries[T]) replace(name string, now *held[T]) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	delete(e.loads, name)
+	delete(e.doubted, name)
 	if now == nil {
 		delete(e.held, name)
 	} else {

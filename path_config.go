@@ -59,6 +59,7 @@ type configEntry struct {
 	RequestTimeout          time.Duration `json:"request_timeout"` // nanoseconds
 	MaxRetries              int           `json:"max_retries"`
 	MaxRequestsPerSecond    int           `json:"max_requests_per_second"`
+	PersistTokens           *bool         `json:"persist_tokens,omitempty"` // nil is true
 
 	// TokenGeneration is random and changes with what tokens depend on: who
 	// the client is, and where. Every node serves only tokens that were minted
@@ -164,6 +165,14 @@ verifications included: 1 to 1000. Choose it by what MojoAuth's plan allows this
 host, less what others ask from the same address. It applies at once.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Max requests per second", Value: defaultMaxRequestsPerSecond},
 		},
+		"persist_tokens": {
+			Type:    framework.TypeBool,
+			Default: true,
+			Description: `Keep each role's token in Vault's storage too, encrypted like all that is there, so
+that it outlives the plugin's process and all nodes of the cluster share it. false
+deletes what is stored; each node then mints tokens of its own.`,
+			DisplayAttrs: &framework.DisplayAttributes{Name: "Persist tokens", Value: true},
+		},
 		"verify_connection": {
 			Type:    framework.TypeBool,
 			Default: true,
@@ -203,6 +212,7 @@ func (b *backend) configOperations(suffix string) map[logical.Operation]framewor
 					"request_timeout":            {Type: framework.TypeInt64, Required: true, Description: "Longest time, in seconds, that getting one token may take."},
 					"max_retries":                {Type: framework.TypeInt, Required: true, Description: "How often a failed try is repeated."},
 					"max_requests_per_second":    {Type: framework.TypeInt, Required: true, Description: "The most requests in a second to the token endpoint."},
+					"persist_tokens":             {Type: framework.TypeBool, Required: true, Description: "Whether tokens are kept in Vault's storage too."},
 				},
 			}}},
 		},
@@ -248,8 +258,13 @@ func (c *configEntry) toResponseData() map[string]any {
 		"request_timeout":            int64(c.RequestTimeout / time.Second),
 		"max_retries":                c.MaxRetries,
 		"max_requests_per_second":    c.requestsPerSecond(),
+		"persist_tokens":             c.persistsTokens(),
 	}
 }
+
+// persistsTokens reports whether the config's tokens are kept in storage. They are when the
+// entry was stored before it could say so.
+func (c *configEntry) persistsTokens() bool { return c.PersistTokens == nil || *c.PersistTokens }
 
 // longest is how long a request to this engine waits for a token: request_timeout and a
 // little less than a second, so that it is answered within that.
@@ -262,7 +277,21 @@ func (c *configEntry) requestsPerSecond() int {
 }
 
 func (b *backend) configDelete(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	return nil, b.configs.remove(ctx, req.Storage, configName(d))
+	name := configName(d)
+	if _, err := b.configs.remove(ctx, req.Storage, name); err != nil {
+		return nil, err
+	}
+	resp := &logical.Response{}
+	b.pruneConfig(ctx, name, resp)
+	return unlessEmpty(resp), nil
+}
+
+// pruneConfig deletes the stored tokens of a config that was written, but those that
+// stand. A failure is a warning: such tokens are never served.
+func (b *backend) pruneConfig(ctx context.Context, name string, resp *logical.Response) {
+	if b.tokens.pruneConfig(ctx, name) != nil {
+		resp.AddWarning(fmt.Sprintf("Not all older tokens of config %q could be deleted from storage. They are not served any more, and the hourly sweep deletes them.", name))
+	}
 }
 
 func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
@@ -306,6 +335,9 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, name st
 		return nil, err
 	}
 	b.telemetry.configSeen(name)
+	if old != nil && (config.TokenGeneration != old.entry.TokenGeneration || old.entry.persistsTokens() && !config.persistsTokens()) {
+		b.pruneConfig(ctx, name, resp)
+	}
 	return unlessEmpty(resp), nil
 }
 
@@ -347,6 +379,10 @@ func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, 
 	}
 	if v, ok := d.GetOk("max_requests_per_second"); ok {
 		config.MaxRequestsPerSecond = v.(int)
+	}
+	if v, ok := d.GetOk("persist_tokens"); ok {
+		persist := v.(bool)
+		config.PersistTokens = &persist
 	}
 
 	if err := config.validate(); err != nil {

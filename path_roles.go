@@ -193,13 +193,29 @@ func (r *roleEntry) toResponseData() map[string]any {
 }
 
 func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	return nil, b.roles.remove(ctx, req.Storage, d.Get("name").(string))
+	name := d.Get("name").(string)
+	old, err := b.roles.remove(ctx, req.Storage, name)
+	if err != nil || old == nil {
+		return nil, err
+	}
+	resp := &logical.Response{}
+	b.pruneRole(ctx, old.entry.Config, name, resp)
+	return unlessEmpty(resp), nil
+}
+
+// pruneRole deletes the stored token that a role had with a config before it was written.
+// A failure is a warning: such a token is never served.
+func (b *backend) pruneRole(ctx context.Context, config, role string, resp *logical.Response) {
+	if b.tokens.pruneRole(ctx, config, role) != nil {
+		resp.AddWarning(fmt.Sprintf("The older token of role %q could not be deleted from storage. It is not served any more, and the hourly sweep deletes it.", role))
+	}
 }
 
 func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
 	resp := &logical.Response{}
-	_, err := b.roles.update(ctx, req.Storage, name, func(old *held[roleEntry]) (*roleEntry, error) {
+	dropped := false
+	old, err := b.roles.update(ctx, req.Storage, name, func(old *held[roleEntry]) (*roleEntry, error) {
 		if !allowed(req.Operation, old != nil) {
 			return nil, problem("it was changed by somebody else at the same time. Read it and write again")
 		}
@@ -217,6 +233,7 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 		if role.MaxTTL > 0 && role.MinTTL > role.MaxTTL {
 			resp.AddWarning(fmt.Sprintf("min_ttl %s is longer than max_ttl %s: no token can have that much life left", role.MinTTL, role.MaxTTL))
 		}
+		dropped = old != nil && role.TokenGeneration != old.entry.TokenGeneration
 		return role, nil
 	})
 	var mistake problem
@@ -225,6 +242,9 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 	}
 	if err != nil {
 		return nil, err
+	}
+	if dropped {
+		b.pruneRole(ctx, old.entry.Config, name, resp)
 	}
 	return unlessEmpty(resp), nil
 }

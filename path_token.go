@@ -188,18 +188,25 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 func (b *backend) readToken(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, outcome, error) {
 	name := d.Get("role").(string)
 	q, err := b.query(ctx, req.Storage, name, d)
-	if err != nil {
+	if err == nil && b.tokens.forwards(q) {
+		err = errForward
+	}
+	var answer served
+	if err == nil {
+		var ok bool
+		if answer, ok = b.tokens.cached(q); !ok {
+			q, answer, err = b.awaitToken(ctx, req.Storage, q, d)
+		}
+	}
+	switch {
+	case err == nil:
+		return b.tokenResponse(q, &answer), answer.outcome, nil
+	case errors.Is(err, errForward) && b.tokens.standby:
+		return nil, outcomeForwarded, errForward
+	default:
 		resp, err := mintFailure(name, err)
 		return resp, outcomeError, err
 	}
-	answer, ok := b.tokens.cached(q)
-	if !ok {
-		if q, answer, err = b.awaitToken(ctx, req.Storage, q, d); err != nil {
-			resp, err := mintFailure(name, err)
-			return resp, outcomeError, err
-		}
-	}
-	return b.tokenResponse(q, &answer), answer.outcome, nil
 }
 
 // awaitToken waits for a token, and looks role and config up again when they are
@@ -245,12 +252,18 @@ func (b *backend) query(ctx context.Context, s logical.Storage, name string, d *
 	if err != nil {
 		return nil, err
 	}
+	if role == nil && b.tokens.standby { // it may just have been written
+		return nil, errForward
+	}
 	if role == nil {
 		return nil, problemf("role %q does not exist: create it by writing roles/%s, or list the roles there are at roles/", name, name)
 	}
 	config, err := b.configs.get(ctx, s, role.entry.Config)
 	if err != nil {
 		return nil, err
+	}
+	if config == nil && b.tokens.standby {
+		return nil, errForward
 	}
 	if config == nil {
 		return nil, problemf("config %q, which role %q names, does not exist: create it by writing config/%s, or change the role's field config", role.entry.Config, name, role.entry.Config)
@@ -362,7 +375,7 @@ func whyNot(answer *served) string {
 		return answer.failure.Error()
 	case answer.outcome == outcomeStale:
 		return "a new one is being minted, which takes longer than a read waits"
-	case answer.outcome == outcomeHit:
+	case answer.outcome == outcomeHit, answer.outcome == outcomeRestored:
 		return fmt.Sprintf("its whole lifetime is %s, and one that has more than %s left is not replaced", answer.schedule.Lifetime, answer.schedule.Refresh)
 	default:
 		return fmt.Sprintf("this one is new, and its whole lifetime is %s", answer.schedule.Lifetime)
@@ -447,6 +460,11 @@ func (b *backend) rotateTo(ctx context.Context, minted *spec, tok *cachedToken) 
 	})
 	if err != nil && prepared != nil {
 		b.tokens.unprepare(prepared)
+	}
+	if err == nil { // before the answer, so that no node serves the old one after it
+		ctx, cancel := b.tokens.background()
+		defer cancel()
+		b.tokens.save(ctx, prepared)
 	}
 	return next, err
 }

@@ -37,6 +37,14 @@ func newRotations() rotations { return rotations{of: make(map[string]*rotation)}
 // for the mint as long as timed, and for saving as long as ctx. The errors are those of
 // await and of save.
 func (c *tokenCache) rotate(ctx, timed context.Context, q *query, save saver) (*cachedToken, error) {
+	// Whether a token is a new one shows by the one that is there, perhaps in storage.
+	s, err := c.slot(&q.spec)
+	if err == nil {
+		_, err = s.recall(timed, &q.spec)
+	}
+	if err != nil {
+		return nil, err
+	}
 	r, waiter, err := c.rotation(ctx, timed, q, save)
 	if err != nil {
 		return nil, err

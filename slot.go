@@ -44,6 +44,9 @@ type slot struct {
 
 	// token is what readers go by, nil when there is none. It changes under mu.
 	token atomic.Pointer[cachedToken]
+	// unsure is set when the next reader must not go by token alone: it is doubted or
+	// unannounced. It changes under mu.
+	unsure atomic.Bool
 
 	mu      sync.Mutex // never held across I/O
 	spec    *spec      // role and config as they were last seen
@@ -53,7 +56,17 @@ type slot struct {
 	timer   *time.Timer
 	// demanded is when a newer token than a fresh one was asked for last.
 	demanded time.Time
-	freed    bool
+	// look is the look-up of a token in storage under way, or nil, and lookedAt is when
+	// the last one began. A node that may write needs no second one, unless that failed:
+	// nobody else writes there.
+	look     *look
+	lookedAt time.Time
+	// saved is the token that is in storage or on its way there, nil for none.
+	saved *cachedToken
+	// doubted and unannounced are a standby's: storage may have another token by now,
+	// and the active node does not know yet that this one is read.
+	doubted, unannounced bool
+	freed                bool
 	// prepared is set while the role that the slot is for is not saved yet.
 	prepared bool
 }
@@ -82,6 +95,9 @@ type flight struct {
 func (s *slot) await(ctx context.Context, q *query) (served, error) {
 	deadline, _ := ctx.Deadline()
 	for {
+		if answer, ok, err := s.restored(ctx, q); ok || err != nil {
+			return answer, err
+		}
 		f, waiter, err := s.board(q, deadline)
 		old := s.held(&q.spec)
 		switch {
@@ -211,8 +227,14 @@ func (s *slot) start(now time.Time) (*flight, error) {
 // fly carries a mint out.
 func (s *slot) fly(f *flight) {
 	tok, err := s.cache.mint(f)
-	if news := s.land(f, tok, err); news != nil {
+	news := s.land(f, tok, err)
+	if news != nil {
 		f.up.log(f.spec, news)
+	}
+	if err == nil { // its readers have been answered
+		ctx, cancel := s.cache.background()
+		defer cancel()
+		s.cache.save(ctx, s)
 	}
 }
 
@@ -323,11 +345,14 @@ func (s *slot) next() {
 	tok := s.token.Load()
 	switch {
 	case !tok.usable(now):
+		s.unsave()
 		if until := s.rememberUntil(); now.Before(until) {
 			s.wakeIn(until.Sub(now))
 		} else {
 			s.free()
 		}
+	case s.cache.relies(s.spec):
+		s.wakeIn(tok.timeLeft(now) - tok.schedule.Floor) // the active node renews
 	case tok.renewIn(now) > 0:
 		s.wakeIn(tok.renewIn(now))
 	case !tok.inUse() && tok.phase(now) == lifetime.Fresh: // somebody may yet read it
@@ -339,14 +364,15 @@ func (s *slot) next() {
 	}
 }
 
-// rememberUntil is when the slot's failures are forgotten. The caller holds s.mu.
+// rememberUntil is when the slot's failures, and that storage had no token, are
+// forgotten. The caller holds s.mu.
 func (s *slot) rememberUntil() time.Time {
 	if s.history.alone {
 		return s.history.failedAt.Add(rememberAloneFor)
 	}
-	last := s.history.failedAt
-	if s.backoff.failures > 0 && s.backoff.until.After(last) {
-		last = s.backoff.until
+	last := latest(s.history.failedAt, s.lookedAt)
+	if s.backoff.failures > 0 {
+		last = latest(last, s.backoff.until)
 	}
 	return last.Add(rememberFor)
 }

@@ -21,7 +21,7 @@ import (
 // whoever reads tokens cannot make more of them.
 
 // outcomes in the order of telemetry.reads.
-var outcomes = [...]outcome{outcomeHit, outcomeRefreshed, outcomeMinted, outcomeStale, outcomeError}
+var outcomes = [...]outcome{outcomeHit, outcomeRefreshed, outcomeMinted, outcomeRestored, outcomeForwarded, outcomeStale, outcomeError}
 
 func (o outcome) index() int { return slices.Index(outcomes[:], o) }
 
@@ -48,6 +48,8 @@ type telemetry struct {
 	startedAt time.Time
 	reads     [len(outcomes)]atomic.Int64
 	duration  prometheus.Histogram
+	// storeErrors counts failures with stored tokens, by storeOperations.
+	storeErrors [len(storeOperations)]atomic.Int64
 
 	mu      sync.Mutex       // never held across I/O
 	results map[string]int64 // of all configs, those that are gone included
@@ -181,6 +183,7 @@ var (
 	descLimit   = prometheus.NewDesc("mojoauth_requests_per_second_limit", "The config's max_requests_per_second.", []string{"config"}, nil)
 	descPeak    = prometheus.NewDesc("mojoauth_peak_requests_per_second", "The highest number of requests in a second since the node began to serve the mount, or since token_url changed.", []string{"config"}, nil)
 	descHour    = prometheus.NewDesc("mojoauth_peak_requests_per_second_last_hour", "The highest number of requests in a second of the last hour.", []string{"config"}, nil)
+	descStore   = prometheus.NewDesc("mojoauth_token_store_errors_total", "Failures to load, save, delete or list tokens in Vault's storage.", []string{"operation"}, nil)
 	descCached  = prometheus.NewDesc("mojoauth_cached_tokens", "Tokens in memory that may be served.", nil, nil)
 	descDue     = prometheus.NewDesc("mojoauth_due_tokens", "Tokens in use that should have been replaced by a new one already.", nil, nil)
 	descNearest = prometheus.NewDesc("mojoauth_due_token_servable_seconds", "How long the first of the due tokens may still be served. Absent when none is due.", nil, nil)
@@ -198,7 +201,7 @@ type collector struct {
 func (c collector) Describe(out chan<- *prometheus.Desc) {
 	for _, desc := range []*prometheus.Desc{
 		descBuild, descReads, descMints, descSent, descWaiting, descPace, descLimit, descPeak, descHour,
-		descCached, descDue, descNearest, descBackoff, descLast,
+		descStore, descCached, descDue, descNearest, descBackoff, descLast,
 	} {
 		out <- desc
 	}
@@ -214,6 +217,9 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	gauge(descBuild, 1, runningVersion(), Commit, runtime.Version())
 	for i, how := range outcomes {
 		counter(descReads, c.telemetry.reads[i].Load(), string(how))
+	}
+	for i, operation := range storeOperations {
+		counter(descStore, c.telemetry.storeErrors[i].Load(), operation)
 	}
 	for name, config := range c.telemetry.snapshot(c.configs) {
 		for _, result := range results {

@@ -60,6 +60,10 @@ type tokenCache struct {
 	work      sync.WaitGroup // counts the goroutines that do so
 	reloading chan struct{}  // holds a place for each reload
 
+	standby bool // this node may not write
+
+	store     tokenStore
+	sweeping  sweeping
 	gates     gates
 	rotations rotations
 	narrowed  narrowedSlots
@@ -83,6 +87,7 @@ func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], new
 		logger:    logger,
 		random:    random,
 		reloading: make(chan struct{}, maxReloads),
+		store:     tokenStore{telemetry: telemetry, logger: logger},
 		gates:     newGates(),
 		rotations: newRotations(),
 		narrowed:  newNarrowedSlots(),
@@ -98,7 +103,7 @@ func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], new
 // cached answers a read with the cached token, if that is fresh.
 func (c *tokenCache) cached(q *query) (served, bool) {
 	s := c.peek(q.key())
-	if s == nil {
+	if s == nil || s.unsure.Load() {
 		return served{}, false
 	}
 	tok := s.held(&q.spec)
@@ -112,13 +117,22 @@ func (c *tokenCache) cached(q *query) (served, bool) {
 }
 
 // await answers a read that found no fresh token. The error is an *unavailable or a
-// *noTurnError, errOutdated, errClosed, or why ctx ended.
+// *noTurnError, errOutdated, errClosed, errForward, or why ctx ended.
 func (c *tokenCache) await(ctx context.Context, q *query) (served, error) {
 	s, err := c.slot(&q.spec)
 	if err != nil {
 		return served{}, err
 	}
+	if c.relies(&q.spec) {
+		return s.relay(ctx, q)
+	}
 	return s.await(ctx, q)
+}
+
+// serveFrom has the cache use a mount's storage. standby is set when this node may not
+// write there.
+func (c *tokenCache) serveFrom(storage logical.Storage, standby bool) {
+	c.storage, c.store.storage, c.standby = storage, storage, standby
 }
 
 // peek finds the slot of a key, if there is one.

@@ -1,0 +1,142 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"time"
+)
+
+// This file is about a slot and the token that storage has for it: when it is looked
+// for, taken in, saved, and let go.
+
+// look is a look-up of a slot's token in storage, shared by all who want it.
+type look struct {
+	done chan struct{} // closed when the slot has taken in what was found
+	// told is set when another node's write is the reason, and again when such a write
+	// came that this look-up may have missed.
+	told, again bool
+}
+
+// restored answers a reader who found no token with the one in storage, if that is as
+// fresh as the reader wants it. The error is why nobody waited for the look-up.
+func (s *slot) restored(ctx context.Context, q *query) (answer served, ok bool, err error) {
+	looked, err := s.recall(ctx, &q.spec)
+	if err != nil || !looked {
+		return served{}, false, err
+	}
+	if tok := s.held(&q.spec); tok != nil {
+		answer, ok = tok.hit(q, s.cache.random)
+		answer.outcome = outcomeRestored
+	}
+	return answer, ok, nil
+}
+
+// recall has a slot without a token look for one in storage, once, and waits for that. It
+// reports whether there was anything to wait for.
+func (s *slot) recall(ctx context.Context, spec *spec) (looked bool, err error) {
+	s.mu.Lock()
+	l := s.look
+	switch {
+	case s.freed || s.flight != nil || s.held(spec).usable(time.Now()):
+		l = nil
+	case l == nil && s.lookedAt.IsZero() && s.key.narrowed == "" && spec.config.entry.persistsTokens():
+		l = s.startLook(spec, false)
+	}
+	s.mu.Unlock()
+	if l == nil {
+		return false, nil
+	}
+	return true, s.waitForLook(ctx, l)
+}
+
+// startLook starts a look-up. It is nil when the mount is closed. The caller holds s.mu.
+func (s *slot) startLook(spec *spec, told bool) *look {
+	l := &look{done: make(chan struct{}), told: told}
+	if !s.cache.spawn(func() {
+		ctx, cancel := context.WithTimeout(s.cache.ctx, storagePatience)
+		defer cancel()
+		stored, err := s.cache.store.load(ctx, storeKey(s.key.config, s.key.role))
+		s.found(l, stored, err)
+	}) {
+		return nil
+	}
+	s.spec, s.look, s.lookedAt = spec, l, time.Now()
+	return l
+}
+
+func (s *slot) waitForLook(ctx context.Context, l *look) error {
+	select {
+	case <-l.done:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-s.cache.ctx.Done():
+		return errClosed
+	}
+}
+
+// found takes in what a look-up found: stored is nil for nothing. A node that may write
+// has the newest token in memory, if any; another one goes by storage.
+func (s *slot) found(l *look, stored *storedToken, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer close(l.done)
+	s.look = nil
+	if s.freed {
+		return
+	}
+	relies := s.cache.relies(s.spec)
+	s.doubted = false
+	if err == nil {
+		now, old := time.Now(), s.token.Load()
+		tok := stored.restore(s.spec, now, s.cache.random())
+		switch {
+		case relies && !tok.same(old):
+			s.token.Store(tok)
+			s.unannounced = l.told && tok != nil
+		case !relies && tok != nil && !old.usable(now):
+			s.token.Store(tok)
+			s.saved = tok
+		}
+		s.next()
+	} else {
+		if !relies {
+			s.lookedAt = time.Time{} // the next reader looks again
+		}
+		s.wakeIn(rememberFor)
+	}
+	s.unsure.Store(s.doubted || s.unannounced)
+	if l.again && !s.freed {
+		s.startLook(s.spec, true)
+	}
+}
+
+// toSave is the slot's token as it is to be stored, nil when it is stored already or
+// there is none. The caller stores it.
+func (s *slot) toSave() *storedToken {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	tok := s.token.Load()
+	if s.freed || !tok.usable(time.Now()) || tok.same(s.saved) {
+		return nil
+	}
+	s.saved = tok
+	return newStoredToken(tok, s.key)
+}
+
+// unsave has a token deleted from storage that has come to its end. The caller holds
+// s.mu.
+func (s *slot) unsave() {
+	if s.saved == nil {
+		return
+	}
+	s.saved = nil
+	s.cache.spawn(func() {
+		ctx, cancel := s.cache.background()
+		defer cancel()
+		// Accounted for when it fails, and swept.
+		_ = s.cache.prune(ctx, s.cache.storage, s.key.config, s.key.role)
+	})
+}
