@@ -163,8 +163,13 @@ func changeTo(binary, version string) fault {
 		if got := mount.Data["running_plugin_version"]; got != version {
 			w.Errorf("version %v runs, want %s", got, version)
 		}
-		for _, node := range w.cluster.Nodes {
-			w.Logf("%s runs version %v", node.Address(), w.read(node, "status")["version"])
+		for _, node := range w.cluster.Nodes { // standbys reload later
+			harness.Eventually(w, node.Address()+" runs version "+version, func() error {
+				if got := w.read(node, "status")["version"]; got != version {
+					return fmt.Errorf("it runs %v", got)
+				}
+				return nil
+			})
 		}
 		return nil, nil
 	}}
