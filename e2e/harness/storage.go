@@ -58,6 +58,14 @@ func (v *Vault) Stored(path string) (map[string]string, error) {
 	return stored, nil
 }
 
+// Store puts something into storage behind the engine's back.
+func (v *Vault) Store(t testing.TB, path, value string) {
+	t.Helper()
+	if _, err := v.Logical().Write("sys/raw/"+path, map[string]any{"value": value}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // BarrierOperations are how many entries a metered server has read and written so far, for
 // itself and for its mounts.
 func (v *Vault) BarrierOperations(t testing.TB) (gets, puts int) {
