@@ -156,19 +156,13 @@ func changeTo(binary, version string) fault {
 			w.Fatalf("register.sh: %v\n%s", err, out)
 		}
 		w.binary = binary
-		mount, err := active.Logical().Read("sys/mounts/mojoauth")
-		if err != nil {
-			w.Fatal(err)
-		}
-		if got := mount.Data["running_plugin_version"]; got != version {
-			w.Errorf("version %v runs, want %s", got, version)
-		}
 		for _, node := range w.cluster.Nodes { // standbys reload later
 			harness.Eventually(w, node.Address()+" runs version "+version, func() error {
-				if got := w.read(node, "status")["version"]; got != version {
-					return fmt.Errorf("it runs %v", got)
+				mount, err := node.Logical().Read("sys/mounts/mojoauth")
+				if err == nil && (mount == nil || mount.Data["running_plugin_version"] != version) {
+					err = fmt.Errorf("the mount is %v", mount)
 				}
-				return nil
+				return err
 			})
 		}
 		return nil, nil
