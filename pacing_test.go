@@ -355,7 +355,7 @@ func TestNothingIsAskedForReadersWhoLeftBeforeTheirTurn(t *testing.T) {
 			synctest.Wait()
 			cancel()
 		}
-		time.Sleep(time.Minute)
+		time.Sleep(10 * time.Minute) // for some of which slots remember that storage had nothing
 		synctest.Wait()
 		m.wantMints(1)
 		if n := m.kept().slots; n != 1 {

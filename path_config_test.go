@@ -39,6 +39,7 @@ func TestConfigRoundTrip(t *testing.T) {
 		"request_timeout":            int64(10),
 		"max_retries":                2,
 		"max_requests_per_second":    20,
+		"persist_tokens":             true,
 	}
 	if got := m.read("config"); !maps.Equal(got, want) {
 		t.Errorf("read: got %v, want %v", got, want)

@@ -54,7 +54,7 @@ func TestStatusTellsWhatTheNodeDid(t *testing.T) {
 			"commit":        "unknown",
 			"started_at":    formatTime(began),
 			"cached_tokens": int64(1),
-			"reads":         map[string]any{"hit": int64(1), "refreshed": int64(0), "minted": int64(1), "stale": int64(1), "error": int64(2)},
+			"reads":         map[string]any{"hit": int64(1), "refreshed": int64(0), "minted": int64(1), "restored": int64(0), "forwarded": int64(0), "stale": int64(1), "error": int64(2)},
 			"mints":         int64(1),
 			"mint_failures": map[string]any{"request_refused": int64(1), "server_error": int64(4)},
 			"configs": map[string]any{

@@ -32,7 +32,7 @@ const (
 	// The sweep runs every sweepEvery, with a pause of sweepPause before each storage
 	// operation: at most 100 a second.
 	sweepEvery = time.Hour
-	sweepPause = 10 * time.Millisecond
+	sweepPause = 11 * time.Millisecond
 )
 
 // storedToken is a token as it is stored, at tokens/<config>/<role>.

@@ -17,32 +17,32 @@ const (
 	firstRate   = 5.0      // requests a second, before any answer
 	slowestRate = 1.0 / 30 // requests a second, however often the endpoint throttles
 
-	// An answer adds to the rate: a whole request a second where it is safe to
-	// grow; less between what was safe at the last cut and well above it; and
-	// least when those who wait have time.
+	// An answer adds to the rate: a whole request a second up to what was safe at
+	// the last cut, and very little beyond that, the less when those who wait have
+	// time. It adds more again, up to a whole one, as far as its request left well
+	// above the cut: then the endpoint allows more than it did.
 	steepStep = 1.0
 	probeStep = 0.02
-	creepStep = 0.005
+	creepStep = 0.001
 
-	safe      = 0.9  // of what left in the second of the cut
-	wellAbove = 1.25 // times what left in the second of the cut
+	safe      = 0.9 // of what left in the second of the cut
+	wellAbove = 1.1 // times what left in the second of the cut
 
-	// After a cut, the rate does not exceed what was safe for steadyFor, for
-	// steadyAnswers times as long as the answer took, and for steadyClosed times as
-	// long as the cut kept the gate closed. So little is refused however long an
-	// excess goes unnoticed, and the gate is closed for a small part of the time.
-	steadyFor     = 5 * time.Second
-	steadyAnswers = 3
-	steadyClosed  = 15
+	// Requests that leave within steadyFor of a cut do not make the rate exceed
+	// what was safe, nor those that leave within steadyClosed times as long as the
+	// cut kept the gate closed. So little is refused however long an excess goes
+	// unnoticed, and the gate is closed for a small part of the time.
+	steadyFor    = 3 * time.Second
+	steadyClosed = 15
 
 	// After recoverAfter without a 429 the rate is at least recoveredRate, whoever asked
 	// meanwhile: what an endpoint refused to all is not held against it for ever.
 	recoverAfter  = time.Minute
 	recoveredRate = 1.0
 
-	// backlog is how long those who have time may have to wait before the rate
-	// probes for their sake.
-	backlog = time.Minute
+	// backlog is how long those who have time have to wait before the rate grows
+	// for their sake. So it becomes what they need, not what the endpoint allows.
+	backlog = 10 * time.Second
 
 	longestRetryAfter = 10 * time.Minute
 
@@ -65,7 +65,7 @@ type pace struct {
 
 	cutAt   time.Time // zero: never
 	cutFrom float64   // requests a second that left when the endpoint throttled
-	steady  time.Time // until then the rate does not exceed the safe share of that
+	steady  time.Time // requests from before do not make the rate exceed the safe share of that
 	refused time.Time // when the last 429 came
 
 	closed time.Time   // until then nothing leaves: the endpoint asked for it
@@ -141,22 +141,24 @@ func (p *pace) inSecond(now time.Time) int {
 }
 
 // answered takes in an answer that is no 429. The rate grows only while it is
-// used: while somebody waits, and at least half of it has left in the last
-// second (which is less than one request below two a second).
-func (p *pace) answered(now time.Time, d demand) {
-	if d.waiting == 0 || float64(p.inSecond(now)) < math.Floor(p.rate/2) {
+// needed and used: while waiting hurts somebody, or more wait than leave within
+// backlog, and at least half of it has left in the last second (which is less
+// than one request below two a second).
+func (p *pace) answered(now time.Time, from departure, d demand) {
+	needed := d.hurts || float64(d.waiting) > p.rate*backlog.Seconds()
+	if !needed || float64(p.inSecond(now)) < math.Floor(p.rate/2) {
 		return
 	}
 	switch {
 	case p.rate < safe*p.cutFrom:
 		p.rate = min(p.rate+steepStep, safe*p.cutFrom)
-	case p.rate > wellAbove*p.cutFrom: // the endpoint allows more than it did
-		p.rate += steepStep
-	case now.Before(p.steady):
-	case d.hurts:
-		p.rate += probeStep
-	case float64(d.waiting) > p.rate*backlog.Seconds():
-		p.rate += creepStep
+	case from.at.Before(p.steady):
+	default:
+		step := creepStep
+		if d.hurts {
+			step = probeStep
+		}
+		p.rate += min(max(step, from.rate/p.cutFrom-wellAbove), steepStep)
 	}
 	p.rate = min(p.rate, float64(p.limit))
 }
@@ -172,7 +174,7 @@ func (p *pace) throttled(now time.Time, d departure, retryAfter time.Duration) {
 		p.cutAt = now
 		p.cutFrom = min(max(float64(d.inSecond), d.rate/2), d.rate)
 		p.rate = min(max(p.cutFrom/2, slowestRate), float64(p.limit))
-		p.steady = now.Add(max(steadyFor, steadyAnswers*now.Sub(d.at)))
+		p.steady = now.Add(steadyFor)
 	} else if p.rate <= safe*p.cutFrom {
 		p.rate = max(p.rate-steepStep, min(p.rate, p.cutFrom/2))
 	}

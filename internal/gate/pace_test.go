@@ -15,7 +15,8 @@ var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 type busy struct {
 	*testing.T
 	pace
-	now time.Time
+	now  time.Time
+	sent departure // the last
 }
 
 func newBusy(t *testing.T, limit int) *busy {
@@ -23,19 +24,20 @@ func newBusy(t *testing.T, limit int) *busy {
 }
 
 // send lets n requests leave as soon as they may, and returns the last.
-func (b *busy) send(n int) (d departure) {
+func (b *busy) send(n int) departure {
 	b.Helper()
 	for range n {
 		b.now = latest(b.now, b.opens())
-		d = b.leave(b.now, epoch)
+		b.sent = b.leave(b.now, epoch)
 	}
-	return d
+	return b.sent
 }
 
-// answer has n answers come that are no 429, while somebody waits whom it hurts.
+// answer has n answers come to the last request that are no 429, while somebody
+// waits whom it hurts.
 func (b *busy) answer(n int) {
 	for range n {
-		b.answered(b.now, demand{waiting: 1, hurts: true})
+		b.answered(b.now, b.sent, demand{waiting: 1, hurts: true})
 	}
 }
 
@@ -62,12 +64,25 @@ func TestPaceStartsAtFiveAndGrowsByOneForEachAnswer(t *testing.T) {
 func TestPaceGrowsOnlyWhileItIsUsed(t *testing.T) {
 	b := newBusy(t, 20)
 	b.send(5)
-	b.answered(b.now, demand{})
+	b.answered(b.now, b.sent, demand{})
 	b.wantRate(5, "when nobody waits")
 
 	b.now = b.now.Add(900 * time.Millisecond)
 	b.answer(1)
 	b.wantRate(5, "when less than half of it has left in the last second")
+}
+
+// Renewals can wait: they need no more than what comes, not all that the
+// endpoint allows.
+func TestPaceGrowsForThoseWhoHaveTimeToWhatTheyNeed(t *testing.T) {
+	b := newBusy(t, 1000)
+	b.send(10)
+	b.answered(b.now, b.sent, demand{waiting: 50})
+	b.wantRate(5, "when no more waits than leaves in ten seconds")
+	b.answered(b.now, b.sent, demand{waiting: 51})
+	b.wantRate(6, "when more waits")
+	b.answered(b.now, b.sent, demand{waiting: 51})
+	b.wantRate(6, "when that is less than leaves in ten seconds now")
 }
 
 func TestRequestsLeaveEvenly(t *testing.T) {
@@ -256,24 +271,40 @@ func TestPaceProbesWhenTheCutIsOver(t *testing.T) {
 	d := b.send(100)
 	b.throttled(b.now, d, 0)
 	b.answer(50)
-	for b.now.Before(b.cutAt.Add(steadyFor)) {
-		b.wantRate(36, "less than five seconds after the cut")
+	for {
+		d := b.send(1)
+		if !d.at.Before(b.cutAt.Add(steadyFor)) {
+			break
+		}
+		b.answer(1)
+		b.wantRate(36, "after an answer to a request of the three seconds after the cut")
+	}
+	b.answer(1)
+	b.wantRate(36+probeStep, "after an answer to a request of later")
+	for b.rate < wellAbove*40 {
 		b.send(1)
+		before := b.rate
 		b.answer(1)
-	}
-	b.wantRate(36+probeStep, "five seconds after the cut")
-	for range 698 { // steps of 0.02
-		b.answer(1)
-	}
-	b.wantRate(49.98, "almost a quarter above what had left at the cut")
-	b.answer(3)
-	if b.rate < 51 {
-		t.Errorf("beyond that, when the endpoint allows more than it did, the rate is %.3f", b.rate)
+		b.wantRate(before+probeStep, "up to a tenth above what had left at the cut")
 	}
 }
 
-// Renewals wait long before it hurts; there is no need to find out for them how
-// much the endpoint allows by being refused.
+// An answer that says that the endpoint allows more than it did.
+func TestPaceProbesFasterTheFartherAboveTheCutItIs(t *testing.T) {
+	b := newBusy(t, 1000)
+	b.rate = 40
+	b.throttled(b.now, b.send(100), 0)
+	for _, c := range []struct{ rate, step float64 }{
+		{36, probeStep}, {44, probeStep}, {48, 0.1}, {60, 0.4}, {80, 0.9}, {100, 1},
+	} {
+		b.rate = c.rate
+		b.now = b.now.Add(steadyFor)
+		b.send(100)
+		b.answer(1)
+		b.wantRate(c.rate+c.step, "after an answer to a request that left at what it was")
+	}
+}
+
 func TestPaceHardlyProbesForThoseWhoHaveTime(t *testing.T) {
 	b := newBusy(t, 1000)
 	b.rate = 40
@@ -281,10 +312,10 @@ func TestPaceHardlyProbesForThoseWhoHaveTime(t *testing.T) {
 	b.throttled(b.now, d, 0)
 	b.answer(50)
 	b.send(10 * 36 * 2)
-	b.answered(b.now, demand{waiting: 36 * 60})
-	b.wantRate(36, "when a minute's worth of requests waits")
-	b.answered(b.now, demand{waiting: 36*60 + 1})
-	b.wantRate(36+creepStep, "when more waits than leaves in a minute")
+	b.answered(b.now, b.sent, demand{waiting: 36 * 10})
+	b.wantRate(36, "when no more waits than leaves in ten seconds")
+	b.answered(b.now, b.sent, demand{waiting: 36*10 + 1})
+	b.wantRate(36+creepStep, "when more waits")
 }
 
 func TestRetryAfterClosesTheGate(t *testing.T) {
@@ -303,13 +334,19 @@ func TestRetryAfterClosesTheGate(t *testing.T) {
 	}
 }
 
-func TestPaceIsSteadyForLongWhenAnswersAreSlow(t *testing.T) {
+func TestPaceIsSteadyUntilRequestsOfAfterTheCutAreAnswered(t *testing.T) {
 	b := newBusy(t, 20)
-	d := b.send(1)
-	b.throttled(d.at.Add(4*time.Second), d, 0)
-	if got := b.steady.Sub(b.cutAt); got != 12*time.Second {
-		t.Errorf("after a 429 that took 4 s, the rate is steady for %v", got)
-	}
+	b.rate = 20
+	b.throttled(b.now, b.send(40), 0)
+	b.send(1)
+	b.answer(20)
+	b.wantRate(18, "after the cut")
+	early := b.send(10)
+	b.send(200)
+	b.answered(b.now, early, demand{waiting: 1, hurts: true})
+	b.wantRate(18, "after a late answer to a request of right after the cut")
+	b.answer(1)
+	b.wantRate(18+probeStep, "after an answer to a request of ten seconds after it")
 }
 
 func TestPaceIsSteadyForLongAfterALongRetryAfter(t *testing.T) {

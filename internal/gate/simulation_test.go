@@ -67,6 +67,9 @@ func newWorld(limit int, e endpoint) *world {
 	return w
 }
 
+// seed makes chance another than in other tests.
+func (w *world) seed(n uint64) { w.rand = rand.New(rand.NewPCG(n, 2)) }
+
 func (w *world) Now() time.Time { return w.now }
 
 func (w *world) AfterFunc(d time.Duration, f func()) func() bool {

@@ -293,7 +293,7 @@ func (p *Pass) Done(answer Answer, retryAfter time.Duration) {
 		g.pace.throttled(now, p.departure, retryAfter)
 	case Answered:
 		g.pace.close(now, retryAfter)
-		g.pace.answered(now, g.queue.demand(now))
+		g.pace.answered(now, p.departure, g.queue.demand(now))
 	}
 	g.tellLate()
 	g.advance()

@@ -1,0 +1,372 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/helper/consts"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// What a standby answers by itself, and what it has the active node answer.
+
+// pair is a cluster of two: the active node is m.
+type pair struct {
+	*testMount
+	standby *testMount
+	writes  *atomic.Int64 // that the standby tried
+}
+
+func newPair(m *testMount) *pair {
+	standby, writes := m.replica(consts.ReplicationPerformanceStandby, false)
+	return &pair{m, standby, writes}
+}
+
+// tell invalidates a key on the standby, as storage does when the active node wrote.
+func (p *pair) tell(key string) {
+	synctest.Wait()
+	p.standby.InvalidateKey(context.Background(), key)
+	synctest.Wait()
+}
+
+// wantServed reads on the standby what it has to serve itself.
+func (p *pair) wantServed(number int64, query map[string]any) got {
+	p.t.Helper()
+	got := p.standby.creds("app", query)
+	if want := fmt.Sprintf("token-%d-", number); got.err != nil || !strings.HasPrefix(got.token, want) {
+		p.t.Errorf("got %q, %v; want %s…", got.token, got.err, want)
+	}
+	return got
+}
+
+// wantForwarded reads on the standby what it may not serve itself.
+func (p *pair) wantForwarded(role string, query map[string]any) {
+	p.t.Helper()
+	got := p.standby.creds(role, query)
+	if got.err != logical.ErrReadOnly { //nolint:errorlint // wrapped, it would not be forwarded
+		p.t.Errorf("%s %v: got %q, %v; want it forwarded by a bare ErrReadOnly", role, query, got.token, got.err)
+	}
+}
+
+func standbyBubble(t *testing.T, test func(p *pair)) {
+	t.Helper()
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"scopes": "a,b"})
+		p := newPair(m)
+		test(p)
+		if n := p.writes.Load(); n != 0 {
+			t.Errorf("the standby tried %d writes", n)
+		}
+	})
+}
+
+func TestStandbyServesFromStorageAndMemory(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantForwarded("app", nil) // there is none
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		before := p.standby.storage.operations.Load()
+		for range 100 {
+			p.wantServed(1, nil)
+		}
+		if n := p.standby.storage.operations.Load() - before; n != 0 {
+			t.Errorf("100 cached reads did %d storage operations", n)
+		}
+		reads := p.standby.outcomes()
+		if reads["restored"] != int64(1) || reads["hit"] != int64(100) || reads["forwarded"] != int64(1) {
+			t.Errorf("reads are counted as %v", reads)
+		}
+		p.wantMints(1)
+	})
+}
+
+func TestStandbyForwards(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.write("roles/leased", map[string]any{"generate_lease": true})
+		p.wantToken("app", 1)
+		p.creds("leased", nil)
+		synctest.Wait()
+		p.wantServed(1, nil)
+
+		p.wantForwarded("leased", nil)
+		p.wantForwarded("unknown", nil)
+		p.wantForwarded("app", map[string]any{"scopes": "a"})
+		p.wantForwarded("app", map[string]any{"minted_after": formatTime(time.Now())})
+		p.wantServed(1, map[string]any{"min_ttl": "30m"})
+		p.wantServed(1, map[string]any{"scopes": "a,b"}) // all of them
+		time.Sleep(30 * time.Minute)
+		p.wantForwarded("app", map[string]any{"min_ttl": "35m"}) // it is due for this reader only
+		p.write("roles/lost", map[string]any{"config": "unknown"})
+		p.wantForwarded("lost", nil)
+		if text := p.standby.refused(logical.ReadOperation, "creds/app", map[string]any{"scopes": "c"}); !strings.Contains(text, "scopes") {
+			t.Errorf("got %s", text)
+		}
+		p.wantMints(2)
+	})
+}
+
+// A standby that mints for itself forwards only leases and what it does not know.
+func TestStandbyWithoutStoredTokensMints(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+		p.write("roles/leased", map[string]any{"generate_lease": true})
+		p.wantToken("app", 1)
+		p.wantServed(2, nil)
+		p.standby.creds("app", map[string]any{"scopes": "a"})
+		p.wantMints(3)
+		if got := p.standby.creds("app", map[string]any{"minted_after": formatTime(time.Now())}); got.err != nil {
+			t.Error(got.err)
+		}
+		p.wantMints(4)
+		p.wantForwarded("leased", nil)
+		p.wantForwarded("unknown", nil)
+		for range 120 { // a minute's doubt costs neither token nor back-off
+			time.Sleep(time.Minute)
+			p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			if got := p.standby.creds("app", nil); got.err != nil {
+				t.Error(got.err)
+			}
+		}
+		p.wantStored()
+	})
+}
+
+// The first reader of each token that a standby was told of goes to the active node,
+// which so knows that it is read, and renews it ahead.
+func TestStandbyAnnouncesThatATokenIsRead(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		time.Sleep(45 * time.Minute) // the active node renewed it
+		p.wantMints(2)
+		p.tell("tokens/default/app")
+		p.wantForwarded("app", nil)
+		p.wantToken("app", 2) // where it was forwarded to
+		p.wantServed(2, nil)
+		p.wantServed(2, nil)
+		time.Sleep(45 * time.Minute)
+		p.wantMints(3)
+		p.tell("tokens/default/app")
+		time.Sleep(45 * time.Minute) // nobody read it
+		p.wantMints(3)
+		// Told of the same once more, it has nothing to announce.
+		p.tell("tokens/default/app")
+		p.tell("tokens/default/app")
+	})
+}
+
+func TestStandbyIsToldOfTheSameTokenTwice(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		p.tell("tokens/default/app")
+		p.wantServed(1, nil)
+	})
+}
+
+// A write that comes while the standby reads storage is not missed.
+func TestStandbyIsToldWhileItLooks(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		var held atomic.Bool
+		release := make(chan struct{})
+		hook := func(key string) {
+			if key == "tokens/default/app" && held.CompareAndSwap(false, true) {
+				<-release
+			}
+		}
+		p.standby.storage.afterGet.Store(&hook)
+		p.tell("tokens/default/app") // what it reads now is old when it comes
+		time.Sleep(45 * time.Minute)
+		p.wantMints(2)
+		p.tell("tokens/default/app")
+		close(release)
+		synctest.Wait()
+		p.wantForwarded("app", nil)
+		p.wantServed(2, nil)
+	})
+}
+
+// A due token goes on being served, and one reader in five seconds goes to the active
+// node, when storage has nothing newer.
+func TestStandbyServesADueToken(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		p.mojo.set(func(s *standIn) { s.fail = errDown })
+		time.Sleep(46 * time.Minute)
+		gets := p.standby.storage.operations.Load()
+		forwarded := 0
+		for range 100 {
+			got := p.standby.creds("app", nil)
+			switch {
+			case errors.Is(got.err, logical.ErrReadOnly):
+				forwarded++
+			case got.err != nil || !strings.HasPrefix(got.token, "token-1-"):
+				t.Errorf("got %q, %v", got.token, got.err)
+			case got.ttl < 30 || got.ttl > 60:
+				t.Errorf("ttl %d, want that of an old token", got.ttl)
+			}
+			time.Sleep(200 * time.Millisecond)
+		}
+		if forwarded != 4 {
+			t.Errorf("%d of 100 reads in 20 s were forwarded, want 4", forwarded)
+		}
+		if n := p.standby.storage.operations.Load() - gets; n != 4 {
+			t.Errorf("%d look-ups, want 4", n)
+		}
+		// With a newer one there, nobody is.
+		p.mojo.set(func(s *standIn) { s.fail = nil })
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		var number int64
+		if _, err := fmt.Sscanf(p.stored("tokens/default/app").AccessToken, "token-%d", &number); err != nil || number < 2 {
+			t.Fatalf("storage has token %d, %v", number, err)
+		}
+		p.wantServed(number, nil)
+	})
+}
+
+func TestStandbyAtTheEndOfAToken(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		p.mojo.set(func(s *standIn) { s.fail = errDown })
+		time.Sleep(59*time.Minute + time.Second)
+		p.wantForwarded("app", nil)
+		time.Sleep(time.Hour)
+		if n := p.standby.kept().slots; n != 0 {
+			t.Errorf("%d slots are kept", n)
+		}
+	})
+}
+
+// Whatever the standby was not told of, it finds out within a minute of doubt: a role, a
+// config and a token that a restored snapshot brought back.
+func TestStandbyFindsOutAboutARestoredSnapshot(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		snapshot := map[string]*logical.StorageEntry{}
+		for _, key := range []string{"roles/app", "config/default", "tokens/default/app"} {
+			entry, err := p.storage.Get(context.Background(), key)
+			if err != nil || entry == nil {
+				t.Fatal(err)
+			}
+			snapshot[key] = entry
+		}
+		restore := func(keys ...string) {
+			for _, key := range keys {
+				if err := p.storage.Storage.Put(context.Background(), snapshot[key]); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		p.write("rotate-role/app", nil)
+		p.tell("roles/app")
+		p.tell("tokens/default/app")
+		p.wantServed(2, nil)
+		restore("roles/app", "tokens/default/app")
+		p.wantServed(2, nil)
+		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		p.wantServed(1, nil)
+
+		// The same generation, and another token.
+		other := p.stored("tokens/default/app")
+		other.AccessToken = "token-9-other"
+		p.store("tokens/default/app", other)
+		p.wantServed(1, nil)
+		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		var readers sync.WaitGroup
+		for range 20 {
+			readers.Go(func() { p.wantServed(9, nil) })
+		}
+		readers.Wait()
+		// And no token any more.
+		if err := p.storage.Storage.Delete(context.Background(), "tokens/default/app"); err != nil {
+			t.Fatal(err)
+		}
+		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		p.wantForwarded("app", nil)
+	})
+}
+
+// Storage that fails takes nothing from a standby that it holds.
+func TestStandbyWithoutStorageServesWhatItHolds(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		p.standby.storage.fail.Store(&errDisk)
+		for range 10 {
+			p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			p.wantServed(1, nil)
+			time.Sleep(time.Minute)
+		}
+	})
+}
+
+// The doubt of a minute costs a few storage operations, and not one for each read.
+func TestDoubtCostsOneLookEach(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		before := p.standby.storage.operations.Load()
+		for range 10 {
+			p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			for range 50 {
+				p.wantServed(1, nil)
+			}
+			time.Sleep(time.Minute)
+		}
+		if n := p.standby.storage.operations.Load() - before; n != 30 {
+			t.Errorf("%d storage operations in ten minutes, want one a minute for role, config and token each", n)
+		}
+	})
+}
+
+// The state is asked for once, and early: a node that is going down says that it may
+// write.
+func TestStandbyStaysOne(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		system := logical.TestSystemView()
+		system.ReplicationStateVal = consts.ReplicationPerformanceStandby
+		storage := &readOnlyStorage{Storage: m.storage.Storage}
+		node := newTestNode(m.t, m.mojo, m.mojo.client, &countingStorage{Storage: storage}, system)
+		system.ReplicationStateVal = 0
+		p := &pair{m, node, &storage.writes}
+		p.wantForwarded("app", nil)
+		m.wantMints(0)
+	})
+}
+
+// A promoted node is a new one, and serves the tokens there are.
+func TestPromotion(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		p.mojo.set(func(s *standIn) { s.fail = errDown })
+		promoted := p.restart()
+		promoted.wantToken("app", 1)
+	})
+}

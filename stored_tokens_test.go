@@ -1,0 +1,796 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package mojoauth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// What is stored of tokens, when, and what a later process makes of it.
+
+// restart starts the mount anew over the same storage, as after a kill -9: the old one
+// does nothing any more.
+func (m *testMount) restart() *testMount {
+	m.t.Helper()
+	synctest.Wait() // what was under way is done
+	old := m.storage.Storage
+	m.storage.Storage = deadStorage{}
+	m.Cleanup(context.Background())
+	storage := &countingStorage{Storage: old}
+	node := newTestNode(m.t, m.mojo, m.mojo.client, storage, logical.TestSystemView())
+	if err := node.Initialize(context.Background(), &logical.InitializationRequest{Storage: storage}); err != nil {
+		m.t.Fatal(err)
+	}
+	return node
+}
+
+var errDead = errors.New("the process is dead")
+
+// deadStorage is what a dead process reaches.
+type deadStorage struct{}
+
+func (deadStorage) Get(context.Context, string) (*logical.StorageEntry, error) { return nil, errDead }
+func (deadStorage) List(context.Context, string) ([]string, error)             { return nil, errDead }
+func (deadStorage) Put(context.Context, *logical.StorageEntry) error           { return errDead }
+func (deadStorage) Delete(context.Context, string) error                       { return errDead }
+
+// stored is the token that storage has at a key, nil when there is none.
+func (m *testMount) stored(key string) *storedToken {
+	m.t.Helper()
+	entry, err := m.storage.Storage.Get(context.Background(), key)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if entry == nil {
+		return nil
+	}
+	stored := new(storedToken)
+	if err := entry.DecodeJSON(stored); err != nil {
+		m.t.Fatal(err)
+	}
+	return stored
+}
+
+// store puts a token into storage past the engine.
+func (m *testMount) store(key string, stored *storedToken) {
+	m.t.Helper()
+	entry, err := logical.StorageEntryJSON(key, stored)
+	if err == nil {
+		err = m.storage.Storage.Put(context.Background(), entry)
+	}
+	if err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// storedKeys are the keys below tokens/.
+func (m *testMount) storedKeys() []string {
+	m.t.Helper()
+	keys, err := logical.CollectKeysWithPrefix(context.Background(), m.storage.Storage, tokenPrefix)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	slices.Sort(keys)
+	return keys
+}
+
+func (m *testMount) wantStored(want ...string) {
+	m.t.Helper()
+	synctest.Wait()
+	if got := m.storedKeys(); !slices.Equal(got, want) {
+		m.t.Errorf("storage has %q, want %q", got, want)
+	}
+}
+
+func (m *testMount) outcomes() map[string]any { return m.read("status")["reads"].(map[string]any) }
+
+func TestTokensOutliveTheProcess(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"scopes": "a,b"})
+		before := m.do(logical.ReadOperation, "creds/app", nil).Data
+		m.wantStored("tokens/default/app")
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		for range 3 {
+			time.Sleep(time.Minute)
+			m = m.restart()
+			after := m.do(logical.ReadOperation, "creds/app", nil).Data
+			delete(before, "ttl")
+			delete(after, "ttl")
+			if !maps.Equal(before, after) {
+				t.Errorf("got %v after a restart, want %v", after, before)
+			}
+		}
+		m.wantMints(1)
+		m.wantToken("app", 1)
+		if got := m.outcomes(); got["restored"] != int64(1) || got["hit"] != int64(1) {
+			t.Errorf("reads are counted as %v", got)
+		}
+		// It is renewed as it would have been, now that it was read.
+		m.mojo.set(func(s *standIn) { s.fail = nil })
+		time.Sleep(45 * time.Minute)
+		m.wantToken("app", 2)
+		m.wantMints(2)
+	})
+}
+
+// All that wait for the first token after a restart share one look-up.
+func TestReadersShareTheLookUp(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		m = m.restart()
+		m.read("roles/app")
+		m.read("config")
+		time.Sleep(time.Second) // for the sweep
+		slow := func(string) { time.Sleep(time.Second / 2) }
+		m.storage.afterGet.Store(&slow)
+		before := m.storage.operations.Load()
+		var readers sync.WaitGroup
+		for range 50 {
+			readers.Go(func() {
+				if got := m.creds("app", nil); got.err != nil {
+					t.Error(got.err)
+				}
+			})
+		}
+		readers.Wait()
+		if n := m.storage.operations.Load() - before; n != 1 {
+			t.Errorf("%d storage operations, want 1", n)
+		}
+		m.wantMints(1)
+	})
+}
+
+// A mint is one write, after its readers were answered; a cached read is no operation.
+func TestStorageOperationsOfReads(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", map[string]any{"scopes": "a,b"})
+		writes := &countingWrites{Storage: m.storage.Storage, slow: 5 * time.Second}
+		m.storage.Storage = writes
+		began := time.Now()
+		m.wantToken("app", 1)
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("the reader waited %s for storage", took)
+		}
+		time.Sleep(10 * time.Second)
+		if got := writes.of["tokens/default/app"]; got != 1 {
+			t.Errorf("%d writes, want 1", got)
+		}
+		before := m.storage.operations.Load()
+		for range 200 {
+			m.creds("app", nil)
+		}
+		if n := m.storage.operations.Load() - before; n != 0 {
+			t.Errorf("200 cached reads did %d storage operations", n)
+		}
+		m.creds("app", map[string]any{"scopes": "a"})
+		time.Sleep(time.Hour) // both were renewed
+		synctest.Wait()
+		if got := writes.of["tokens/default/app"]; got != int(m.mojo.mints.Load())-2 {
+			t.Errorf("%d writes of %d mints, 2 of which were narrowed", got, m.mojo.mints.Load())
+		}
+		m.wantStored("tokens/default/app")
+	})
+}
+
+// countingWrites counts the writes and deletions of each key, and takes its time.
+type countingWrites struct {
+	logical.Storage
+	slow time.Duration
+	mu   sync.Mutex
+	of   map[string]int
+	log  []string
+}
+
+func (s *countingWrites) count(what, key string) {
+	time.Sleep(s.slow)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.of == nil {
+		s.of = make(map[string]int)
+	}
+	s.of[key]++
+	s.log = append(s.log, what+" "+key)
+}
+
+func (s *countingWrites) Put(ctx context.Context, e *logical.StorageEntry) error {
+	s.count("put", e.Key)
+	return s.Storage.Put(ctx, e)
+}
+
+func (s *countingWrites) Delete(ctx context.Context, key string) error {
+	s.count("delete", key)
+	return s.Storage.Delete(ctx, key)
+}
+
+func TestStoredTokenThatMayNotBeServedIsAsNone(t *testing.T) {
+	for name, change := range map[string]func(m *testMount, stored *storedToken){
+		"another role generation":   func(_ *testMount, s *storedToken) { s.RoleGeneration += "x" },
+		"another config generation": func(_ *testMount, s *storedToken) { s.ConfigGeneration += "x" },
+		"at its floor":              func(*testMount, *storedToken) { time.Sleep(59 * time.Minute) },
+		"minted too far ahead": func(_ *testMount, s *storedToken) {
+			s.MintedAt, s.ExpiresAt = time.Now().Add(61*time.Second), time.Now().Add(2*time.Hour)
+		},
+		"without a token": func(_ *testMount, s *storedToken) { s.AccessToken = "" },
+		"max_ttl": func(m *testMount, _ *storedToken) {
+			m.write("roles/app", map[string]any{"max_ttl": "5m"})
+			time.Sleep(5 * time.Minute)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				m.wantToken("app", 1)
+				synctest.Wait()
+				stored := m.stored("tokens/default/app")
+				m = m.restart()
+				change(m, stored)
+				m.store("tokens/default/app", stored)
+				m.wantToken("app", 2)
+			})
+		})
+	}
+	t.Run("what can't be decoded", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			m = m.restart()
+			if err := m.storage.Put(context.Background(), &logical.StorageEntry{Key: "tokens/default/app", Value: []byte("{")}); err != nil {
+				t.Fatal(err)
+			}
+			m.wantToken("app", 2)
+		})
+	})
+}
+
+func TestStoredTokenOfAClockAheadIsServedWithinItsFloor(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		synctest.Wait()
+		stored := m.stored("tokens/default/app")
+		stored.MintedAt, stored.ExpiresAt = stored.MintedAt.Add(59*time.Second), stored.ExpiresAt.Add(59*time.Second)
+		m = m.restart()
+		m.store("tokens/default/app", stored)
+		m.wantToken("app", 1)
+	})
+}
+
+// What later versions add is no obstacle.
+func TestStoredTokenWithUnknownFields(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		synctest.Wait()
+		entry, err := m.storage.Get(context.Background(), "tokens/default/app")
+		if err != nil {
+			t.Fatal(err)
+		}
+		entry.Value = append([]byte(`{"dpop":{"jkt":[1,2]},`), entry.Value[1:]...)
+		m = m.restart()
+		if err := m.storage.Put(context.Background(), entry); err != nil {
+			t.Fatal(err)
+		}
+		m.wantToken("app", 1)
+	})
+}
+
+// A token without a lifetime keeps the assumed one, and one that MojoAuth returns again
+// its first end, also over a restart.
+func TestRestoredTokensKeepWhatTheirAnswersSaid(t *testing.T) {
+	t.Run("no lifetime", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.mojo.set(func(s *standIn) { s.lifetime = 0 })
+			m.configure("app", nil)
+			before := m.wantToken("app", 1)
+			m = m.restart()
+			after := m.wantToken("app", 1)
+			if len(before.warnings) != 1 || !slices.Equal(before.warnings, after.warnings) {
+				t.Errorf("got the warnings %q, then %q", before.warnings, after.warnings)
+			}
+		})
+	})
+	t.Run("returned again", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.mojo.set(func(s *standIn) { s.alter = func(tok *token) { tok.accessToken = "token-1-again" } })
+			m.configure("app", nil)
+			before := m.do(logical.ReadOperation, "creds/app", nil).Data
+			time.Sleep(50 * time.Minute) // it was asked for again
+			synctest.Wait()
+			if m.stored("tokens/default/app").RepeatedUntil.IsZero() {
+				t.Error("storage does not know that it came again")
+			}
+			m = m.restart()
+			time.Sleep(9*time.Minute + 30*time.Second) // below the usual floor
+			m.mojo.set(func(s *standIn) { s.fail = errDown })
+			after := m.do(logical.ReadOperation, "creds/app", nil).Data
+			if after["expires_at"] != before["expires_at"] || after["last_vault_rotation"] != before["last_vault_rotation"] {
+				t.Errorf("got %v, want the times of %v", after, before)
+			}
+		})
+	})
+}
+
+func TestWhatDropsTokensDeletesThem(t *testing.T) {
+	for name, drop := range map[string]func(m *testMount){
+		"role deleted":   func(m *testMount) { m.do(logical.DeleteOperation, "roles/app", nil) },
+		"role changed":   func(m *testMount) { m.write("roles/app", map[string]any{"audience": "other"}) },
+		"role moved":     func(m *testMount) { m.write("roles/app", map[string]any{"config": "other"}) },
+		"config deleted": func(m *testMount) { m.do(logical.DeleteOperation, "config", nil) },
+		"client changed": func(m *testMount) {
+			m.write("config", map[string]any{"client_id": "other", "verify_connection": false})
+		},
+		"endpoint changed": func(m *testMount) {
+			m.write("config", testConfig(map[string]any{"token_url": "https://other.test/oauth2/token"}))
+		},
+		"not to be stored": func(m *testMount) {
+			m.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				m.write("config/other", testConfig(nil))
+				m.write("roles/kept", map[string]any{"config": "other"})
+				m.wantToken("app", 1)
+				m.wantToken("kept", 2)
+				m.wantStored("tokens/default/app", "tokens/other/kept")
+				drop(m)
+				m.wantStored("tokens/other/kept")
+			})
+		})
+	}
+	for name, change := range map[string]func(m *testMount){
+		"the same role again": func(m *testMount) { m.write("roles/app", map[string]any{"audience": ""}) },
+		"min_ttl":             func(m *testMount) { m.write("roles/app", map[string]any{"min_ttl": "1m"}) },
+		"client_secret": func(m *testMount) {
+			m.write("config", map[string]any{"client_secret": canary + "2", "verify_connection": false})
+		},
+	} {
+		t.Run("not by "+name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				m.wantToken("app", 1)
+				change(m)
+				m.wantStored("tokens/default/app")
+				m = m.restart()
+				m.wantToken("app", 1)
+			})
+		})
+	}
+}
+
+// The process dies between the write and the deletion: what is left is not served, and
+// the next start sweeps it away.
+func TestWhatADyingProcessLeavesIsNotServedAndSwept(t *testing.T) {
+	for name, drop := range map[string]func(m *testMount){
+		"role deleted": func(m *testMount) {
+			m.do(logical.DeleteOperation, "roles/app", nil)
+			m = m.restart()
+			m.write("roles/app", nil)
+		},
+		"role changed":   func(m *testMount) { m.write("roles/app", map[string]any{"audience": "other"}) },
+		"client changed": func(m *testMount) { m.write("config", testConfig(map[string]any{"client_id": "other"})) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				m.wantToken("app", 1)
+				m.wantStored("tokens/default/app")
+				left := m.stored("tokens/default/app")
+				real := m.storage.Storage
+				drop(m)
+				m.storage.Storage = real // drop may have restarted it
+				m.store("tokens/default/app", left)
+				m = m.restart()
+				m.wantToken("app", 2)
+			})
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				m.wantToken("app", 1)
+				m.wantStored("tokens/default/app")
+				left := m.stored("tokens/default/app")
+				real := m.storage.Storage
+				drop(m)
+				m.storage.Storage = real
+				m.store("tokens/default/app", left)
+				m = m.restart()
+				time.Sleep(time.Second)
+				m.wantStored()
+			})
+		})
+	}
+}
+
+// A write succeeds with a warning when its token can't be deleted.
+func TestTokenThatCannotBeDeletedIsAWarning(t *testing.T) {
+	for path, op := range map[string]logical.Operation{"roles/app": logical.DeleteOperation, "config": logical.DeleteOperation} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			m.wantStored("tokens/default/app")
+			stubborn := &failingTokens{Storage: m.storage.Storage}
+			m.storage.Storage = stubborn
+			stubborn.fails.Store(true)
+			resp := m.do(op, path, nil)
+			if resp == nil || len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "sweep") {
+				t.Errorf("%s: got %v, want a warning", path, resp)
+			}
+			stubborn.fails.Store(false)
+			m.wantStored("tokens/default/app")
+			time.Sleep(2 * time.Hour)
+			m.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			time.Sleep(time.Second)
+			m.wantStored()
+		})
+	}
+}
+
+// failingTokens fails what concerns stored tokens, on demand.
+type failingTokens struct {
+	logical.Storage
+	fails atomic.Bool
+}
+
+var errDisk = errors.New("disk on fire")
+
+func (s *failingTokens) err(key string) error {
+	if s.fails.Load() && strings.HasPrefix(key, tokenPrefix) {
+		return errDisk
+	}
+	return nil
+}
+
+func (s *failingTokens) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
+	if err := s.err(key); err != nil {
+		return nil, err
+	}
+	return s.Storage.Get(ctx, key)
+}
+
+func (s *failingTokens) List(ctx context.Context, prefix string) ([]string, error) {
+	if err := s.err(prefix); err != nil {
+		return nil, err
+	}
+	return s.Storage.List(ctx, prefix)
+}
+
+func (s *failingTokens) Put(ctx context.Context, e *logical.StorageEntry) error {
+	if err := s.err(e.Key); err != nil {
+		return err
+	}
+	return s.Storage.Put(ctx, e)
+}
+
+func (s *failingTokens) Delete(ctx context.Context, key string) error {
+	if err := s.err(key); err != nil {
+		return err
+	}
+	return s.Storage.Delete(ctx, key)
+}
+
+// Storage that fails harms nobody: it is counted, logged once, and used again.
+func TestFailingTokenStorageHarmsNobody(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		var log syncBuffer
+		m.backend.Setup(context.Background(), &logical.BackendConfig{ //nolint:errcheck // never fails
+			StorageView: m.storage, Logger: hclog.New(&hclog.LoggerOptions{Output: &log}), System: logical.TestSystemView(),
+		})
+		broken := &failingTokens{Storage: m.storage.Storage}
+		broken.fails.Store(true)
+		m.storage.Storage = broken
+		m.configure("app", nil)
+		for i := range 5 {
+			m.write(fmt.Sprintf("roles/r%d", i), nil)
+			m.wantToken(fmt.Sprintf("r%d", i), int64(i+1))
+		}
+		m.wantToken("r0", 1)
+		synctest.Wait()
+		for _, line := range []string{`mojoauth_token_store_errors_total{operation="save"} 5`, `mojoauth_token_store_errors_total{operation="load"} 5`} {
+			if got := m.metrics(); !strings.Contains(got, line) {
+				t.Errorf("no line %s", line)
+			}
+		}
+		if n := strings.Count(log.String(), "stored tokens can't be used"); n != 2 {
+			t.Errorf("%d lines in the log, want one for loads and one for saves:\n%s", n, log.String())
+		}
+		if strings.Contains(log.String(), "token-") {
+			t.Errorf("a token is in the log:\n%s", log.String())
+		}
+		broken.fails.Store(false)
+		m.write("rotate-role/r0", nil)
+		m.wantStored("tokens/default/r0")
+	})
+}
+
+// syncBuffer is a log that may be read while it is written.
+type syncBuffer struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
+}
+
+// A node that may write remembers that storage has nothing, so an outage costs one
+// look-up, however many come.
+func TestBackOffCostsOneLookUp(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.configure("other", nil)
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		var gets atomic.Int64
+		hook := func(key string) {
+			if key == "tokens/default/other" {
+				gets.Add(1)
+			}
+		}
+		m.storage.afterGet.Store(&hook)
+		m.creds("app", nil)
+		for range 40 {
+			if got := m.creds("other", nil); got.err == nil {
+				t.Error("got a token")
+			}
+			time.Sleep(time.Second)
+		}
+		if n := gets.Load(); n != 1 {
+			t.Errorf("%d look-ups, want 1", n)
+		}
+	})
+}
+
+// A stored token is served during a back-off too.
+func TestStoredTokenIsServedDuringABackOff(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.write("roles/cold", nil)
+		m.wantToken("app", 1)
+		m = m.restart()
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		if got := m.creds("cold", nil); got.err == nil {
+			t.Error("got a token")
+		}
+		m.wantToken("app", 1)
+	})
+}
+
+// A role entry comes first, then its token, and then the answer.
+func TestRotationIsStoredBeforeItIsAnswered(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		synctest.Wait()
+		writes := &countingWrites{Storage: m.storage.Storage}
+		m.storage.Storage = writes
+		m.write("rotate-role/app", nil)
+		if want := []string{"put roles/app", "put tokens/default/app"}; !slices.Equal(writes.log, want) {
+			t.Errorf("got %q, want %q", writes.log, want)
+		}
+		m = m.restart()
+		m.wantToken("app", 2)
+		m.wantMints(2)
+	})
+}
+
+// After a restart too, a rotation that brings the token there is has rotated nothing.
+func TestRotationOfAStoredTokenThatComesAgainFails(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.mojo.set(func(s *standIn) { s.alter = func(tok *token) { tok.accessToken = "token-1-again" } })
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		m = m.restart()
+		if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); err == nil {
+			t.Error("the rotation succeeded")
+		}
+		m.wantToken("app", 1)
+	})
+}
+
+// An older token whose write was held up does not follow a newer one.
+func TestAHeldUpSaveDoesNotOutdoANewerOne(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
+		m.storage.Storage = held
+		m.wantToken("app", 1)
+		synctest.Wait() // its write is under way
+		time.Sleep(2 * time.Second)
+		refused := formatTime(time.Now())
+		if got := m.creds("app", map[string]any{"minted_after": refused}); got.err != nil {
+			t.Fatal(got.err)
+		}
+		m.wantToken("app", 2)
+		close(held.until)
+		synctest.Wait()
+		if got := m.stored("tokens/default/app"); got == nil || !strings.HasPrefix(got.AccessToken, "token-2-") {
+			t.Errorf("storage has %+v, want the second", got)
+		}
+	})
+}
+
+// A save that was held up until its role was deleted leaves nothing.
+func TestAHeldUpSaveDoesNotOutliveItsRole(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
+		m.storage.Storage = held
+		m.wantToken("app", 1)
+		synctest.Wait()
+		done := make(chan struct{})
+		go func() { defer close(done); m.do(logical.DeleteOperation, "roles/app", nil) }()
+		synctest.Wait()
+		close(held.until)
+		<-done
+		m.wantStored()
+	})
+}
+
+// heldWrites holds up the writes of tokens.
+type heldWrites struct {
+	logical.Storage
+	until chan struct{}
+}
+
+func (s *heldWrites) Put(ctx context.Context, e *logical.StorageEntry) error {
+	if strings.HasPrefix(e.Key, tokenPrefix) {
+		<-s.until
+	}
+	return s.Storage.Put(ctx, e)
+}
+
+// Closing waits for a write under way.
+func TestClosingWaitsForASave(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		writes := &countingWrites{Storage: m.storage.Storage, slow: 3 * time.Second}
+		m.storage.Storage = writes
+		m.wantToken("app", 1)
+		m.Cleanup(context.Background())
+		if got := m.storedKeys(); len(got) != 1 {
+			t.Errorf("storage has %q after closing", got)
+		}
+	})
+}
+
+func TestTokensThatEndedAreDeleted(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.mojo.set(func(s *standIn) { s.lifetime = 20 * time.Second })
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		m.wantStored("tokens/default/app")
+		time.Sleep(time.Minute) // it was renewed once, since it was read, and lapsed
+		m.wantStored()
+		m.wantMints(2)
+	})
+}
+
+func TestSweep(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.write("config/not", testConfig(map[string]any{"persist_tokens": false}))
+		m.write("roles/not", map[string]any{"config": "not"})
+		m.wantToken("app", 1)
+		synctest.Wait()
+		good := *m.stored("tokens/default/app")
+		roleGeneration := m.storedRole("not").TokenGeneration
+		ended, orphan, moved, other := good, good, good, good
+		m.write("roles/ended", nil)
+		ended.RoleGeneration = m.storedRole("ended").TokenGeneration
+		ended.MintedAt, ended.ExpiresAt = time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour)
+		orphan.ExpiresAt = time.Now().Add(300 * 24 * time.Hour)
+		other.RoleGeneration = "other"
+		m.store("tokens/default/ended", &ended)
+		m.store("tokens/default/gone", &orphan)
+		m.store("tokens/gone/app", &moved)
+		m.store("tokens/not/not", &storedToken{AccessToken: "x", MintedAt: time.Now(), ExpiresAt: time.Now().Add(time.Hour), RoleGeneration: roleGeneration})
+		m.write("roles/other", nil)
+		m.store("tokens/default/other", &other)
+		if err := m.storage.Put(context.Background(), &logical.StorageEntry{Key: "tokens/default/broken", Value: []byte("{")}); err != nil {
+			t.Fatal(err)
+		}
+		m = m.restart()
+		time.Sleep(time.Second)
+		m.wantStored("tokens/default/app")
+		m.wantToken("app", 1)
+
+		// And every hour, not more often.
+		m.store("tokens/default/gone", &orphan)
+		for range 58 {
+			m.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			time.Sleep(time.Minute)
+		}
+		m.wantStored("tokens/default/app", "tokens/default/gone")
+		for range 3 {
+			m.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			time.Sleep(time.Minute)
+		}
+		if got := m.storedKeys(); slices.Contains(got, "tokens/default/gone") {
+			t.Errorf("storage has %q after an hour", got)
+		}
+	})
+}
+
+// The sweep leaves storage to others, and ends with the mount.
+func TestSweepIsPaced(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		for i := range 500 {
+			m.store(fmt.Sprintf("tokens/default/gone%d", i), &storedToken{AccessToken: "x", ExpiresAt: time.Now().Add(time.Hour)})
+		}
+		m = m.restart()
+		for range 5 {
+			before := m.storage.operations.Load()
+			time.Sleep(time.Second)
+			if n := m.storage.operations.Load() - before; n > 100 || n < 50 {
+				t.Errorf("%d operations in a second, want at most 100", n)
+			}
+		}
+		m.Cleanup(context.Background())
+		before := m.storage.operations.Load()
+		time.Sleep(time.Minute)
+		if n := m.storage.operations.Load() - before; n != 0 {
+			t.Errorf("%d operations after closing", n)
+		}
+	})
+}
+
+// Many tokens of one config go in the background.
+func TestManyTokensOfAConfigGoInTheBackground(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		for i := range 250 {
+			m.store(fmt.Sprintf("tokens/default/r%d", i), &storedToken{AccessToken: "x", ExpiresAt: time.Now().Add(time.Hour)})
+		}
+		began := time.Now()
+		m.do(logical.DeleteOperation, "config", nil)
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("the request took %s", took)
+		}
+		if n := len(m.storedKeys()); n > 150 || n == 0 {
+			t.Errorf("%d tokens are left at once, want 150", n)
+		}
+		time.Sleep(time.Minute)
+		m.wantStored()
+	})
+}
+
+func TestPersistTokensFalseKeepsNothingAtRest(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.write("config", testConfig(map[string]any{"persist_tokens": false}))
+		m.write("roles/app", nil)
+		m.wantToken("app", 1)
+		m.write("rotate-role/app", nil)
+		m.wantToken("app", 2)
+		m.wantStored()
+		m = m.restart()
+		m.wantToken("app", 3)
+		m.wantStored()
+		m.write("config", map[string]any{"persist_tokens": true, "verify_connection": false})
+		m.wantToken("app", 3)
+		m.write("rotate-role/app", nil)
+		m.wantStored("tokens/default/app")
+	})
+}
