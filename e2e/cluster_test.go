@@ -6,6 +6,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -177,10 +178,11 @@ type recovery struct {
 }
 
 func (r recovery) String() string {
-	if r.failed == 0 {
-		return "no read failed"
+	failed := "no read failed"
+	if r.failed > 0 {
+		failed = fmt.Sprintf("%d reads failed, the last %.2f s after it began", r.failed, r.reads.Seconds())
 	}
-	return fmt.Sprintf("%d reads failed, the last %.2f s after it began; the nodes agreed on an active one after %.2f s", r.failed, r.reads.Seconds(), r.agreed.Seconds())
+	return fmt.Sprintf("%s; the nodes agreed on an active one after %.2f s", failed, r.agreed.Seconds())
 }
 
 // suffer lets a fault happen, and checks that nothing is lost by it.
@@ -325,7 +327,11 @@ func (w *clusterWorld) restoreElsewhere() {
 	restored := &clusterWorld{TB: w, name: "restored", cluster: other, oauth: w.oauth, seed: w.seed, binary: w.binary, static: w.static, writers: w.writers}
 	restored.connect()
 	restored.verify("restoring a snapshot")
+	before := w.mints()
 	restored.startLoad()
 	restored.suffer(faults[0])
 	restored.rest()
+	if after := w.mints(); !maps.Equal(after, before) {
+		w.Errorf("the tokens that the snapshot holds were requested again: %v requests before, %v after", before, after)
+	}
 }
