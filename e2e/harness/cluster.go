@@ -26,31 +26,25 @@ type Cluster struct {
 // be filled up.
 const diskSize = 192 << 20
 
-// performance_multiplier of integrated storage: how long nodes do without the leader.
-const (
-	eager   = 1 // what Vault's documentation advises for production: 1 s
-	patient = 2
-)
-
 // StartCluster starts a cluster with an empty storage. Each node's storage is a disk
 // of its own, if this process may mount one.
 func StartCluster(t testing.TB, binary, pluginDir string, nodes int) *Cluster {
 	t.Helper()
-	return startCluster(t, binary, pluginDir, nodes, eager)
+	return startCluster(t, binary, pluginDir, nodes, time.Second)
 }
+
+// NoticeDeath is how long the nodes of a patient cluster do without an active one before
+// they elect another.
+const NoticeDeath = 5 * time.Second
 
 // StartPatientCluster is StartCluster for a test beside others, which take the machine's
-// time: its nodes take longer to find that the active one is gone, NoticeDeath at least.
+// time.
 func StartPatientCluster(t testing.TB, binary, pluginDir string, nodes int) *Cluster {
 	t.Helper()
-	return startCluster(t, binary, pluginDir, nodes, patient)
+	return startCluster(t, binary, pluginDir, nodes, NoticeDeath)
 }
 
-// NoticeDeath is how long nobody becomes active in the place of a node of a patient
-// cluster that was killed.
-const NoticeDeath = patient * time.Second
-
-func startCluster(t testing.TB, binary, pluginDir string, nodes, multiplier int) *Cluster {
+func startCluster(t testing.TB, binary, pluginDir string, nodes int, patience time.Duration) *Cluster {
 	t.Helper()
 	ca := NewAuthority(t)
 	c := &Cluster{}
@@ -68,7 +62,7 @@ func startCluster(t testing.TB, binary, pluginDir string, nodes, multiplier int)
 			t.Fatal(err)
 		}
 		mountDisk(t, node.disk())
-		node.configure(t, raftStanza(node.disk(), fmt.Sprintf("node-%d", i), join.String(), multiplier), pluginDir, "info")
+		node.configure(t, raftStanza(node.disk(), fmt.Sprintf("node-%d", i), join.String(), node.Product.multiplier(patience)), pluginDir, "info")
 		node.Start(t)
 	}
 	t.Cleanup(func() {

@@ -116,7 +116,7 @@ func startVault(t testing.TB, binary, pluginDir, logLevel string, audited bool, 
 	stanzas := fmt.Sprintf("storage \"file\" {\n  path = %q\n}", path)
 	if v.Product.Has(NoFileStorage) {
 		mountDisk(t, path) // Raft waits for the disk at every write, and these tests are not about that
-		stanzas = raftStanza(path, "node", "", eager)
+		stanzas = raftStanza(path, "node", "", 1)
 	}
 	if audited && v.Product.Has(AuditInConfiguration) {
 		stanzas += fmt.Sprintf("\naudit \"file\" \"file\" {\n  options {\n    file_path = %q\n  }\n}", v.AuditFile)
@@ -132,6 +132,16 @@ func startVault(t testing.TB, binary, pluginDir, logLevel string, audited bool, 
 // stanzas.
 func raftStanza(path, node, join string, multiplier int) string {
 	return fmt.Sprintf("storage \"raft\" {\n  path = %q\n  node_id = %q\n  performance_multiplier = %d\n%s}", path, node, multiplier, join)
+}
+
+// multiplier is the least performance_multiplier with which nodes wait that long for the
+// leader. Vault's documentation advises 1 for production.
+func (p Product) multiplier(patience time.Duration) int {
+	unit := time.Second
+	if p.Has(PatientNodes) {
+		unit *= 3
+	}
+	return int((patience + unit - 1) / unit)
 }
 
 // newVault is a server at that address, with TLS if there is an authority for its
