@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"github.com/hashicorp/go-hclog"
@@ -110,9 +111,13 @@ func BenchmarkHandleRequest(b *testing.B) {
 		}), func() string { return paths[0] }},
 		{"cached", one, func() string { return paths[0] }},
 		{"cached/10000roles", many, func() string { return paths[rand.IntN(roles)] }},
+		{"cached/10000roles/sweeping", many, func() string { return paths[rand.IntN(roles)] }},
 	}
 	for _, t := range targets {
 		b.Run(t.name, func(b *testing.B) {
+			if strings.HasSuffix(t.name, "/sweeping") {
+				many.tokens.sweep() // of 10,000 tokens, which takes two minutes
+			}
 			b.ReportAllocs()
 			for b.Loop() {
 				readCreds(b, t.backend, t.path())

@@ -119,7 +119,7 @@ func (s *slot) toSave() *storedToken {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	tok := s.token.Load()
-	if s.freed || !tok.usable(time.Now()) || tok.same(s.saved) {
+	if !tok.usable(time.Now()) || tok.same(s.saved) { // that it is freed doesn't matter: closing frees it too
 		return nil
 	}
 	s.saved = tok
