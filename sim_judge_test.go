@@ -387,9 +387,16 @@ func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotatio
 	return end
 }
 
-// repeats tells whether the node was given the token of an earlier answer once more.
+// repeats tells whether the node was given the token of an earlier answer once more. It
+// was not if the mint of the earlier answer began later: two mints of a key are under way
+// only when the slot of the first one is gone.
 func (a *simAnswer) repeats(earlier *simAnswer, n *simNode, now time.Duration, rotations bool) bool {
-	return a.mint.node == n && a.delivered > earlier.delivered && a.delivered <= now && (rotations || !a.mint.exempt)
+	return a.follows(earlier, n, now) && a.mint.begin >= earlier.mint.begin && (rotations || !a.mint.exempt)
+}
+
+// follows tells whether the node was given an answer by then, after an earlier one.
+func (a *simAnswer) follows(earlier *simAnswer, n *simNode, now time.Duration) bool {
+	return a.mint.node == n && a.delivered > earlier.delivered && a.delivered <= now
 }
 
 // repeated tells whether the node was given the token again.
@@ -416,7 +423,7 @@ func (a *simAnswer) surely(n *simNode, before time.Duration) bool {
 	// What the node was given before counts from then.
 	role := n.w.history[rolePrefix+a.mint.role].last()
 	for _, first := range a.token.answers {
-		if a.repeats(first, n, before, true) && first.sent >= role.dropAt {
+		if a.follows(first, n, before) && first.sent >= role.dropAt {
 			return false
 		}
 	}

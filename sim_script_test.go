@@ -443,7 +443,8 @@ func (w *simWorld) read(p simProfile) *simOp {
 }
 
 // write begins a write, if it may: one that takes its time keeps the others away, and
-// the nodes of a cluster do not write the same entry at once.
+// the nodes of a cluster do not write the same entry at once. A rotation goes on when its
+// caller has left.
 func (w *simWorld) write(n *simNode, op *simOp) {
 	w.mu.Lock()
 	writing, blocked := false, n.exclusive
@@ -455,6 +456,7 @@ func (w *simWorld) write(n *simNode, op *simOp) {
 			writing = writing || node == n
 			blocked = blocked || node != n && other.key == op.key
 		}
+		blocked = blocked || node != n && node.saves(op.key)
 	}
 	// Only who has heard of the last write may make the next.
 	if h := w.history[op.key]; h != nil && n.knows(op.key, w.now()+1) < h.last().number {
@@ -466,6 +468,32 @@ func (w *simWorld) write(n *simNode, op *simOp) {
 	}
 	op.slow = !writing && w.chance(0.5)
 	n.begin(op)
+}
+
+// simSaving is longer than a rotation takes to save its token: it waits for another
+// write, and asks storage three times.
+const simSaving = 3 * simSlack
+
+// saves tells whether a rotation may yet write that entry: its token is on its way, or is
+// being saved. The caller holds w.mu.
+func (n *simNode) saves(key string) bool {
+	role, ok := strings.CutPrefix(key, rolePrefix)
+	if !ok {
+		return false
+	}
+	for m := range n.judge.flights {
+		if m.exempt && m.role == role {
+			return true
+		}
+	}
+	for _, k := range n.judge.keys {
+		if k.role == role && slices.ContainsFunc(k.answers, func(a *simAnswer) bool {
+			return a.mint.exempt && a.delivered+simSaving > n.w.now()
+		}) {
+			return true
+		}
+	}
+	return false
 }
 
 // changeWeather changes how the endpoint and storage fare.

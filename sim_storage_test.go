@@ -100,6 +100,7 @@ func (s *simStorage) Get(ctx context.Context, key string) (*logical.StorageEntry
 	if err := s.pause(ctx, op, before); err != nil {
 		return nil, err
 	}
+	number := s.node.stored(key)
 	entry, err := s.Storage.Get(ctx, key)
 	if err := s.pause(ctx, op, after); err != nil {
 		return nil, err
@@ -108,6 +109,7 @@ func (s *simStorage) Get(ctx context.Context, key string) (*logical.StorageEntry
 		s.node.w.note("%s storage fails to get %s", s.node.name, key)
 		return nil, errSimStorage
 	}
+	s.node.sees(key, number)
 	return entry, err
 }
 

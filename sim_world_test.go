@@ -151,6 +151,7 @@ type simNode struct {
 	startedAt time.Duration
 	closingAt time.Duration // -1 before
 	known     map[string][]simKnown
+	seen      map[string]int      // the newest version of an entry that it got from storage
 	busy      map[*simOp]struct{} // what is under way
 	exclusive bool                // a write is under way that may keep a lock for a while
 
@@ -168,7 +169,7 @@ func (w *simWorld) open(place, life int, readOnly bool) {
 	n := &simNode{
 		w: w, name: fmt.Sprintf("%c%d", 'A'+place, life), place: place, readOnly: readOnly,
 		startedAt: -1, closingAt: -1, storageFailed: -1, unsettled: -1,
-		known: make(map[string][]simKnown), busy: make(map[*simOp]struct{}),
+		known: make(map[string][]simKnown), seen: make(map[string]int), busy: make(map[*simOp]struct{}),
 		inMemory: make(map[string]bool),
 		judge:    newSimJudge(),
 	}
@@ -396,6 +397,28 @@ func (w *simWorld) learned(n *simNode, key string, number int) {
 	w.blurred(n, key)
 	if name, ok := strings.CutPrefix(key, configPrefix); ok {
 		n.judge.configWritten(name, w.now())
+	}
+}
+
+// stored is the number of the newest version of an entry that storage surely has.
+func (n *simNode) stored(key string) int {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	if h := n.w.history[key]; h != nil {
+		return h.last().number
+	}
+	return 0
+}
+
+// sees is called when a node gets an entry from storage, in that version or a newer one.
+// If it was not told of that version, it may go by it from now on, but need not.
+func (n *simNode) sees(key string, number int) {
+	w := n.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if number > max(n.seen[key], n.knows(key, w.now()+1)) {
+		n.seen[key] = number
+		w.blurred(n, key)
 	}
 }
 

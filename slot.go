@@ -435,6 +435,10 @@ func (s *slot) written(change func(spec) spec) {
 	now := change(*s.spec)
 	s.spec, s.prepared = &now, false
 	s.backoff, s.history = backoff{}, history{}
+	if !s.cache.relies(&now) {
+		s.doubted, s.unannounced = false, false
+		s.unsure.Store(false)
+	}
 	if tok := s.token.Load(); tok != nil {
 		s.token.Store(tok.under(&now))
 	}

@@ -343,6 +343,25 @@ func TestDoubtCostsOneLookEach(t *testing.T) {
 	})
 }
 
+// Tokens that are not stored any more are not compared with storage either.
+func TestDoubtEndsWithStoredTokens(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+		p.tell("config/default")
+		p.tell("tokens/default/app")
+		for _, s := range p.standby.tokens.slotsOf("app") {
+			if s.unsure.Load() {
+				t.Error("the next reads do not go by what is in memory")
+			}
+		}
+		p.wantServed(1, nil)
+	})
+}
+
 // The state is asked for once, and early: a node that is going down says that it may
 // write.
 func TestStandbyStaysOne(t *testing.T) {

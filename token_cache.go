@@ -6,6 +6,7 @@ package mojoauth
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -288,7 +289,9 @@ func (c *tokenCache) roleForgotten(name string) {
 // configForgotten is roleForgotten for a config.
 func (c *tokenCache) configForgotten(name string) {
 	c.detach(name, nil)
-	if c.telemetry.knows(name) { // so it was at work on this node
+	isOf := func(s *slot) bool { return s.key.config == name }
+	// Either way it was at work on this node: a standby has tokens that it did not mint.
+	if c.telemetry.knows(name) || slices.ContainsFunc(c.all(), isOf) {
 		reload(c, c.configs, name, c.configChanged)
 	}
 }
