@@ -281,7 +281,7 @@ func (w *clusterWorld) eachNodeForItself() {
 func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 	w.Helper()
 	const patience = 2 * time.Minute
-	changed, rotated, deleted := "restored-changed", "restored-rotated", "restored-deleted"
+	changed, rotated, renewed, deleted := "restored-changed", "restored-rotated", "restored-renewed", "restored-deleted"
 	// read is the scope and the token of a role at a node, or nothing when there is no role.
 	read := func(node *harness.Vault, role string) (scope, token string, err error) {
 		secret, err := w.clients[node].Logical().Read("mojoauth/creds/" + role)
@@ -298,19 +298,16 @@ func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 		return fmt.Sprint(secret.Data["scope"]), heldBy(secret).token, nil
 	}
 
-	for _, name := range []string{changed, rotated, deleted} {
+	names := []string{changed, rotated, renewed, deleted}
+	for _, name := range names {
 		w.write("roles/"+name, role(map[string]any{"extra_params": map[string]any{"role": name}}))
 		w.agree("all nodes have a token", name, "")
 	}
-	var stored []string
-	for _, name := range []string{changed, rotated, deleted} {
-		stored = append(stored, "default/"+name)
-	}
 	harness.Eventually(w, "these tokens are stored", func() error {
 		tokens, err := storedTokens(w, w.cluster.Active(w))
-		for _, place := range stored {
-			if err == nil && tokens[place] == "" {
-				err = errors.New(place + " is not")
+		for _, name := range names {
+			if err == nil && tokens["default/"+name] == "" {
+				err = fmt.Errorf("that of %s is not", name)
 			}
 		}
 		return err
@@ -322,6 +319,15 @@ func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 	later := map[string]string{changed: w.agree("all nodes have another token", changed, "")}
 	w.write("rotate-role/"+rotated, nil)
 	later[rotated] = w.agree("all nodes have the rotated token", rotated, "")
+	was, err := readHeld(w.clients[w.cluster.Active(w)], renewed)
+	if err != nil {
+		w.Fatal(err)
+	}
+	time.Sleep(1100 * time.Millisecond) // a token of the same second would not do
+	if _, err := w.clients[w.cluster.Active(w)].Logical().ReadWithData("mojoauth/creds/"+renewed, mintedAfter(was.rotatedAt)); err != nil {
+		w.Fatal(err)
+	}
+	later[renewed] = w.agree("all nodes have the renewed token", renewed, was.token)
 	if _, err := w.cluster.Active(w).Logical().Delete("mojoauth/roles/" + deleted); err != nil {
 		w.Fatal(err)
 	}
@@ -388,7 +394,7 @@ func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 				w.Errorf("%s does not know what was restored %s ago: %v", f.node.Address(), f.after, f.err)
 			}
 		}
-		for _, name := range []string{changed, rotated, deleted} {
+		for _, name := range names {
 			w.agree("all nodes have one token of "+name, name, later[name])
 		}
 	}
@@ -492,7 +498,7 @@ func (w *clusterWorld) livesAtStandbys() {
 	if longest > slow {
 		w.Errorf("a read took %s", longest)
 	}
-	late := 0 // renewals: the machine's fault
+	late := 0 // renewals
 	for _, name := range all {
 		granted := grantsFor(w.oauth, name)
 		var lives []string
@@ -511,7 +517,8 @@ func (w *clusterWorld) livesAtStandbys() {
 			w.Errorf("%s: %d requests for %d tokens", name, got, len(granted))
 		}
 	}
-	if waited > late*len(standbys) { // each of which forwards a reader of a token that is due
+	// One of them may be the machine's fault. Each standby forwards a reader of such a token.
+	if waited > min(late, 1)*len(standbys) {
 		w.Errorf("%d reads waited for a mint or failed, and %d tokens were renewed late", waited, late)
 	}
 }
