@@ -6,9 +6,9 @@
 // §4.4).
 //
 // The client secret of a MojoAuth application stays in Vault, in a config. A
-// role names a config, an audience and scopes. Reading creds/<role> answers
-// with an access token that is valid long enough to be used, from a cache in
-// memory wherever there is one.
+// role names a config, an audience and scopes. Reading creds/<role> returns a
+// cached access token with enough lifetime left. The engine renews it before it
+// expires, and keeps it in Vault's storage too, so that it outlives the process.
 //
 // A read passes path_token.go (request and response), entries.go (role and
 // config, in memory), token_cache.go (which slot), slot.go (its token, and when a
@@ -157,6 +157,7 @@ machine-to-machine applications.
 
 Write an application's token_url, client_id and client_secret to "config", an
 audience and scopes to "roles/<name>", and read tokens from "creds/<name>". The
-client secret never leaves Vault. Tokens come from a cache in memory, and are
-renewed before they end. Writing to "rotate-role/<name>" replaces one at once.
+client secret goes to MojoAuth and nowhere else. Tokens are cached in memory and in
+Vault's storage, and renewed before they expire. Writing to "rotate-role/<name>"
+replaces one at once.
 `

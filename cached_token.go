@@ -24,6 +24,9 @@ type cachedToken struct {
 	// repeatedUntil is when a token expires that MojoAuth has returned again, zero
 	// for others. It is never later than what the first answer said.
 	repeatedUntil time.Time
+	// restored is set for a token that storage had: it was minted before all that this
+	// process mints, whatever the clock of the node that minted it said.
+	restored bool
 	// draw is the random number, in [0, 1), of when the token is renewed.
 	draw float64
 
@@ -62,6 +65,7 @@ func (t *cachedToken) view(spec *spec) *cachedToken {
 		token:         t.token,
 		use:           t.use,
 		repeatedUntil: t.repeatedUntil,
+		restored:      t.restored,
 		draw:          t.draw,
 		spec:          spec,
 		schedule:      schedule,

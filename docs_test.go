@@ -410,6 +410,14 @@ func TestDocsTexts(t *testing.T) {
 			m.mojo.set(func(s *standIn) { s.fail = failure })
 		}
 	}
+	stubborn := func(m *testMount) {
+		fails(nil)(m)
+		m.read("creds/reports")
+		synctest.Wait()
+		failing := &failingTokens{Storage: m.storage.Storage}
+		failing.fails.Store(true)
+		m.storage.Storage = failing
+	}
 	refusedClient := &mintError{class: classClientRefused, status: 401, oauthError: "invalid_client"}
 	refusedScope := &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}
 	timedOut := &mintError{class: classTimeout, allowed: defaultRequestTimeout}
@@ -440,6 +448,10 @@ func TestDocsTexts(t *testing.T) {
 		{"role with a capital", nil, write, "roles/Reports", both},
 		{"role with a long name", nil, write, "roles/" + strings.Repeat("x", 129), both},
 		{"role with dots", nil, write, "roles/a..b", both},
+		{"config whose tokens can't be deleted", stubborn, write, "config", fields{"client_id": "other", "verify_connection": false}},
+		{"config deleted, but not its tokens", stubborn, logical.DeleteOperation, "config", nil},
+		{"role whose token can't be deleted", stubborn, write, "roles/reports", fields{"audience": "https://other.test/"}},
+		{"role deleted, but not its token", stubborn, logical.DeleteOperation, "roles/reports", nil},
 		{"role before its config", nil, write, "roles/reports", both},
 		{"role whose limits cross", fails(nil), write, "roles/reports", fields{"min_ttl": "2h", "max_ttl": "1h"}},
 		{"no role", nil, read, "creds/reports", nil},

@@ -106,6 +106,13 @@ func (e *entries[T]) verified(ctx context.Context, s logical.Storage, h *held[T]
 	if err == nil || errors.As(err, &broken) {
 		return now, err
 	}
+	if ctx.Err() != nil { // the reader has left: the next one compares
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if e.held[h.name] == h {
+			e.doubted[h.name] = struct{}{}
+		}
+	}
 	return h, ctx.Err()
 }
 

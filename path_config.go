@@ -168,7 +168,7 @@ host, less what others ask from the same address. It applies at once.`,
 		"persist_tokens": {
 			Type:    framework.TypeBool,
 			Default: true,
-			Description: `Keep each role's token in Vault's storage too, encrypted like all that is there, so
+			Description: `Keep each role's token in Vault's storage too, encrypted like everything there, so
 that it outlives the plugin's process and all nodes of the cluster share it. false
 deletes what is stored; each node then mints tokens of its own.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Persist tokens", Value: true},
@@ -218,7 +218,7 @@ func (b *backend) configOperations(suffix string) map[logical.Operation]framewor
 		},
 		logical.DeleteOperation: &framework.PathOperation{
 			Callback:                    b.configDelete,
-			Summary:                     "Delete a config and drop the tokens cached under it.",
+			Summary:                     "Delete a config and drop its tokens, cached and stored.",
 			DisplayAttrs:                attrs("delete"),
 			Responses:                   deleteResponse,
 			ForwardPerformanceStandby:   true,
@@ -653,9 +653,13 @@ client ID and client secret. It is tried before it is saved, unless
 verify_connection=false is sent.
 
 Updates merge: a field that is not sent keeps its value. Changing token_url or
-client_id, or deleting the config, drops every token cached under it; changing
-anything else keeps them, so that a client secret can be replaced while tokens
+client_id, or deleting the config, drops every token cached or stored under it.
+Changing anything else keeps them, so you can replace a client secret while tokens
 go on being served. Any write ends a back-off after failures.
+
+Each role's token is in Vault's storage too, so that it outlives the plugin's process.
+persist_tokens=false deletes what is stored and keeps tokens in memory only; each node
+then mints tokens of its own.
 
 Bare "config" is "config/default". Listing "config/" gives the names of all.
 `

@@ -483,3 +483,16 @@ func testCertificates(t testing.TB, n int) []string {
 	}
 	return bundle
 }
+
+// Configs that were stored before there were these fields have their defaults.
+func TestConfigStoredWithoutLaterFields(t *testing.T) {
+	m := newTestMount(t)
+	old := &logical.StorageEntry{Key: "config/old", Value: []byte(`{"token_url":"https://project.auth.mojoauth.test/oauth2/token","client_id":"client","client_secret":"x","token_endpoint_auth_method":"client_secret_post","request_timeout":10000000000,"max_retries":2,"token_generation":"G"}`)}
+	if err := m.storage.Put(t.Context(), old); err != nil {
+		t.Fatal(err)
+	}
+	got := m.read("config/old")
+	if got["max_requests_per_second"] != defaultMaxRequestsPerSecond || got["persist_tokens"] != true {
+		t.Errorf("got %v, want the defaults of max_requests_per_second and persist_tokens", got)
+	}
+}

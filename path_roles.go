@@ -153,7 +153,7 @@ func (b *backend) roleOperations() map[logical.Operation]framework.OperationHand
 		},
 		logical.DeleteOperation: &framework.PathOperation{
 			Callback:                    b.roleDelete,
-			Summary:                     "Delete a role and drop its cached tokens.",
+			Summary:                     "Delete a role and drop its tokens, cached and stored.",
 			DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "delete"},
 			Responses:                   deleteResponse,
 			ForwardPerformanceStandby:   true,
@@ -389,7 +389,7 @@ application), the audience and the scopes. Whoever may read creds/<name> gets
 such a token.
 
 Updates merge: a field that is not sent keeps its value. Changing config,
-audience, scopes or extra_params, or deleting the role, drops its cached tokens.
-The other fields apply to tokens that are cached already. Writing the same
-values again changes nothing.
+audience, scopes or extra_params, or deleting the role, drops its tokens, in memory
+and in storage. The other fields apply to tokens that are cached already. Writing the
+same values again changes nothing.
 `

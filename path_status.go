@@ -36,7 +36,7 @@ func (b *backend) pathStatus() []*framework.Path {
 							"commit":        {Type: framework.TypeString, Required: true, Description: "Commit the plugin was built from."},
 							"started_at":    {Type: framework.TypeString, Required: true, Description: "When this node began to serve the mount: RFC 3339, UTC."},
 							"cached_tokens": {Type: framework.TypeInt64, Required: true, Description: "Tokens in memory that may be served."},
-							"reads":         {Type: framework.TypeMap, Required: true, Description: "Reads of creds by how they were answered: hit, refreshed, minted, stale, error."},
+							"reads":         {Type: framework.TypeMap, Required: true, Description: "Reads of creds by how they were answered: hit, refreshed, minted, restored, forwarded, stale, error."},
 							"mints":         {Type: framework.TypeInt64, Required: true, Description: "Tokens that MojoAuth gave for reads, refreshes and rotations."},
 							"mint_failures": {Type: framework.TypeMap, Required: true, Description: "Failed mints by the class of the failure."},
 							"configs":       {Type: framework.TypeMap, Required: true, Description: "Per config: last_mint_at, last_error, last_error_class, last_error_at, next_attempt_at, requests_waiting, requests_per_second (the pace in force), peak_requests_per_second (since started_at, or since token_url changed), peak_requests_per_second_last_hour, where there is one. Times are RFC 3339, UTC."},
@@ -166,6 +166,10 @@ config fares: when it last gave a token (last_mint_at), what failed last
 pace they leave (requests_per_second), and the most that left in a second
 (peak_requests_per_second, peak_requests_per_second_last_hour). Other nodes of a cluster
 have their own numbers. No token and no secret is shown.
+
+Reads are counted by how they were answered: hit (from memory), restored (from storage),
+refreshed and minted (a new token), stale (the old token), forwarded (to the active node,
+which counts them too), error.
 `
 
 const metricsHelp = `

@@ -236,7 +236,7 @@ func inTime(ctx context.Context, err error) error {
 	if ctx.Err() == nil {
 		return err
 	}
-	return fmt.Errorf("reading role and config from storage took longer than a request may: %w", err)
+	return fmt.Errorf("reading role, config and token from storage took longer than a request may: %w", err)
 }
 
 // withDeadline bounds all that a request for a token waits for on this node: its turn,
@@ -518,8 +518,8 @@ func retryAfterHeader(wait time.Duration) *logical.Response {
 
 const credsHelp = `
 The token is valid for a while yet: at least a tenth of its lifetime or a
-minute, whichever is less, and usually a quarter or more. It comes from a cache
-in memory when there is one, and is minted by MojoAuth when there is none.
+minute, whichever is less, and usually a quarter or more. It comes from memory or
+from Vault's storage, or is new when neither has one.
 
 When there is no token that may be served and none can be had, the answer is 400
 if MojoAuth refused, 504 if it gave no answer in time, 429 if the request for one had
@@ -534,8 +534,8 @@ not end the token, which MojoAuth cannot do: it stays valid until "expires_at".
 const rotateHelp = `
 A new token is minted, whatever is cached and whatever failed before; its request
 waits for a turn at the config's gate like any other, and comes early there. Then the
-role's older tokens are dropped on every node, and reads get the new one. When no
-new token can be had, nothing is dropped and the error is told.
+role's older tokens are dropped on every node and in storage, and reads get the new
+one. When no new token can be had, nothing is dropped and the error is told.
 
 The older tokens stay valid until they end: MojoAuth cannot revoke them.
 `

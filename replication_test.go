@@ -358,3 +358,29 @@ func checkNewest(data map[string]any, role, config int64) error {
 	}
 	return nil
 }
+
+// The first reader of a token that a standby was told of is forwarded, also one who came
+// while the standby was still loading it.
+func TestReaderWhoJoinsTheLoadOfANewTokenIsForwarded(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		node, _ := m.replica(consts.ReplicationPerformanceStandby, false)
+		wantForwarded := func() {
+			t.Helper()
+			if got := node.creds("app", nil); got.err != logical.ErrReadOnly { //nolint:errorlint // wrapped, it would not be forwarded
+				t.Errorf("got %q, %v; want it forwarded", got.token, got.err)
+			}
+		}
+		wantForwarded() // there is none
+		m.wantToken("app", 1)
+		synctest.Wait()
+		slow := func(string) { time.Sleep(time.Second / 2) }
+		node.storage.afterGet.Store(&slow)
+		node.InvalidateKey(context.Background(), "tokens/default/app")
+		time.Sleep(time.Second / 4)
+		wantForwarded()
+		if got := node.creds("app", nil); got.err != nil || !strings.HasPrefix(got.token, "token-1-") {
+			t.Errorf("the second reader got %q, %v; want token-1", got.token, got.err)
+		}
+	})
+}

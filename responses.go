@@ -52,7 +52,11 @@ var (
 		http.StatusOK:        {{Description: "Saved, with warnings."}},
 	}
 
-	deleteResponse = map[int][]framework.Response{http.StatusNoContent: {{Description: "Deleted."}}}
+	// So does a deletion.
+	deleteResponse = map[int][]framework.Response{
+		http.StatusNoContent: {{Description: "Deleted."}},
+		http.StatusOK:        {{Description: "Deleted, with warnings."}},
+	}
 )
 
 // pick takes some of the fields.

@@ -37,11 +37,12 @@ func (s *slot) restored(ctx context.Context, q *query) (answer served, ok bool, 
 // reports whether there was anything to wait for.
 func (s *slot) recall(ctx context.Context, spec *spec) (looked bool, err error) {
 	s.mu.Lock()
-	l := s.look
+	l, now := s.look, time.Now()
+	mayLook := s.lookedAt.IsZero() || !s.lookAgain.IsZero() && !now.Before(s.lookAgain)
 	switch {
-	case s.freed || s.flight != nil || s.held(spec).usable(time.Now()):
+	case s.freed || s.flight != nil || s.held(spec).usable(now):
 		l = nil
-	case l == nil && s.lookedAt.IsZero() && s.key.narrowed == "" && spec.config.entry.persistsTokens():
+	case l == nil && mayLook && s.key.narrowed == "" && spec.config.entry.persistsTokens():
 		l = s.startLook(spec, false)
 	}
 	s.mu.Unlock()
@@ -62,7 +63,7 @@ func (s *slot) startLook(spec *spec, told bool) *look {
 	}) {
 		return nil
 	}
-	s.spec, s.look, s.lookedAt = spec, l, time.Now()
+	s.spec, s.look, s.lookedAt, s.lookAgain = spec, l, time.Now(), time.Time{}
 	return l
 }
 
@@ -71,7 +72,7 @@ func (s *slot) waitForLook(ctx context.Context, l *look) error {
 	case <-l.done:
 		return nil
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return inTime(ctx, context.Cause(ctx))
 	case <-s.cache.ctx.Done():
 		return errClosed
 	}
@@ -103,7 +104,7 @@ func (s *slot) found(l *look, stored *storedToken, err error) {
 		s.next()
 	} else {
 		if !relies {
-			s.lookedAt = time.Time{} // the next reader looks again
+			s.lookAgain = time.Now().Add(storagePatience)
 		}
 		s.wakeIn(rememberFor)
 	}
@@ -129,7 +130,7 @@ func (s *slot) toSave() *storedToken {
 // unsave has a token deleted from storage that has come to its end. The caller holds
 // s.mu.
 func (s *slot) unsave() {
-	if s.saved == nil {
+	if s.saved == nil || s.cache.standby {
 		return
 	}
 	s.saved = nil

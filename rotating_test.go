@@ -22,6 +22,24 @@ import (
 
 // What rotate-role replaces, and what it leaves.
 
+// A rotation that fails leaves nothing in memory, for good.
+func TestFailedRotationKeepsNoSlot(t *testing.T) {
+	for _, persist := range []bool{true, false} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.write("config", map[string]any{"persist_tokens": persist, "verify_connection": false})
+			m.mojo.set(func(s *standIn) { s.fail = errDown })
+			if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); err == nil {
+				t.Fatal("rotated")
+			}
+			time.Sleep(25 * time.Hour)
+			if n := m.kept().slots; n != 0 {
+				t.Errorf("persist_tokens=%v: %d slots are kept", persist, n)
+			}
+		})
+	}
+}
+
 func TestRotateRole(t *testing.T) {
 	rotate := func(m *testMount) (*logical.Response, error) {
 		return m.request(logical.UpdateOperation, "rotate-role/app", nil)

@@ -38,12 +38,14 @@ func newRotations() rotations { return rotations{of: make(map[string]*rotation)}
 // await and of save.
 func (c *tokenCache) rotate(ctx, timed context.Context, q *query, save saver) (*cachedToken, error) {
 	// Whether a token is a new one shows by the one that is there, perhaps in storage.
-	s, err := c.slot(&q.spec)
-	if err == nil {
-		_, err = s.recall(timed, &q.spec)
-	}
-	if err != nil {
-		return nil, err
+	if q.config.entry.persistsTokens() { // else a new slot would have nothing to end it
+		s, err := c.slot(&q.spec)
+		if err == nil {
+			_, err = s.recall(timed, &q.spec)
+		}
+		if err != nil {
+			return nil, err
+		}
 	}
 	r, waiter, err := c.rotation(ctx, timed, q, save)
 	if err != nil {
@@ -135,7 +137,7 @@ func (c *tokenCache) successor(spec *spec, tok *cachedToken) (*cachedToken, erro
 			switch {
 			case old.accessToken == tok.accessToken:
 				return nil, &unavailable{mintError: repeats(old), config: spec.config.name}
-			case old.mintedAt.After(tok.mintedAt):
+			case !old.restored && old.mintedAt.After(tok.mintedAt):
 				next = old
 			}
 			next.use.Store(old.use.Load())

@@ -154,6 +154,18 @@ type simToken struct {
 	key     string // what it was asked for: what the endpoint may give again
 	end     time.Duration
 	answers []*simAnswer
+	loaded  []*simAnswer // by nodes that found it in storage
+}
+
+// on are the answers with the token that a node has had.
+func (t *simToken) on(n *simNode) []*simAnswer {
+	var on []*simAnswer
+	for _, a := range slices.Concat(t.answers, t.loaded) {
+		if a.mint.node == n && a.mint.end >= 0 {
+			on = append(on, a)
+		}
+	}
+	return on
 }
 
 // simAnswer is one answer with a token.
@@ -167,6 +179,12 @@ type simAnswer struct {
 	wanted    bool          // it was read, or somebody waited while it was there
 	served    time.Duration // when a read first got it; -1 before
 	asOf      time.Duration // when the last read began that got it; -1 before
+
+	again time.Duration // when it ends by what storage has of a token that was given again; -1 for none
+	// The generations that it was stored with.
+	roleGenerations, configGenerations []string
+	fromStorage                        bool
+	unasked                            bool // it came from storage without a reader
 }
 
 // simEndpoint is the endpoint of all configs.
@@ -239,6 +257,9 @@ func (n *simNode) newClient(config *configEntry) (minter, error) {
 	w := n.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if n.cut {
+		return nil, errSimDied
+	}
 	w.count()
 	if !w.clientMayBeMade(n, config) {
 		return nil, errSimClient
@@ -255,6 +276,9 @@ func (c *simClient) mint(ctx context.Context, req tokenRequest, leave departures
 	tok, err := c.real.mint(context.WithValue(ctx, simMintKey{}, d), req, d)
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if c.node.cut {
+		return nil, errSimDied
+	}
 	if d.mint == nil {
 		return tok, err // no request left
 	}
@@ -285,6 +309,9 @@ func (d *simDepartures) wait(ctx context.Context) error {
 	w := c.node.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if c.node.cut {
+		return errSimDied
+	}
 	d.mint = &simMint{
 		node: c.node, config: simConfigOf(c.entry.ClientID), entry: c.entry, req: d.req, begin: w.now(), end: -1,
 		role: simRoleOf(d.req.audience), set: simSet(d.req.scopes), asked: d.asked,
@@ -300,6 +327,11 @@ func (d *simDepartures) wait(ctx context.Context) error {
 func (d *simDepartures) answered(how gate.Answer, retryAfter time.Duration) {
 	w := d.client.node.w
 	w.mu.Lock()
+	if d.client.node.cut {
+		w.mu.Unlock()
+		d.departures.answered(how, retryAfter)
+		return
+	}
 	o := &simTry{cut: true} // none was sent, if the caller had left
 	if n := len(d.mint.tries); n > 0 {
 		o = d.mint.tries[n-1]
@@ -333,6 +365,9 @@ func (s *simTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
+	if s.node.isCut() {
+		return nil, errSimDied
+	}
 	d, _ := ctx.Value(simMintKey{}).(*simDepartures)
 	if d == nil || d.mint == nil {
 		panic("a request of no mint")
@@ -365,6 +400,9 @@ func (s *simTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	try.ended = w.now()
+	if s.node.cut {
+		return nil, errSimDied
+	}
 	return w.endpoint.answer(w, m, try, req)
 }
 
@@ -489,7 +527,7 @@ func (s *simSilence) Close() error {
 func (e *simEndpoint) give(w *simWorld, m *simMint, try *simTry) string {
 	dice := w.dice("token", m.node.name, m.key()+strconv.Itoa(len(m.tries)))
 	now := w.now()
-	answer := &simAnswer{mint: m, sent: try.sent, delivered: now, served: -1, asOf: -1}
+	answer := &simAnswer{mint: m, sent: try.sent, delivered: now, served: -1, asOf: -1, again: -1}
 	m.answer = answer
 	key := m.asks()
 	if old := e.newest[key]; e.lives.repeat && old != nil && old.end-now >= 2*time.Second && dice.Float64() < 0.9 {

@@ -26,6 +26,7 @@ type simFields struct {
 	timeout               time.Duration
 	retries               int
 	limit                 int // requests a second
+	persist               bool
 }
 
 // asks is what the tokens of a role or config depend on.
@@ -44,7 +45,15 @@ type simVersion struct {
 	started time.Duration // when the write that made it began
 	renews  bool          // it drops the tokens from before
 	dropAt  time.Duration // tokens asked for before this are dropped
+
+	generation string // as it is stored
+	// skips are the times in which other generations stood, since one came back with
+	// a snapshot.
+	skips []simSpan
 }
+
+// simSpan is a time.
+type simSpan struct{ from, to time.Duration }
 
 // simHistory is all versions of one entry, by the order in which storage had them.
 type simHistory struct{ versions []*simVersion }
@@ -60,7 +69,7 @@ func (h *simHistory) write(op *simOp, now time.Duration) *simVersion {
 	prev := h.last()
 	next := &simVersion{
 		simFields: prev.simFields, number: len(h.versions), exists: true,
-		at: now, until: -1, started: op.start, dropAt: prev.dropAt,
+		at: now, until: -1, started: op.start, dropAt: prev.dropAt, skips: prev.skips,
 	}
 	next.scopes = slices.Clone(prev.scopes)
 	switch op.kind {
@@ -80,6 +89,21 @@ func (h *simHistory) write(op *simOp, now time.Duration) *simVersion {
 	prev.until = now
 	h.versions = append(h.versions, next)
 	return next
+}
+
+// restore makes an older version the newest.
+func (h *simHistory) restore(number int, now time.Duration) *simVersion {
+	next := *h.versions[number]
+	for _, later := range h.versions[number+1:] {
+		if later.renews {
+			next.skips = append(slices.Clone(next.skips), simSpan{later.at, now})
+			break
+		}
+	}
+	next.number, next.at, next.until, next.started, next.renews = len(h.versions), now, -1, now, true
+	h.last().until = now
+	h.versions = append(h.versions, &next)
+	return &next
 }
 
 // at is the newest version at that time.

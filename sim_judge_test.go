@@ -134,12 +134,15 @@ type simJudge struct {
 	// mayHaveFailed counts what was a failed mint or a failed verification.
 	mayHaveFailed int64
 	over          [3]int64 // mints whose token was over on arrival: no, maybe, yes
+
+	simStoreJudge
 }
 
 func newSimJudge() simJudge {
 	return simJudge{
 		configs: make(map[string]*simConfigState), keys: make(map[string]*simKeyState),
 		flights: make(map[*simMint]struct{}), gates: make(map[string]*simGate), greedy: make(map[string]int), verified: -time.Hour,
+		simStoreJudge: newSimStoreJudge(),
 	}
 }
 
@@ -235,6 +238,7 @@ func (w *simWorld) mintBegins(m *simMint) {
 	if n.closingAt >= 0 {
 		w.violate("%s begins after closing", m)
 	}
+	w.judgeMayMint(m)
 	c, k := j.config(m.config), j.key(m.role, m.set)
 	if k.config == "" {
 		k.blurred = n.blurredAt
@@ -260,6 +264,7 @@ func (w *simWorld) mintBegins(m *simMint) {
 	}
 	if !m.exempt {
 		w.judgeNeed(m, k)
+		w.judgeStored(m)
 	}
 	w.judgeAsked(m)
 	j.flights[m] = struct{}{}
@@ -345,14 +350,14 @@ func (w *simWorld) judgeNeed(m *simMint, k *simKeyState) {
 			renewal, _ := a.life(role, 0, now)
 			fresh = fresh && left > max(life.refresh, renewal.refresh+life.life/20)+simSlack
 			left += now - m.asked // it may have waited for its turn since
-			alive = alive || left > life.floor-simSlack || len(a.token.answers) > 1 && left > simRepeatedFloor-simSlack
+			alive = alive || left > life.floor-simSlack || (len(a.token.answers) > 1 || a.again >= 0) && left > simRepeatedFloor-simSlack
 		}
 		if fresh && len(a.token.answers) == 1 && a.surely(n, began) && w.stillGood(n, a, began, now) {
 			w.violate("%s begins though %s is there, which is not due yet", m, a.token.text)
 		}
 		if alive && a.delivered <= now {
 			due = true
-			inUse = inUse || a.mint.exempt || slices.ContainsFunc(a.token.answers, func(same *simAnswer) bool { return same.wanted })
+			inUse = inUse || a.mint.exempt || slices.ContainsFunc(a.token.on(n), func(same *simAnswer) bool { return same.wanted })
 		}
 	}
 	switch {
@@ -377,6 +382,9 @@ func (a *simAnswer) life(role *simVersion, minTTL, now time.Duration) (simLife, 
 // count, unless rotations says so.
 func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotations bool) time.Duration {
 	_, end := a.life(role, 0, 0)
+	if again := a.storedAgain(n, now); again >= 0 {
+		end = min(end, again)
+	}
 	for _, again := range a.token.answers {
 		if again.repeats(a, n, now, rotations) && again.sent >= role.dropAt {
 			if _, sooner := again.life(role, 0, 0); end-sooner >= time.Second {
@@ -385,6 +393,18 @@ func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotatio
 		}
 	}
 	return end
+}
+
+// storedAgain is when the token ends by what storage said of it until then, -1 when it
+// did not say that it was given again.
+func (a *simAnswer) storedAgain(n *simNode, now time.Duration) time.Duration {
+	again := a.again
+	for _, later := range a.token.loaded {
+		if later.mint.node == n && later.delivered > a.delivered && later.delivered <= now && later.again >= 0 {
+			again = later.again
+		}
+	}
+	return again
 }
 
 // repeats tells whether the node was given the token of an earlier answer once more. It
@@ -401,7 +421,7 @@ func (a *simAnswer) follows(earlier *simAnswer, n *simNode, now time.Duration) b
 
 // repeated tells whether the node was given the token again.
 func (a *simAnswer) repeated(n *simNode, now time.Duration, rotations bool) bool {
-	return slices.ContainsFunc(a.token.answers, func(again *simAnswer) bool { return again.repeats(a, n, now, rotations) })
+	return a.storedAgain(n, now) >= 0 || slices.ContainsFunc(a.token.answers, func(again *simAnswer) bool { return again.repeats(a, n, now, rotations) })
 }
 
 // servable is until when the token may be served under that version of its role.
@@ -417,12 +437,12 @@ func (a *simAnswer) servable(n *simNode, role *simVersion, now time.Duration) ti
 // surely tells whether the node holds the token since before that time, or one that may
 // be served as long, for sure.
 func (a *simAnswer) surely(n *simNode, before time.Duration) bool {
-	if a.mint.node != n || a.served < 0 || a.served >= before || n.judge.greedy[a.mint.role] > simNarrowedKeys && n.narrowed(a.mint) {
+	if a.mint.node != n || a.served < 0 || a.served >= before || n.judge.greedy[a.mint.role] > simNarrowedKeys && n.narrowed(a.mint) || !n.keeps(a) {
 		return false
 	}
 	// What the node was given before counts from then.
 	role := n.w.history[rolePrefix+a.mint.role].last()
-	for _, first := range a.token.answers {
+	for _, first := range a.token.on(n) {
 		if a.follows(first, n, before) && first.sent >= role.dropAt {
 			return false
 		}
@@ -487,12 +507,25 @@ const simLate = 2 * time.Second
 // fitsRole tells whether the token may be served under that version of its role.
 func (a *simAnswer) fitsRole(role *simVersion) bool {
 	return role.exists && role.config == a.mint.config && role.audience == a.mint.req.audience &&
-		role.extra == a.mint.req.extra["tenant"] && a.sent >= role.dropAt && simSubset(strings.Fields(a.mint.set), role.scopes)
+		role.extra == a.mint.req.extra["tenant"] && a.sent >= role.dropAt && simSubset(strings.Fields(a.mint.set), role.scopes) &&
+		a.isOf(role, a.roleGenerations)
 }
 
 // fitsConfig is fitsRole for its config.
 func (a *simAnswer) fitsConfig(config *simVersion) bool {
-	return config.exists && config.clientID == a.mint.entry.ClientID && config.url == a.mint.entry.TokenURL && a.sent >= config.dropAt
+	return config.exists && config.clientID == a.mint.entry.ClientID && config.url == a.mint.entry.TokenURL && a.sent >= config.dropAt &&
+		a.isOf(config, a.configGenerations)
+}
+
+// isOf tells whether the token may be of the generation of that version.
+func (a *simAnswer) isOf(v *simVersion, generations []string) bool {
+	if a.mint.exempt && !a.fromStorage { // a rotation may hand it on to the next generation
+		return true
+	}
+	if len(generations) > 0 {
+		return slices.Contains(generations, v.generation)
+	}
+	return !slices.ContainsFunc(v.skips, func(s simSpan) bool { return s.from < a.sent && a.sent < s.to })
 }
 
 func simSubset(some, all []string) bool {
@@ -607,13 +640,22 @@ func (w *simWorld) mintEnds(m *simMint, err error) {
 			k.suspect = min(k.suspect, maybe)
 			j.suspectOthers(k, now, false)
 		}
-	case c.written > m.begin:
+	case c.written > m.begin && w.configAt(m.config, c.written) > m.begin:
 		// What was written may have mended it: the failure is forgotten.
 		j.failures = append(j.failures, &simFailure{mint: m, outcome: o, config: true, until: c.written})
 	default:
 		w.fails(m, o, sure)
 	}
 	j.failures = slices.DeleteFunc(j.failures, func(f *simFailure) bool { return f.mint.end < now-20*time.Minute })
+}
+
+// configAt is when storage had the version of a config that it has then. A write may take
+// longer, since it deletes tokens, too.
+func (w *simWorld) configAt(name string, then time.Duration) time.Duration {
+	if h := w.history[configPrefix+name]; h != nil {
+		return h.at(then).at
+	}
+	return 0
 }
 
 // Failures that an endpoint knows nothing of.

@@ -29,6 +29,7 @@ func (j *simJudge) recent(since time.Duration) []*simOp {
 func (w *simWorld) judgeRead(op *simOp) {
 	n := op.node
 	n.judge.reads = append(n.judge.reads, op)
+	op.lookedUp()
 	took := op.end - op.start
 	if op.giveUp > 0 && took > op.giveUp {
 		w.violate("%s was answered %s after the reader gave up", op, took-op.giveUp)
@@ -102,8 +103,8 @@ func (w *simWorld) judgeToken(op *simOp) {
 	var why []string
 	fits := false
 	var served []*simAnswer // what it may have been
-	for _, a := range tok.answers {
-		if a.mint.node != n || a.delivered > op.end || a.mint.end < 0 {
+	for _, a := range tok.on(n) {
+		if a.delivered > op.end {
 			continue
 		}
 		for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
@@ -125,6 +126,7 @@ func (w *simWorld) judgeToken(op *simOp) {
 		return
 	}
 	w.judgeLaterEnd(op, served[0])
+	w.judgeStandby(op, served)
 	for _, a := range served {
 		if a.served < 0 {
 			a.served = op.end
@@ -170,8 +172,8 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 	seconds, _ := d["expires_at_seconds"].(int64)
 	if repeated {
 		// The first answer counts.
-		for _, same := range a.token.answers {
-			if same.mint.node == op.node && same.delivered < a.delivered && same.surely(op.node, a.mint.begin) &&
+		for _, same := range a.token.on(op.node) {
+			if !a.fromStorage && same.delivered < a.delivered && same.surely(op.node, a.mint.begin) &&
 				w.stillGood(op.node, same, a.mint.begin, a.delivered) {
 				return fmt.Sprintf("its answer from %s counts, and it was there since %s", a.sent, same.sent)
 			}
@@ -392,6 +394,7 @@ func (w *simWorld) judgeStatus(op *simOp) {
 		mints+failed < j.tokens+j.failed || mints+failed > j.tokens+j.failed+j.mayHaveFailed {
 		w.violate("%s tells %d mints and %d failures; there were %d and %d, and %d (perhaps %d more) were over on arrival", op, mints, failed, j.tokens, j.failed, over, maybeOver)
 	}
+	w.judgeCounts(op)
 	cached, most := op.resp.Data["cached_tokens"].(int64), int64(0)
 	for role := range j.greedy {
 		most += min(int64(j.greedy[role]), simNarrowedKeys) + 1
@@ -427,12 +430,14 @@ func (w *simWorld) judgeFailedRead(op *simOp) {
 	}
 	w.judgeDescription(op)
 	if op.err == nil && w.userMistake(op) {
+		w.judgeUnknown(op)
 		return
 	}
 	for _, a := range op.held() {
 		w.violate("%s failed, though %s would have done", op, a.token.text)
 		return
 	}
+	w.judgeStoredInstead(op)
 	if !w.excused(op, coded) {
 		w.violate("%s failed without a failure that concerns it: %s", op, simResult(op))
 	}
@@ -501,7 +506,7 @@ func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 			}
 			mine = true
 		}
-		if c := n.judge.configs[m.config]; !mine || f.config && c != nil && m.begin < c.written && c.written < op.start {
+		if c := n.judge.configs[m.config]; !mine || f.config && c != nil && m.begin < c.written && c.written < op.start && m.begin < w.configAt(m.config, c.written) {
 			continue
 		}
 		refused := f.outcome.class == classClientRefused || f.outcome.class == classRequestRefused
@@ -573,5 +578,7 @@ func (w *simWorld) judgeWrite(op *simOp) {
 		w.violate("%s was acknowledged, and wrote nothing", op)
 	case op.resp.IsError() && op.wrote != nil:
 		w.violate("%s was refused, and wrote", op)
+	case op.wrote != nil:
+		w.judgeDropped(op)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing/synctest"
 	"time"
@@ -27,6 +28,8 @@ type simProfile struct {
 	idle           bool
 	greedy         bool // readers go through subsets of scopes
 	endInStorm     bool
+	disasters      float64 // share of steps before which a node may die
+	restores       bool    // of snapshots
 }
 
 var simScopes = []string{"a", "b", "c", "d"}
@@ -40,6 +43,7 @@ func (w *simWorld) play() {
 	}
 	p.greedy = w.rng.IntN(8) == 0
 	p.endInStorm = !p.idle && w.rng.IntN(2) == 0
+	w.rollFate(&p)
 	w.note("seed %d: %+v", w.seed, p)
 	w.open(0, 0, false)
 	w.open(1, 0, p.readOnly)
@@ -67,10 +71,10 @@ func (w *simWorld) setUp(p simProfile) {
 	w.settle()
 }
 
-// mustWrite writes on the first node, and waits for it.
+// mustWrite writes on the first node that may, and waits for it.
 func (w *simWorld) mustWrite(op *simOp) {
 	op.slow = false
-	w.nodes[0].begin(op)
+	w.active().begin(op)
 	for {
 		w.mu.Lock()
 		end := op.end
@@ -147,11 +151,14 @@ func (w *simWorld) configWrite(name string, whole bool) *simOp {
 	if !whole && w.chance(0.3) {
 		data["verify_connection"] = true
 	}
+	if persist, sent := w.persists(exists); sent {
+		set("persist_tokens", persist, func(f *simFields) { f.persist = persist })
+	}
 	return &simOp{
 		kind: opWrite, path: configPrefix + name, key: configPrefix + name, data: data,
 		change: func(f *simFields, created bool) {
 			if created {
-				f.timeout, f.retries, f.limit = 10*time.Second, 2, simDefaultLimit
+				f.timeout, f.retries, f.limit, f.persist = 10*time.Second, 2, simDefaultLimit, true
 			}
 			for _, change := range changes {
 				change(f)
@@ -281,9 +288,11 @@ func (w *simWorld) storm(p simProfile) {
 	for range p.steps {
 		time.Sleep(w.gap() + w.tick())
 		synctest.Wait()
+		w.disaster(p)
 		w.step(p)
 		synctest.Wait()
 	}
+	w.reviveAll()
 }
 
 // step does one thing.
@@ -342,7 +351,7 @@ func (w *simWorld) cross(n *simNode, p simProfile) {
 	w.mu.Unlock()
 	for _, key := range keys {
 		if w.chance(0.7) {
-			w.tell(n, key)
+			w.tellAgain(n, key)
 		}
 	}
 	time.Sleep(2*simSlack + w.tick())
@@ -351,13 +360,13 @@ func (w *simWorld) cross(n *simNode, p simProfile) {
 		read.giveUp = 0
 		n.begin(read)
 		time.Sleep(time.Duration(w.rng.Int64N(int64(2 * simStorageLongest))))
-		w.tell(n, pickOne(w, keys))
+		w.tellAgain(n, pickOne(w, keys))
 		time.Sleep(time.Duration(w.rng.Int64N(int64(2 * time.Second))))
 	}
 }
 
-// tell tells a node of an entry, whether it was written or not.
-func (w *simWorld) tell(n *simNode, key string) {
+// tellAgain tells a node of an entry, whether it was written or not.
+func (w *simWorld) tellAgain(n *simNode, key string) {
 	w.mu.Lock()
 	number := w.history[key].last().number
 	w.mu.Unlock()
@@ -410,11 +419,11 @@ func (w *simWorld) corrupt(p simProfile) {
 	}
 	w.mu.Lock()
 	v := w.history[key].write(&simOp{kind: opDelete, start: w.now()}, w.now())
-	v.corrupt = true
+	v.corrupt, v.generation = true, ""
 	w.note("%s can no longer be read", key)
 	w.mu.Unlock()
 	for _, n := range w.nodes {
-		w.tell(n, key)
+		w.tellAgain(n, key)
 	}
 }
 
@@ -446,6 +455,9 @@ func (w *simWorld) read(p simProfile) *simOp {
 // the nodes of a cluster do not write the same entry at once. A rotation goes on when its
 // caller has left.
 func (w *simWorld) write(n *simNode, op *simOp) {
+	if n = w.writer(n); n == nil {
+		return
+	}
 	w.mu.Lock()
 	writing, blocked := false, n.exclusive
 	for _, node := range w.nodes {
@@ -454,7 +466,8 @@ func (w *simWorld) write(n *simNode, op *simOp) {
 				continue
 			}
 			writing = writing || node == n
-			blocked = blocked || node != n && other.key == op.key
+			// What is sent depends on what is there.
+			blocked = blocked || (node != n || other.kind == opDelete || op.kind == opDelete) && other.key == op.key
 		}
 		blocked = blocked || node != n && node.saves(op.key)
 	}
@@ -512,6 +525,9 @@ func (w *simWorld) changeWeather(p simProfile) {
 	case 3:
 		storage.failRead = 1
 	}
+	if w.fate.IntN(3) == 0 {
+		storage.crawls = 0.3
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.endpoint.weather, w.endpoint.victim = weather, victim
@@ -538,16 +554,32 @@ func (w *simWorld) rollSecret(p simProfile) {
 
 // restart closes a mount and starts it again.
 func (w *simWorld) restart(n *simNode) {
-	var life int
-	if _, err := fmt.Sscanf(n.name[1:], "%d", &life); err != nil {
+	if n.isCut() {
+		return
+	}
+	n.stop()
+	w.open(n.place, n.number()+1, n.readOnly)
+}
+
+// number says which life of its node it is.
+func (n *simNode) number() int {
+	number, err := strconv.Atoi(n.name[1:])
+	if err != nil {
 		panic(err)
 	}
+	return number
+}
+
+// stop closes a mount, and ends its process.
+func (n *simNode) stop() {
 	n.shut()
 	for n.writes() { // which a node of a cluster does no more, once another is there
 		time.Sleep(100 * time.Millisecond)
 	}
 	synctest.Wait()
-	w.open(n.place, life+1, n.readOnly)
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	n.cut = true
 }
 
 // writes tells whether a write of the node is under way.
@@ -635,10 +667,14 @@ func (w *simWorld) calmDown(p simProfile) {
 		pickOne(w, w.nodes).begin(op)
 	}
 	w.rotateAndReturn(p)
-	time.Sleep(2 * time.Hour)
+	for range 24 {
+		time.Sleep(5 * time.Minute)
+		w.judgeTidy()
+	}
 	cancel()
 	synctest.Wait()
 	time.Sleep(time.Minute)
+	w.startOver(p)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.calm = -1
@@ -647,7 +683,7 @@ func (w *simWorld) calmDown(p simProfile) {
 // rotateAndReturn rotates a token that is in use, and reads the new one when it has
 // been due for a while.
 func (w *simWorld) rotateAndReturn(p simProfile) {
-	n, name := w.nodes[0], simRoleName(w.rng.IntN(p.roles))
+	n, name := w.active(), simRoleName(w.rng.IntN(p.roles))
 	read := func() *simOp {
 		op := &simOp{kind: opRead, path: credsPrefix + name, role: name, data: map[string]any{}}
 		n.begin(op)
@@ -669,7 +705,7 @@ func (w *simWorld) rotateAndReturn(p simProfile) {
 func (w *simWorld) heal() {
 	for _, key := range slices.Sorted(maps.Keys(w.history)) {
 		for _, n := range w.nodes {
-			w.tell(n, key)
+			w.tellAgain(n, key)
 		}
 	}
 }
@@ -700,6 +736,9 @@ func (w *simWorld) agent(ctx context.Context, n *simNode, p simProfile) {
 // rest is a time in which nobody reads anything: in the end, nothing is left of it.
 func (w *simWorld) rest() {
 	w.note("idle")
+	w.mu.Lock()
+	w.period = time.Hour
+	w.mu.Unlock()
 	switch {
 	case w.chance(0.5):
 		w.corrupt(simProfile{roles: 1})
@@ -716,6 +755,7 @@ func (w *simWorld) rest() {
 		w.mu.Lock()
 		requests, operations = w.requests-requests, w.storageOps-operations
 		w.mu.Unlock()
+		w.judgeTidy()
 		if (day == 399 && requests+operations > 0) || requests+operations > simIdleDay {
 			w.violate("on day %d of idleness, %d requests are sent, and storage is asked %d times", day, requests, operations)
 			return
@@ -737,6 +777,9 @@ func (w *simWorld) rest() {
 			w.violate("%s keeps %d tokens in memory after idle days", n.name, kept)
 		}
 	}
+	for key := range w.storedNow() {
+		w.violate("storage has %s after idle days", key)
+	}
 }
 
 // simIdleDay is more than there is to do on a day without readers.
@@ -753,7 +796,7 @@ func (w *simWorld) leaveConfig() {
 		time.Sleep(time.Duration(w.rng.Int64N(int64(500 * time.Millisecond))))
 		if i == 10 {
 			name := w.roleConfig(simRoleName(0))
-			w.write(w.nodes[0], &simOp{kind: opDelete, path: configPrefix + name, key: configPrefix + name})
+			w.write(w.active(), &simOp{kind: opDelete, path: configPrefix + name, key: configPrefix + name})
 		}
 	}
 }
@@ -761,7 +804,9 @@ func (w *simWorld) leaveConfig() {
 // end closes everything and looks at what is left.
 func (w *simWorld) end(goroutines int) {
 	for _, n := range w.nodes {
-		n.shut()
+		if !n.isCut() {
+			n.shut()
+		}
 	}
 	w.running.Wait()
 	time.Sleep(15 * time.Minute)

@@ -32,39 +32,63 @@ type simStorageWeather struct {
 	longest  time.Duration
 	failRead float64
 	failPut  float64
+	crawls   float64 // share of slow operations on tokens that take seconds
+}
+
+// simPlan is how an operation goes.
+type simPlan struct {
+	op            *simOp // whose request it is, nil for none
+	before, after time.Duration
+	fail          float64 // below a half: before it was done; below one: after it
+	dies          bool    // the node does, when it is done
 }
 
 // plan decides how an operation goes. One that may hold a lock of the engine takes
 // no time unless nothing else can wait for that lock: a goroutine that waits for a
-// sync.Mutex keeps a bubble's time from passing.
-func (s *simStorage) plan(ctx context.Context, what, key string, write bool) (op *simOp, before, after time.Duration, fail float64) {
+// sync.Mutex keeps a bubble's time from passing. The engine orders what it does to
+// tokens without one.
+func (s *simStorage) plan(ctx context.Context, what, key string, write bool) (p simPlan, err error) {
 	w := s.node.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.storageOps++
+	if s.node.cut {
+		return p, errSimDied
+	}
+	token := strings.HasPrefix(key, simTokenPrefix)
+	if !token || what != "list" { // which a sweep does for good
+		w.storageOps++
+	}
 	w.count()
-	op, _ = ctx.Value(simOpKey{}).(*simOp)
+	if s.node.burns(write) {
+		if s.node.fuse.before {
+			w.dies(s.node)
+			return p, errSimDied
+		}
+		p.dies = true
+	}
+	op, _ := ctx.Value(simOpKey{}).(*simOp)
+	p.op = op
 	dice := w.dice(what, s.node.name, key)
 	weather := w.storageWeather
 	if op != nil {
 		op.storageOps++
 	}
-	if op == nil && !write || op != nil && op.slow {
+	if op == nil && (!write || token) || op != nil && op.slow {
 		if dice.Float64() < weather.slow {
-			before = time.Duration(dice.Int64N(int64(weather.longest)))
-			after = time.Duration(dice.Int64N(int64(weather.longest)))
+			p.before = time.Duration(dice.Int64N(int64(weather.longest)))
+			p.after = time.Duration(dice.Int64N(int64(weather.longest)))
+			if token && op == nil && dice.Float64() < weather.crawls {
+				p.before += time.Duration(dice.Int64N(int64(simCrawl)))
+			}
 		}
-	}
-	if strings.HasPrefix(key, "tokens/") {
-		before, after = 0, 0
 	}
 	odds := weather.failRead
 	if write {
 		odds = weather.failPut
 	}
-	fail = 1
+	p.fail = 1
 	if dice.Float64() < odds {
-		fail = dice.Float64() // below a half: before it was done
+		p.fail = dice.Float64()
 		s.node.storageFailed = w.now()
 		if op != nil {
 			op.storageFailed = true
@@ -72,7 +96,28 @@ func (s *simStorage) plan(ctx context.Context, what, key string, write bool) (op
 			s.node.unsettled = w.now() + simReload
 		}
 	}
-	return op, before, after, fail
+	return p, nil
+}
+
+// blurs is for when the node has to look what it wrote.
+func (n *simNode) blurs(key string) {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	n.w.blurred(n, key)
+}
+
+// ended is why an operation has no result: its node died.
+func (s *simStorage) ended(p simPlan) error {
+	w := s.node.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if p.dies {
+		w.dies(s.node)
+	}
+	if s.node.cut {
+		return errSimDied
+	}
+	return nil
 }
 
 func (s *simStorage) pause(ctx context.Context, op *simOp, d time.Duration) error {
@@ -96,16 +141,32 @@ func (s *simStorage) pause(ctx context.Context, op *simOp, d time.Duration) erro
 }
 
 func (s *simStorage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
-	op, before, after, fail := s.plan(ctx, "get", key, false)
-	if err := s.pause(ctx, op, before); err != nil {
+	p, err := s.plan(ctx, "get", key, false)
+	if err != nil {
+		return nil, err
+	}
+	if !strings.HasPrefix(key, simTokenPrefix) {
+		return s.get(ctx, key, p)
+	}
+	look := s.node.lookUpBegins(p.op, key)
+	entry, err := s.get(ctx, key, p)
+	s.node.lookUpEnds(look, entry, err)
+	return entry, err
+}
+
+func (s *simStorage) get(ctx context.Context, key string, p simPlan) (*logical.StorageEntry, error) {
+	if err := s.pause(ctx, p.op, p.before); err != nil {
 		return nil, err
 	}
 	number := s.node.stored(key)
 	entry, err := s.Storage.Get(ctx, key)
-	if err := s.pause(ctx, op, after); err != nil {
+	if err := s.pause(ctx, p.op, p.after); err != nil {
 		return nil, err
 	}
-	if fail < 1 {
+	if err := s.ended(p); err != nil {
+		return nil, err
+	}
+	if p.fail < 1 {
 		s.node.w.note("%s storage fails to get %s", s.node.name, key)
 		return nil, errSimStorage
 	}
@@ -114,45 +175,81 @@ func (s *simStorage) Get(ctx context.Context, key string) (*logical.StorageEntry
 }
 
 func (s *simStorage) List(ctx context.Context, prefix string) ([]string, error) {
-	op, before, _, fail := s.plan(ctx, "list", prefix, false)
-	if err := s.pause(ctx, op, before); err != nil {
+	p, err := s.plan(ctx, "list", prefix, false)
+	if err != nil {
 		return nil, err
 	}
-	if fail < 1 {
+	if p.op == nil && strings.HasPrefix(prefix, simTokenPrefix) {
+		s.node.sweeps(prefix)
+	}
+	if err := s.pause(ctx, p.op, p.before); err != nil {
+		return nil, err
+	}
+	if err := s.ended(p); err != nil {
+		return nil, err
+	}
+	if p.fail < 1 {
 		return nil, errSimStorage
 	}
 	return s.Storage.List(ctx, prefix)
 }
 
 func (s *simStorage) Put(ctx context.Context, entry *logical.StorageEntry) error {
-	return s.write(ctx, entry.Key, func() error { return s.Storage.Put(ctx, entry) })
+	return s.write(ctx, entry.Key, entry.Value, func() error { return s.Storage.Put(ctx, entry) })
 }
 
 func (s *simStorage) Delete(ctx context.Context, key string) error {
-	return s.write(ctx, key, func() error { return s.Storage.Delete(ctx, key) })
+	return s.write(ctx, key, nil, func() error { return s.Storage.Delete(ctx, key) })
 }
 
-func (s *simStorage) write(ctx context.Context, key string, apply func() error) error {
-	op, before, after, fail := s.plan(ctx, "write", key, true)
+// write puts a value, or deletes the key when there is none.
+func (s *simStorage) write(ctx context.Context, key string, value []byte, apply func() error) error {
+	p, err := s.plan(ctx, "write", key, true)
+	if err != nil {
+		return err
+	}
+	token := strings.HasPrefix(key, simTokenPrefix)
 	if s.node.readOnly {
 		s.node.w.violate("%s may not write, and wrote %s", s.node.name, key)
 		return logical.ErrReadOnly
 	}
-	if err := s.pause(ctx, op, before); err != nil {
+	if token {
+		s.node.w.tokenWriteBegins(s.node, p.op, key, value)
+	}
+	if err := s.pause(ctx, p.op, p.before); err != nil {
 		return err
 	}
-	if fail < 0.5 {
+	if s.node.isCut() {
+		return errSimDied
+	}
+	if p.fail < 1 && !token {
+		defer s.node.blurs(key)
+	}
+	if p.fail < 0.5 {
 		s.node.w.note("%s storage fails to write %s", s.node.name, key)
+		if err := s.ended(p); err != nil {
+			return err
+		}
 		return errSimStorage
 	}
 	if err := apply(); err != nil {
 		return err
 	}
-	s.node.w.written(s.node, op, key)
-	if err := s.pause(ctx, op, after); err != nil {
+	if token {
+		s.node.w.tokenWritten(s.node, key, value)
+	} else {
+		s.node.w.written(s.node, p.op, key)
+	}
+	if err := s.ended(p); err != nil {
 		return err
 	}
-	if fail < 1 {
+	if err := s.pause(ctx, p.op, p.after); err != nil {
+		return err
+	}
+	if err := s.ended(p); err != nil {
+		return err
+	}
+	if p.fail < 1 {
 		s.node.w.note("%s storage fails after it wrote %s", s.node.name, key)
 		return errSimStorage
 	}

@@ -26,19 +26,29 @@ import (
 //	sim_storage_test.go   the storage that they share
 //	sim_endpoint_test.go  the token endpoint, and the truth about each token it gave
 //	sim_history_test.go   what was written, and who has to know of it when
+//	sim_deaths_test.go    how nodes die, start again and change places
 //	sim_judge_test.go     whether the engine may ask the endpoint
 //	sim_reads_test.go     whether it may answer like that
+//	sim_stored_test.go    whether it may write such a token to storage, and what is there
+//	sim_standby_test.go   what a node that may not write leaves to the other
 //	sim_rules_test.go     the numbers of the contract, once more
 
 func TestSimulation(t *testing.T) {
 	defer simOrderly()()
 	from, seeds := simNumber(t, "FROM", 1), simNumber(t, "SEEDS", simSeeds)
-	failed := 0
+	failed, deadly := 0, 0
+	var tally simTally
 	for seed := from; seed < from+seeds; seed++ {
-		if !t.Run("seed-"+strconv.Itoa(seed), func(t *testing.T) { simulate(t, uint64(seed)) }) {
+		if !t.Run("seed-"+strconv.Itoa(seed), func(t *testing.T) {
+			w := simulate(t, uint64(seed))
+			if tally.add(w.tally); w.tally.deaths > 0 {
+				deadly++
+			}
+		}) {
 			failed++
 		}
 	}
+	t.Logf("nodes died in %d of %d seeds: %+v", deadly, seeds, tally)
 	if failed > 0 {
 		t.Logf("%d of %d seeds failed", failed, seeds)
 	}

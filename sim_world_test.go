@@ -31,7 +31,11 @@ type simWorld struct {
 	t     *testing.T
 	seed  uint64
 	rng   *rand.Rand // of the one goroutine that says what happens next
+	fate  *rand.Rand // of it, too: for deaths and what comes of them
 	start time.Time
+	// stores is set when one node may write and the other may not, as in a cluster:
+	// then they keep tokens in storage. Else both write, and keep none.
+	stores bool
 
 	log struct {
 		sync.Mutex
@@ -45,8 +49,12 @@ type simWorld struct {
 	storageWeather simStorageWeather
 	storageOps     int
 	history        map[string]*simHistory
+	stored         map[string][]*simStored
+	snapshot       *simSnapshot
+	tally          simTally
+	period         time.Duration // of a node's periodic work
 	endpoint       *simEndpoint
-	nodes          []*simNode // that run
+	nodes          []*simNode // the last life of each
 	requests       int
 	ops            int
 	busy           struct { // against an engine that goes round in circles
@@ -72,15 +80,17 @@ func (e simEvent) String() string {
 
 func newSimWorld(t *testing.T, seed uint64) *simWorld {
 	w := &simWorld{
-		t: t, seed: seed, rng: rand.New(rand.NewPCG(seed, 1)), start: time.Now(),
+		t: t, seed: seed, rng: rand.New(rand.NewPCG(seed, 1)), fate: rand.New(rand.NewPCG(seed, 2)), start: time.Now(),
 		shared:  &logical.InmemStorage{},
 		history: make(map[string]*simHistory),
+		stored:  make(map[string][]*simStored),
 		endpoint: &simEndpoint{
 			weather: simWeathers[0], lives: simLifes[0],
 			secrets: make(map[string]string), tokens: make(map[string]*simToken), newest: make(map[string]*simToken),
 		},
-		nodes: make([]*simNode, 2),
-		calm:  -1,
+		nodes:  make([]*simNode, 2),
+		period: time.Minute,
+		calm:   -1,
 	}
 	return w
 }
@@ -150,6 +160,14 @@ type simNode struct {
 
 	startedAt time.Duration
 	closingAt time.Duration // -1 before
+	// Once a node is cut off, nothing of it reaches anything. It has died, or its
+	// process has ended after closing.
+	cut, died bool
+	fuse      simFuse
+	life      context.Context // of its requests
+	kill      context.CancelFunc
+	stopped   chan struct{} // closed when it closes or dies
+
 	known     map[string][]simKnown
 	seen      map[string]int      // the newest version of an entry that it got from storage
 	busy      map[*simOp]struct{} // what is under way
@@ -165,14 +183,16 @@ type simNode struct {
 }
 
 // open starts a mount on the node of that place.
-func (w *simWorld) open(place, life int, readOnly bool) {
+func (w *simWorld) open(place, number int, readOnly bool) {
 	n := &simNode{
-		w: w, name: fmt.Sprintf("%c%d", 'A'+place, life), place: place, readOnly: readOnly,
+		w: w, name: fmt.Sprintf("%c%d", 'A'+place, number), place: place, readOnly: readOnly,
 		startedAt: -1, closingAt: -1, storageFailed: -1, unsettled: -1,
 		known: make(map[string][]simKnown), seen: make(map[string]int), busy: make(map[*simOp]struct{}),
 		inMemory: make(map[string]bool),
 		judge:    newSimJudge(),
+		stopped:  make(chan struct{}),
 	}
+	n.life, n.kill = context.WithCancel(context.Background())
 	system := logical.TestSystemView()
 	if readOnly {
 		system.ReplicationStateVal = consts.ReplicationPerformanceStandby
@@ -181,17 +201,23 @@ func (w *simWorld) open(place, life int, readOnly bool) {
 	n.mount = newTestNode(w.t, nil, n.newClient, storage, system)
 	n.mount.random = w.random
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	n.startedAt = w.now()
 	w.nodes[place] = n
 	w.note("%s starts", n.name)
+	w.mu.Unlock()
+	n.initialize()
 }
 
 // shut closes a mount.
 func (n *simNode) shut() {
 	w := n.w
 	w.mu.Lock()
+	if n.cut {
+		w.mu.Unlock()
+		return
+	}
 	n.closingAt = w.now()
+	close(n.stopped)
 	w.note("%s closes", n.name)
 	w.mu.Unlock()
 	n.mount.Cleanup(context.Background())
@@ -233,6 +259,7 @@ type simOp struct {
 	start, end    time.Duration // end is -1 before it
 	inMemory      bool          // at the start, role and config surely were
 	longest       time.Duration // request_timeout of a mint of its config that it found under way
+	forwarded     bool          // to the active node
 	storageOps    int
 	storageTime   time.Duration
 	storageFailed bool
@@ -254,6 +281,15 @@ func (n *simNode) begin(op *simOp) {
 	w.mu.Lock()
 	w.ops++
 	op.id, op.node, op.start, op.end = w.ops, n, w.now(), -1
+	if n.cut {
+		op.err, op.end = errSimDied, w.now()
+		w.note("%s: nobody is there", op)
+		w.mu.Unlock()
+		if op.done != nil {
+			op.done(op)
+		}
+		return
+	}
 	n.busy[op] = struct{}{}
 	op.inMemory = n.inMemory[op.role]
 	if op.kind == opRead && len(op.scopes) > 0 || n.judge.greedy[op.role] == 0 {
@@ -273,7 +309,7 @@ func (n *simNode) begin(op *simOp) {
 	w.mu.Unlock()
 
 	w.running.Go(func() {
-		ctx := context.WithValue(context.Background(), simOpKey{}, op)
+		ctx := context.WithValue(n.life, simOpKey{}, op)
 		cancel := func() {}
 		if op.giveUp > 0 {
 			ctx, cancel = context.WithTimeout(ctx, op.giveUp)
@@ -287,9 +323,17 @@ func (n *simNode) begin(op *simOp) {
 		if exclusive {
 			n.exclusive = false
 		}
+		if n.died {
+			op.resp, op.err = nil, errSimDied
+		}
 		w.note("%s after %s: %s", op, op.end-op.start, simResult(op))
-		w.ended(op)
+		if !n.died {
+			w.ended(op)
+		}
 		w.mu.Unlock()
+		if op.forwarded {
+			n.forward(op)
+		}
 		if op.done != nil {
 			op.done(op)
 		}
@@ -321,6 +365,10 @@ func (w *simWorld) ended(op *simOp) {
 	n := op.node
 	switch op.kind {
 	case opRead:
+		if op.err == logical.ErrReadOnly { //nolint:errorlint // Vault wants it bare
+			w.judgeForward(op)
+			return
+		}
 		w.judgeRead(op)
 	case opRotate:
 		w.judgeRotation(op)
@@ -360,6 +408,7 @@ func (w *simWorld) written(n *simNode, op *simOp, key string) {
 		return
 	}
 	op.wrote = h.write(op, w.now())
+	op.wrote.generation = w.generation(key)
 	w.note("%s makes %s version %d", op, key, op.wrote.number)
 	for _, node := range w.nodes {
 		if node != nil {
@@ -370,6 +419,12 @@ func (w *simWorld) written(n *simNode, op *simOp, key string) {
 	delay := time.Duration(dice.Int64N(int64([]time.Duration{time.Millisecond, 100 * time.Millisecond, simLate}[dice.IntN(3)])))
 	lost := w.calm < 0 && dice.Float64() < 0.05
 	number := op.wrote.number
+	w.tell(n, key, delay, lost, func(node *simNode) { w.learned(node, key, number) })
+}
+
+// tell has the other nodes told of a write, unless the message is lost. The caller holds
+// w.mu.
+func (w *simWorld) tell(n *simNode, key string, delay time.Duration, lost bool, told func(*simNode)) {
 	for _, node := range w.nodes {
 		if node == nil || node == n || lost {
 			continue
@@ -386,7 +441,7 @@ func (w *simWorld) written(n *simNode, op *simOp, key string) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			w.note("%s is told of %s", node.name, key)
-			w.learned(node, key, number)
+			told(node)
 		})
 	}
 }

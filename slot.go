@@ -58,9 +58,10 @@ type slot struct {
 	demanded time.Time
 	// look is the look-up of a token in storage under way, or nil, and lookedAt is when
 	// the last one began. A node that may write needs no second one, unless that failed:
-	// nobody else writes there.
-	look     *look
-	lookedAt time.Time
+	// nobody else writes there. Then lookAgain is when the next may be, else zero.
+	look      *look
+	lookedAt  time.Time
+	lookAgain time.Time
 	// saved is the token that is in storage or on its way there, nil for none.
 	saved *cachedToken
 	// doubted and unannounced are a standby's: storage may have another token by now,
@@ -435,7 +436,7 @@ func (s *slot) written(change func(spec) spec) {
 	now := change(*s.spec)
 	s.spec, s.prepared = &now, false
 	s.backoff, s.history = backoff{}, history{}
-	if !s.cache.relies(&now) {
+	if !s.cache.relies(&now) { // storage doesn't count any more
 		s.doubted, s.unannounced = false, false
 		s.unsure.Store(false)
 	}

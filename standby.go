@@ -54,6 +54,9 @@ func (s *slot) relay(ctx context.Context, q *query) (served, error) {
 		if err := s.waitForLook(ctx, l); err != nil {
 			return served{}, err
 		}
+		if s.announces() { // another node's write was the reason for the look-up
+			return served{}, errForward
+		}
 	}
 	tok := s.held(&q.spec)
 	if tok == nil {
@@ -84,10 +87,7 @@ func (s *slot) consult(q *query) (l *look, old *cachedToken, mine bool, err erro
 	now := time.Now()
 	s.spec = &q.spec
 	old = s.held(&q.spec)
-	if s.unannounced {
-		// The active node renews ahead only what it saw read.
-		s.unannounced = false
-		s.unsure.Store(s.doubted)
+	if s.announce() {
 		return nil, nil, false, errForward
 	}
 	switch {
@@ -105,6 +105,24 @@ func (s *slot) consult(q *query) (l *look, old *cachedToken, mine bool, err erro
 	}
 	s.lookedAt = now
 	return l, old, mine, nil
+}
+
+// announces reports whether the caller has to be the one who tells the active node that
+// the token is read: that node renews ahead only what it saw read.
+func (s *slot) announces() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.announce()
+}
+
+// announce is announces for a caller who holds s.mu.
+func (s *slot) announce() bool {
+	if !s.unannounced {
+		return false
+	}
+	s.unannounced = false
+	s.unsure.Store(s.doubted)
+	return true
 }
 
 // tokenWritten has the slot of a role with a config load what another node stored.

@@ -116,6 +116,36 @@ func TestStandbyForwards(t *testing.T) {
 	})
 }
 
+// Role and config may change while a reader waits: then what they have become counts.
+func TestStandbyForwardsWhatChangedWhileItWasRead(t *testing.T) {
+	for name, query := range map[string]map[string]any{
+		"narrowed": {"scopes": "a"},
+		"leased":   nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			standbyBubble(t, func(p *pair) {
+				p.wantToken("app", 1)
+				p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+				p.mojo.set(func(s *standIn) { s.fail, s.latency = errDown, 3*time.Second })
+				read := make(chan got, 1)
+				go func() { read <- p.standby.creds("app", query) }()
+				time.Sleep(time.Second)
+				p.mojo.set(func(s *standIn) { s.fail, s.latency = nil, 0 })
+				p.write("config", map[string]any{"persist_tokens": true, "verify_connection": false})
+				if name == "leased" {
+					p.write("roles/app", map[string]any{"generate_lease": true})
+				}
+				p.write("rotate-role/app", nil)
+				p.tell("config/default")
+				p.tell("roles/app")
+				if got := <-read; got.err != logical.ErrReadOnly { //nolint:errorlint // a bare one is meant
+					t.Errorf("got %q, %v; want it forwarded", got.token, got.err)
+				}
+			})
+		})
+	}
+}
+
 // A standby that mints for itself forwards only leases and what it does not know.
 func TestStandbyWithoutStoredTokensMints(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
@@ -308,6 +338,108 @@ func TestStandbyFindsOutAboutARestoredSnapshot(t *testing.T) {
 	})
 }
 
+// A reader who gives up while an entry is compared with storage leaves that to the next.
+func TestReaderWhoLeavesSettlesNoDoubt(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		slow := &slowStorage{p.standby.storage.Storage}
+		p.standby.storage.Storage = slow
+		if err := p.storage.Storage.Delete(context.Background(), "roles/app"); err != nil {
+			t.Fatal(err)
+		}
+		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+		defer cancel()
+		p.standby.credsCtx(ctx, "app", nil)
+		p.wantForwarded("app", nil)
+	})
+}
+
+// slowStorage takes its time to read.
+type slowStorage struct{ logical.Storage }
+
+func (s *slowStorage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
+	select {
+	case <-time.After(100 * time.Millisecond):
+		return s.Storage.Get(ctx, key)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// A config that another node wrote is loaded for tokens that came from storage, too.
+func TestTokensFromStorageGoByTheirConfig(t *testing.T) {
+	t.Run("dropped", func(t *testing.T) {
+		standbyBubble(t, func(p *pair) {
+			p.wantToken("app", 1)
+			synctest.Wait()
+			p.wantServed(1, nil)
+			p.write("config", map[string]any{"client_id": "other", "verify_connection": false})
+			p.tell("config/default")
+			if n := p.standby.kept().slots; n != 0 {
+				t.Errorf("%d slots are kept", n)
+			}
+		})
+	})
+	t.Run("renewed", func(t *testing.T) {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			m = m.restart()
+			m.wantToken("app", 1)
+			m.InvalidateKey(context.Background(), "config/default")
+			time.Sleep(46 * time.Minute)
+			m.wantMints(2)
+		})
+	})
+}
+
+// Once a standby mints for itself, what it doubted is served without a look at the slot.
+func TestStandbyThatMintsForItselfHasNoDoubts(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.wantServed(1, nil)
+		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+		p.tell("config/default")
+		p.wantServed(1, nil)
+		for _, s := range p.standby.tokens.all() {
+			if s.unsure.Load() {
+				t.Error("the slot is in doubt for good")
+			}
+		}
+	})
+}
+
+// Also a token that it found when it no longer had to look is not deleted by a standby.
+func TestStandbyDeletesNothing(t *testing.T) {
+	standbyBubble(t, func(p *pair) {
+		p.wantForwarded("app", nil)
+		release := make(chan struct{})
+		hook := func(key string) {
+			if key == "tokens/default/app" {
+				<-release
+			}
+		}
+		p.wantToken("app", 1)
+		synctest.Wait()
+		p.standby.storage.afterGet.Store(&hook)
+		p.tell("tokens/default/app") // it looks
+		p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+		synctest.Wait()
+		stored := p.tokens.all()[0]
+		p.store("tokens/default/app", newStoredToken(stored.token.Load(), stored.key)) // as when deleting it failed
+		p.tell("config/default")
+		close(release)
+		p.wantServed(1, nil)
+		p.Cleanup(context.Background()) // so it is not the active node that deletes it
+		time.Sleep(2 * time.Hour)
+	})
+}
+
 // Storage that fails takes nothing from a standby that it holds.
 func TestStandbyWithoutStorageServesWhatItHolds(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
@@ -340,25 +472,6 @@ func TestDoubtCostsOneLookEach(t *testing.T) {
 		if n := p.standby.storage.operations.Load() - before; n != 30 {
 			t.Errorf("%d storage operations in ten minutes, want one a minute for role, config and token each", n)
 		}
-	})
-}
-
-// Tokens that are not stored any more are not compared with storage either.
-func TestDoubtEndsWithStoredTokens(t *testing.T) {
-	standbyBubble(t, func(p *pair) {
-		p.wantToken("app", 1)
-		synctest.Wait()
-		p.wantServed(1, nil)
-		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
-		p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
-		p.tell("config/default")
-		p.tell("tokens/default/app")
-		for _, s := range p.standby.tokens.slotsOf("app") {
-			if s.unsure.Load() {
-				t.Error("the next reads do not go by what is in memory")
-			}
-		}
-		p.wantServed(1, nil)
 	})
 }
 

@@ -6,14 +6,14 @@ package mojoauth
 import (
 	"context"
 	"encoding/json"
-	"encoding/pem"
 	"flag"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
 )
@@ -22,6 +22,9 @@ import (
 // Before the release of 0.2.0:
 //
 //	go test -run TestStorageOfReleases -write-storage=0.2.0 .
+//
+// Fixtures are written and read in bubbles, whose clocks all start at the same time: so
+// the stored tokens are always new.
 var writeStorage = flag.String("write-storage", "", "write testdata/storage of this version")
 
 // storageFixture is what a version of the engine stored, and answered.
@@ -30,11 +33,12 @@ type storageFixture struct {
 	Reads  map[string]map[string]any  `json:"reads"`  // by path
 }
 
-// What a released version has stored is read by this one as it was by that one, and
-// tokens are minted with it.
+// What a released version has stored is read by this one as it was by that one. Tokens
+// are served from it, and minted with it.
 func TestStorageOfReleases(t *testing.T) {
 	if *writeStorage != "" {
-		newStorageFixture(t).write(t, *writeStorage)
+		ca := testCertificates(t, 1)[0]
+		bubble(t, func(m *testMount) { newStorageFixture(m, ca).write(t, *writeStorage) })
 	}
 	files, err := filepath.Glob("testdata/storage/*.json")
 	if err != nil || len(files) == 0 {
@@ -50,64 +54,87 @@ func TestStorageOfReleases(t *testing.T) {
 			if err := json.Unmarshal(content, &want); err != nil {
 				t.Fatal(err)
 			}
-			m := newTestMount(t)
-			for key, value := range want.Stored {
-				if err := m.storage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: value}); err != nil {
-					t.Fatal(err)
-				}
-			}
-			for path, data := range want.Reads {
-				got := readAsJSON(t, m, path)
-				for field, value := range data { // new fields may have come
-					if !reflect.DeepEqual(got[field], value) {
-						t.Errorf("%s of %s: got %v, want %v", field, path, got[field], value)
-					}
-				}
-			}
-			for path := range want.Reads {
-				name, ok := strings.CutPrefix(path, rolePrefix)
-				if !ok {
-					continue
-				}
-				if got := m.creds(name, nil); got.err != nil || !strings.HasSuffix(got.token, canary[:6]) {
-					t.Errorf("a token of %s: got %q, %v; want it minted with the stored secret", name, got.token, got.err)
-				}
-			}
-			// A write of what is stored already drops no token.
-			before := m.creds("full", nil)
-			m.write("roles/full", map[string]any{"scopes": want.Reads["roles/full"]["scopes"]})
-			m.write("config/full", map[string]any{"client_secret": canary, "verify_connection": false})
-			if after := m.creds("full", nil); after.token != before.token {
-				t.Error("writing the same values dropped a token")
-			}
+			bubble(t, func(m *testMount) { want.check(m) })
 		})
 	}
 }
 
-// newStorageFixture stores configs and roles with every field, and with none.
-func newStorageFixture(t *testing.T) *storageFixture {
-	t.Helper()
-	m := newTestMount(t)
-	server := httptest.NewTLSServer(nil)
-	server.Close()
-	ca := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}))
+func (f *storageFixture) check(m *testMount) {
+	t, ctx := m.t, context.Background()
+	for key, value := range f.Stored {
+		if err := m.storage.Put(ctx, &logical.StorageEntry{Key: key, Value: value}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.Initialize(ctx, &logical.InitializationRequest{Storage: m.storage}); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second) // the sweep deletes none of it
+	for path, data := range f.Reads {
+		got := readAsJSON(m, path)
+		for field, value := range data { // new fields may have come
+			if !reflect.DeepEqual(got[field], value) {
+				t.Errorf("%s of %s: got %v, want %v", field, path, got[field], value)
+			}
+		}
+	}
+	m.wantMints(0)
+	for path := range f.Reads {
+		name, ok := strings.CutPrefix(path, rolePrefix)
+		if !ok {
+			continue
+		}
+		m.write(rotatePrefix+name, nil)
+		if got := m.creds(name, nil); got.err != nil || !strings.HasSuffix(got.token, canary[:6]) {
+			t.Errorf("a token of %s: got %q, %v; want it minted with the stored secret", name, got.token, got.err)
+		}
+	}
+	// A write of what is stored already drops no token.
+	before := m.creds("full", nil)
+	m.write("roles/full", map[string]any{"scopes": f.Reads["roles/full"]["scopes"]})
+	m.write("config/full", map[string]any{"client_secret": canary, "verify_connection": false})
+	if after := m.creds("full", nil); after.token != before.token {
+		t.Error("writing the same values dropped a token")
+	}
+}
+
+// newStorageFixture stores configs and roles with every field, and with none, and their
+// tokens.
+func newStorageFixture(m *testMount, ca string) *storageFixture {
+	m.t.Helper()
 	m.write("config", testConfig(nil))
 	m.write("config/full", testConfig(map[string]any{
 		"token_url": "https://project.auth.mojoauth.test/oauth2/token?env=test", "token_endpoint_auth_method": "client_secret_basic",
-		"ca_cert": ca, "request_timeout": "7s", "max_retries": 1,
+		"ca_cert": ca, "request_timeout": "7s", "max_retries": 1, "max_requests_per_second": 5, "persist_tokens": true,
 	}))
+	m.write("config/memory", testConfig(map[string]any{"persist_tokens": false}))
 	m.write("roles/plain", nil)
 	m.write("roles/full", map[string]any{
 		"config": "full", "audience": "https://api.example.org/", "scopes": "read:data,write:data",
 		"extra_params": map[string]any{"resource": "data"}, "min_ttl": "5m", "max_ttl": "30m", "generate_lease": true,
 	})
+	m.write("roles/memory", map[string]any{"config": "memory"})
 	f := &storageFixture{Stored: make(map[string]json.RawMessage), Reads: make(map[string]map[string]any)}
-	for _, path := range []string{"config/default", "config/full", "roles/plain", "roles/full"} {
-		entry, err := m.storage.Get(context.Background(), path)
+	for _, path := range []string{"creds/plain", "creds/full", "config/default", "config/full", "config/memory", "roles/plain", "roles/full", "roles/memory"} {
+		f.Reads[path] = readAsJSON(m, path)
+		delete(f.Reads[path], "ttl") // it has a random part
+	}
+	synctest.Wait() // until the tokens are stored
+	keys, err := logical.CollectKeys(context.Background(), m.storage)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	for _, key := range keys {
+		entry, err := m.storage.Get(context.Background(), key)
 		if err != nil {
-			t.Fatal(err)
+			m.t.Fatal(err)
 		}
-		f.Stored[path], f.Reads[path] = entry.Value, readAsJSON(t, m, path)
+		f.Stored[key] = entry.Value
+	}
+	for _, key := range []string{"tokens/default/plain", "tokens/full/full"} {
+		if f.Stored[key] == nil {
+			m.t.Errorf("%s is not stored, but %q", key, keys)
+		}
 	}
 	return f
 }
@@ -127,7 +154,8 @@ func (f *storageFixture) write(t *testing.T, version string) {
 }
 
 // readAsJSON reads a path as a client of Vault does.
-func readAsJSON(t *testing.T, m *testMount, path string) map[string]any {
+func readAsJSON(m *testMount, path string) map[string]any {
+	t := m.t
 	t.Helper()
 	content, err := json.Marshal(m.read(path))
 	if err != nil {

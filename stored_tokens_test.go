@@ -562,6 +562,71 @@ func TestBackOffCostsOneLookUp(t *testing.T) {
 	})
 }
 
+// Nor does one look-up follow another for each reader while storage fails: a key has one
+// a second at most, and is served once storage is well.
+func TestFailingStorageCostsOneLookUpASecond(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.write("roles/other", nil)
+		m.wantToken("app", 1)
+		m = m.restart()
+		broken := &failingTokens{Storage: m.storage.Storage}
+		broken.fails.Store(true)
+		m.storage.Storage = broken
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		m.creds("other", nil)
+		m.creds("app", nil)
+		before := m.storage.operations.Load()
+		for range 100 {
+			if got := m.creds("app", nil); got.err == nil {
+				t.Error("got a token")
+			}
+			time.Sleep(40 * time.Millisecond)
+		}
+		if n := m.storage.operations.Load() - before; n > 10 {
+			t.Errorf("%d storage operations in 4 s, want a look-up a second and what a mint reads", n)
+		}
+		broken.fails.Store(false)
+		time.Sleep(time.Second)
+		m.wantToken("app", 1)
+	})
+}
+
+// A read whose time is over while it looks for a token says so.
+func TestReadThatStorageHoldsUpSaysSo(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.write("config", testConfig(map[string]any{"request_timeout": 1}))
+		m.write("roles/app", nil)
+		m.read("roles/app")
+		m.read("config")
+		slow := func(key string) {
+			if strings.HasPrefix(key, tokenPrefix) {
+				time.Sleep(950 * time.Millisecond)
+			}
+		}
+		m.storage.afterGet.Store(&slow)
+		for _, after := range []time.Duration{500 * time.Millisecond, 1500 * time.Millisecond} { // it looks again for each
+			time.AfterFunc(after, func() {
+				role := m.storedRole("app")
+				role.TokenGeneration += "x"
+				entry, err := logical.StorageEntryJSON("roles/app", &role)
+				if err == nil {
+					err = m.storage.Storage.Put(context.Background(), entry)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+				m.InvalidateKey(context.Background(), "roles/app")
+			})
+		}
+		began := time.Now()
+		got := m.creds("app", nil)
+		if took := time.Since(began); got.err == nil || !strings.Contains(got.err.Error(), "took longer than a request may") || took > 2*time.Second {
+			t.Errorf("got %q, %v after %s; want it to say that storage took longer", got.token, got.err, took)
+		}
+	})
+}
+
 // A stored token is served during a back-off too.
 func TestStoredTokenIsServedDuringABackOff(t *testing.T) {
 	bubble(t, func(m *testMount) {
@@ -609,6 +674,26 @@ func TestRotationOfAStoredTokenThatComesAgainFails(t *testing.T) {
 	})
 }
 
+// A rotation replaces what another node minted, even if that node's clock was ahead.
+func TestRotationReplacesATokenOfAClockAhead(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		synctest.Wait()
+		stored := m.stored("tokens/default/app")
+		stored.MintedAt, stored.ExpiresAt = stored.MintedAt.Add(50*time.Second), stored.ExpiresAt.Add(50*time.Second)
+		m = m.restart()
+		m.store("tokens/default/app", stored)
+		m.wantToken("app", 1)
+		m.write("rotate-role/app", nil)
+		m.wantToken("app", 2)
+		m.wantMints(2)
+		if got := m.stored("tokens/default/app"); !strings.HasPrefix(got.AccessToken, "token-2-") {
+			t.Errorf("storage has %+v", got)
+		}
+	})
+}
+
 // An older token whose write was held up does not follow a newer one.
 func TestAHeldUpSaveDoesNotOutdoANewerOne(t *testing.T) {
 	bubble(t, func(m *testMount) {
@@ -646,6 +731,36 @@ func TestAHeldUpSaveDoesNotOutliveItsRole(t *testing.T) {
 		<-done
 		m.wantStored()
 	})
+}
+
+// Nor does one that was held up until its config drops its tokens, though storage does
+// not list it yet.
+func TestAHeldUpSaveDoesNotOutliveItsConfig(t *testing.T) {
+	for name, drop := range map[string]func(m *testMount){
+		"config deleted": func(m *testMount) { m.do(logical.DeleteOperation, "config", nil) },
+		"client changed": func(m *testMount) {
+			m.write("config", map[string]any{"client_id": "other", "verify_connection": false})
+		},
+		"not to be stored": func(m *testMount) {
+			m.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", nil)
+				held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
+				m.storage.Storage = held
+				m.wantToken("app", 1)
+				synctest.Wait()
+				done := make(chan struct{})
+				go func() { defer close(done); drop(m) }()
+				synctest.Wait()
+				close(held.until)
+				<-done
+				m.wantStored()
+			})
+		})
+	}
 }
 
 // heldWrites holds up the writes of tokens.
@@ -731,6 +846,23 @@ func TestSweep(t *testing.T) {
 			t.Errorf("storage has %q after an hour", got)
 		}
 	})
+}
+
+// A role or config that cannot be read has no tokens: a new one has another generation.
+func TestSweepTakesTokensOfWhatCannotBeRead(t *testing.T) {
+	for _, key := range []string{"roles/app", "config/default"} {
+		bubble(t, func(m *testMount) {
+			m.configure("app", nil)
+			m.wantToken("app", 1)
+			m.wantStored("tokens/default/app")
+			if err := m.storage.Storage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: []byte("{")}); err != nil {
+				t.Fatal(err)
+			}
+			m = m.restart()
+			time.Sleep(time.Minute)
+			m.wantStored()
+		})
+	}
 }
 
 // The sweep leaves storage to others, and ends with the mount.

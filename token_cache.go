@@ -120,6 +120,9 @@ func (c *tokenCache) cached(q *query) (served, bool) {
 // await answers a read that found no fresh token. The error is an *unavailable or a
 // *noTurnError, errOutdated, errClosed, errForward, or why ctx ended.
 func (c *tokenCache) await(ctx context.Context, q *query) (served, error) {
+	if c.forwards(q) { // since role or config were written meanwhile
+		return served{}, errForward
+	}
 	s, err := c.slot(&q.spec)
 	if err != nil {
 		return served{}, err
@@ -289,9 +292,8 @@ func (c *tokenCache) roleForgotten(name string) {
 // configForgotten is roleForgotten for a config.
 func (c *tokenCache) configForgotten(name string) {
 	c.detach(name, nil)
-	isOf := func(s *slot) bool { return s.key.config == name }
-	// Either way it was at work on this node: a standby has tokens that it did not mint.
-	if c.telemetry.knows(name) || slices.ContainsFunc(c.all(), isOf) {
+	// It was at work on this node, or its tokens came from storage.
+	if c.telemetry.knows(name) || slices.ContainsFunc(c.all(), func(s *slot) bool { return s.key.config == name }) {
 		reload(c, c.configs, name, c.configChanged)
 	}
 }

@@ -6,6 +6,7 @@ package mojoauth
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -78,7 +79,7 @@ func (t *storedToken) restore(spec *spec, now time.Time, random float64) *cached
 	if !t.ExpiresAt.IsZero() {
 		tok.told = t.ExpiresAt.Sub(t.MintedAt)
 	}
-	restored := &cachedToken{token: tok, use: new(atomic.Int32), repeatedUntil: t.RepeatedUntil, draw: random}
+	restored := &cachedToken{token: tok, use: new(atomic.Int32), repeatedUntil: t.RepeatedUntil, restored: true, draw: random}
 	restored = restored.view(spec)
 	if !restored.usable(now) || t.MintedAt.Sub(now) > restored.schedule.Floor {
 		return nil
@@ -226,6 +227,19 @@ func (k *keyLocks) lock(ctx context.Context, key string) (unlock func(), err err
 	}
 }
 
+// names are what follows prefix in the keys that somebody holds or waits for.
+func (k *keyLocks) names(prefix string) []string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var names []string
+	for key := range k.of {
+		if name, ok := strings.CutPrefix(key, prefix); ok {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
 // background bounds work on storage that no request waits for. Closing waits for it.
 func (c *tokenCache) background() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(c.ctx), storeTimeout)
@@ -247,17 +261,26 @@ func (c *tokenCache) save(ctx context.Context, s *slot) {
 }
 
 // standingSpec is what tokens of a role with a config are asked for as both stand, nil
-// when none may be stored.
+// when none may be stored. What cannot be read does not stand: it has to be written anew,
+// and gets another generation.
 func (c *tokenCache) standingSpec(ctx context.Context, storage logical.Storage, configName, roleName string) (*spec, error) {
 	role, err := c.roles.standing(ctx, storage, roleName)
 	if err != nil || role == nil || role.entry.Config != configName {
-		return nil, err
+		return nil, unlessUnreadable(err)
 	}
 	config, err := c.configs.standing(ctx, storage, configName)
 	if err != nil || config == nil || !config.entry.persistsTokens() {
-		return nil, err
+		return nil, unlessUnreadable(err)
 	}
 	return &spec{role: role, config: config, scopes: role.entry.Scopes}, nil
+}
+
+func unlessUnreadable(err error) error {
+	var broken *unreadable
+	if errors.As(err, &broken) {
+		return nil
+	}
+	return err
 }
 
 // prune deletes the stored token of a role with a config, unless it stands and may be
@@ -286,10 +309,15 @@ func (c *tokenCache) pruneConfig(ctx context.Context, config string) error {
 	if c.standby {
 		return nil
 	}
-	roles, err := c.store.list(ctx, c.storage, storeKey(config, ""))
+	// A token whose write is under way is perhaps not listed yet.
+	roles := c.store.locks.names(storeKey(config, ""))
+	listed, err := c.store.list(ctx, c.storage, storeKey(config, ""))
 	if err != nil {
 		return err
 	}
+	roles = append(roles, listed...)
+	slices.Sort(roles)
+	roles = slices.Compact(roles)
 	now, later := roles[:min(len(roles), maxPrunedAtOnce)], roles[min(len(roles), maxPrunedAtOnce):]
 	var failed error
 	for _, role := range now {
