@@ -68,7 +68,8 @@ esac
 if [ -n "$type" ]; then
 	"$vault" secrets tune -plugin-version="$version" "$mount/"
 	# Not `vault plugin reload -mounts`: of 1.21.0 it asks for a path that is not there.
-	"$vault" write sys/plugins/reload/backend mounts="$mount/"
+	# On all nodes: the standbys of OpenBao run the plugin, too.
+	"$vault" write sys/plugins/reload/backend mounts="$mount/" scope=global
 else
 	"$vault" secrets enable -path="$mount" -plugin-version="$version" "$name"
 fi

@@ -30,6 +30,22 @@ const diskSize = 192 << 20
 // of its own, if this process may mount one.
 func StartCluster(t testing.TB, binary, pluginDir string, nodes int) *Cluster {
 	t.Helper()
+	return startCluster(t, binary, pluginDir, nodes, time.Second)
+}
+
+// NoticeDeath is how long the nodes of a patient cluster do without an active one before
+// they elect another.
+const NoticeDeath = 5 * time.Second
+
+// StartPatientCluster is StartCluster for a test beside others, which take the machine's
+// time.
+func StartPatientCluster(t testing.TB, binary, pluginDir string, nodes int) *Cluster {
+	t.Helper()
+	return startCluster(t, binary, pluginDir, nodes, NoticeDeath)
+}
+
+func startCluster(t testing.TB, binary, pluginDir string, nodes int, patience time.Duration) *Cluster {
+	t.Helper()
 	ca := NewAuthority(t)
 	c := &Cluster{}
 	for range nodes {
@@ -46,7 +62,7 @@ func StartCluster(t testing.TB, binary, pluginDir string, nodes int) *Cluster {
 			t.Fatal(err)
 		}
 		mountDisk(t, node.disk())
-		node.configure(t, raftStanza(node.disk(), fmt.Sprintf("node-%d", i), join.String()), pluginDir, "info")
+		node.configure(t, raftStanza(node.disk(), fmt.Sprintf("node-%d", i), join.String(), node.Product.multiplier(patience)), pluginDir, "info")
 		node.Start(t)
 	}
 	t.Cleanup(func() {
@@ -201,7 +217,30 @@ func (c *Cluster) Restore(t testing.TB, snapshot string, from *Cluster) {
 		node.SetToken(from.Nodes[0].Token())
 	}
 	// The nodes find out one after the other that they do not have the key.
-	Eventually(t, "the restored cluster serves", func() error {
+	c.Serve(t)
+}
+
+// SealAndUnseal seals all nodes, the active one by a request and the others, which take
+// none, by ending them and starting them again; and unseals all.
+func (c *Cluster) SealAndUnseal(t testing.TB) {
+	t.Helper()
+	active := c.Active(t)
+	if err := active.Sys().Seal(); err != nil {
+		t.Fatal(err)
+	}
+	for _, node := range c.Without(active).Nodes {
+		node.Stop()
+	}
+	for _, node := range c.Without(active).Nodes {
+		node.Start(t)
+	}
+	c.Serve(t)
+}
+
+// Serve unseals the nodes that are sealed, until all serve.
+func (c *Cluster) Serve(t testing.TB) {
+	t.Helper()
+	Eventually(t, "all nodes serve", func() error {
 		for _, node := range c.Nodes {
 			if node.Sealed(t) {
 				if _, err := node.Sys().Unseal(node.unsealKey); err != nil {

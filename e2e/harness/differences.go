@@ -17,6 +17,7 @@ const (
 	AuditInConfiguration Difference = "OpenBao declares audit devices in its configuration file, and refuses them over the API; on all nodes of a cluster with the same options, so that clusters have none"
 	NoFileStorage        Difference = "OpenBao has no file storage: a node alone keeps its data in Raft"
 	NoMemoryLock         Difference = "OpenBao does not lock memory, and warns about disable_mlock"
+	PatientNodes         Difference = "performance_multiplier is that many times 3 s in OpenBao, and that many seconds in Vault"
 	VariablesOfItsOwn    Difference = "bao reads BAO_ADDR, BAO_TOKEN and BAO_CACERT before VAULT_ADDR and so on"
 
 	// Tests ask for these.

@@ -79,7 +79,7 @@ func (v *Vault) Responses() string {
 // pluginDir.
 func StartVault(t testing.TB, binary, pluginDir string) *Vault {
 	t.Helper()
-	v := startVault(t, binary, pluginDir, "trace", true)
+	v := startVault(t, binary, pluginDir, "trace", true, "")
 	if v.Product.Has(AuditInConfiguration) {
 		return v
 	}
@@ -95,10 +95,17 @@ func StartVault(t testing.TB, binary, pluginDir string) *Vault {
 // production, for measuring.
 func StartQuietVault(t testing.TB, binary, pluginDir string) *Vault {
 	t.Helper()
-	return startVault(t, binary, pluginDir, "info", false)
+	return startVault(t, binary, pluginDir, "info", false, "")
 }
 
-func startVault(t testing.TB, binary, pluginDir, logLevel string, audited bool) *Vault {
+// StartMeteredVault is StartQuietVault with metrics of its own, for BarrierOperations.
+func StartMeteredVault(t testing.TB, binary, pluginDir string) *Vault {
+	t.Helper()
+	return startVault(t, binary, pluginDir, "info", false, "telemetry {\n  prometheus_retention_time = \"1h\"\n  disable_hostname = true\n}\n")
+}
+
+// startVault starts a server alone. more is added to its configuration.
+func startVault(t testing.TB, binary, pluginDir, logLevel string, audited bool, more string) *Vault {
 	t.Helper()
 	dir := t.TempDir()
 	v := newVault(t, binary, dir, FreeAddress(t), nil)
@@ -109,12 +116,12 @@ func startVault(t testing.TB, binary, pluginDir, logLevel string, audited bool) 
 	stanzas := fmt.Sprintf("storage \"file\" {\n  path = %q\n}", path)
 	if v.Product.Has(NoFileStorage) {
 		mountDisk(t, path) // Raft waits for the disk at every write, and these tests are not about that
-		stanzas = raftStanza(path, "node", "")
+		stanzas = raftStanza(path, "node", "", 1)
 	}
 	if audited && v.Product.Has(AuditInConfiguration) {
 		stanzas += fmt.Sprintf("\naudit \"file\" \"file\" {\n  options {\n    file_path = %q\n  }\n}", v.AuditFile)
 	}
-	v.configure(t, stanzas, pluginDir, logLevel)
+	v.configure(t, more+stanzas, pluginDir, logLevel)
 	v.Start(t)
 	v.initialize(t)
 	v.Unseal(t)
@@ -122,9 +129,19 @@ func startVault(t testing.TB, binary, pluginDir, logLevel string, audited bool) 
 }
 
 // raftStanza is integrated storage at a path, of a node that joins others by those
-// stanzas. The multiplier is what Vault's documentation advises for production.
-func raftStanza(path, node, join string) string {
-	return fmt.Sprintf("storage \"raft\" {\n  path = %q\n  node_id = %q\n  performance_multiplier = 1\n%s}", path, node, join)
+// stanzas.
+func raftStanza(path, node, join string, multiplier int) string {
+	return fmt.Sprintf("storage \"raft\" {\n  path = %q\n  node_id = %q\n  performance_multiplier = %d\n%s}", path, node, multiplier, join)
+}
+
+// multiplier is the least performance_multiplier with which nodes wait that long for the
+// leader. Vault's documentation advises 1 for production.
+func (p Product) multiplier(patience time.Duration) int {
+	unit := time.Second
+	if p.Has(PatientNodes) {
+		unit *= 3
+	}
+	return int((patience + unit - 1) / unit)
 }
 
 // newVault is a server at that address, with TLS if there is an authority for its
@@ -206,6 +223,7 @@ api_addr         = %[5]q
 cluster_addr     = "https://%[3]s"
 plugin_directory = %[6]q
 log_level        = %[7]q
+raw_storage_endpoint = true
 %[8]s
 `, stanzas, v.address[strings.LastIndex(v.address, "/")+1:], cluster, listener, v.address, pluginDir, logLevel, memory)
 	if err := os.WriteFile(v.configFile(), []byte(config), 0o600); err != nil {
@@ -254,6 +272,9 @@ func (v *Vault) Kill(t testing.TB) {
 	}
 	<-v.process.exited
 }
+
+// Stop ends the server as an operator does.
+func (v *Vault) Stop() { v.process.stop() }
 
 // initialize makes the keys of a new Vault, and logs in.
 func (v *Vault) initialize(t testing.TB) {

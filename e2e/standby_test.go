@@ -1,0 +1,628 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
+)
+
+// Standbys that answer reads themselves are one customer of MojoAuth together with the
+// active node. Where standbys forward everything, most of this holds by itself; what they
+// do without an active node is left out there.
+func TestStandbys(t *testing.T) {
+	t.Parallel()
+	w := newQuietCluster(t, map[string]any{"max_requests_per_second": 1000, "request_timeout": "60s"})
+	roles := w.oneMintForAllNodes()
+	w.forwarded()
+	w.eachNodeForItself()
+
+	// The restore takes its time, which a mount of its own uses.
+	settled := w.restoreUnderStandbys()
+	w.cluster.Enable(t, "lives", pluginName, pluginVersion)
+	lives := &clusterWorld{TB: t, cluster: w.cluster, mount: "lives", oauth: w.oauth, binary: w.binary}
+	lives.connect()
+	lives.livesAtStandbys()
+	settled()
+
+	w.withoutActiveNode(roles)
+	w.noCanary()
+}
+
+// standbys are the nodes beside the active one.
+func (w *clusterWorld) standbys() []*harness.Vault {
+	w.Helper()
+	return w.cluster.Without(w.cluster.Active(w)).Nodes
+}
+
+// requested counts the requests that something causes.
+func (w *clusterWorld) requested(do func()) int {
+	w.Helper()
+	before := len(w.oauth.Requests())
+	do()
+	return len(w.oauth.Requests()) - before
+}
+
+// agree waits until all nodes serve the same token of a role, other than one.
+func (w *clusterWorld) agree(what, role, other string) string {
+	w.Helper()
+	var token string
+	harness.Eventually(w, what, func() error {
+		token = ""
+		for _, node := range w.cluster.Nodes {
+			held, err := readHeld(w.clients[node], role)
+			if err != nil {
+				return err
+			}
+			if held.token == other || token != "" && held.token != token {
+				return fmt.Errorf("%s serves another token of %s than it should", node.Address(), role)
+			}
+			token = held.token
+		}
+		return nil
+	})
+	return token
+}
+
+// waits counts the reads of creds that waited for MojoAuth, or failed, at all nodes.
+func (w *clusterWorld) waits() (waits int, all []string) {
+	w.Helper()
+	active := w.cluster.Active(w)
+	for _, node := range w.cluster.Nodes {
+		data := w.read(node, "status")
+		reads, ok := data["reads"].(map[string]any)
+		if !ok {
+			w.Fatalf("%s: status tells of the reads %v", node.Address(), data["reads"])
+		}
+		all = append(all, fmt.Sprint(reads))
+		outcomes := []string{"minted", "refreshed", "error"}
+		if node == active {
+			outcomes = append(outcomes, "stale") // a standby does not wait before it serves an old one
+		}
+		for _, outcome := range outcomes {
+			n, err := reads[outcome].(json.Number).Int64()
+			if err != nil {
+				w.Fatal(err)
+			}
+			waits += int(n)
+		}
+		if !node.Product.Has(harness.StandbysRead) {
+			break // they all forward
+		}
+	}
+	return waits, all
+}
+
+// oneMintForAllNodes reads roles that nobody has read through all nodes at once.
+func (w *clusterWorld) oneMintForAllNodes() (roles []string) {
+	w.Helper()
+	const count = 30
+	roles = w.writeColdRoles(count, "shared", "default", nil)
+	held := make([]map[string]heldToken, len(w.cluster.Nodes))
+	failed := make([]int, len(w.cluster.Nodes))
+	requests := w.requested(func() {
+		var reading sync.WaitGroup
+		for i, node := range w.cluster.Nodes {
+			reading.Go(func() { held[i], failed[i] = readUntilServed(w, w.clients[node], roles) })
+		}
+		reading.Wait()
+	})
+	tokens := make(map[string]bool)
+	for i, node := range w.cluster.Nodes {
+		sameTokens(w, "the first reads, through "+node.Address(), held[i], held[0])
+		if failed[i] != 0 {
+			w.Errorf("through %s %d reads failed", node.Address(), failed[i])
+		}
+		for _, token := range held[i] {
+			tokens[token.token] = true
+		}
+	}
+	w.Logf("%d roles read through %d nodes: %d requests, %d tokens", count, len(w.cluster.Nodes), requests, len(tokens))
+	if requests != count || len(tokens) != count {
+		w.Errorf("%d roles caused %d requests and have %d tokens, want one each", count, requests, len(tokens))
+	}
+	return roles
+}
+
+// forwarded does at a standby what a standby may not do itself.
+func (w *clusterWorld) forwarded() {
+	w.Helper()
+	standby, other := w.standbys()[0], w.standbys()[1]
+	client := w.clients[standby].Logical()
+	read := func(path string, query map[string][]string) *api.Secret {
+		w.Helper()
+		secret, err := client.ReadWithData("mojoauth/creds/"+path, query)
+		if err != nil || secret == nil {
+			w.Fatalf("creds/%s %v at a standby: %v, %v", path, query, secret, err)
+		}
+		return secret
+	}
+
+	w.write("roles/leased", role(map[string]any{"generate_lease": true, "extra_params": map[string]any{"role": "leased"}}))
+	requests := w.requested(func() {
+		for range 5 {
+			secret := read("leased", nil)
+			if secret.LeaseID == "" || secret.LeaseDuration < 3200 {
+				w.Errorf("got lease %q of %d s", secret.LeaseID, secret.LeaseDuration)
+				continue
+			}
+			if err := w.clients[standby].Sys().Revoke(secret.LeaseID); err != nil {
+				w.Errorf("revoking it: %v", err)
+			}
+		}
+	})
+	if requests != 1 {
+		w.Errorf("leased reads at a standby caused %d requests, want 1", requests)
+	}
+
+	w.write("roles/narrowed", role(map[string]any{"scopes": "read:data write:data", "extra_params": map[string]any{"role": "narrowed"}}))
+	requests = w.requested(func() {
+		narrowed := read("narrowed", map[string][]string{"scopes": {"write:data"}})
+		if narrowed.Data["scope"] != "write:data" {
+			w.Errorf("narrowed to write:data: got %v", narrowed.Data["scope"])
+		}
+		for _, node := range []*harness.Vault{standby, other, w.cluster.Active(w)} {
+			again, err := w.clients[node].Logical().ReadWithData("mojoauth/creds/narrowed", map[string][]string{"scopes": {"write:data"}})
+			if err != nil || heldBy(again) != heldBy(narrowed) {
+				w.Errorf("narrowed, through %s: another token, or %v", node.Address(), err)
+			}
+		}
+	})
+	if requests != 1 {
+		w.Errorf("narrowed reads at all nodes caused %d requests, want 1", requests)
+	}
+
+	w.write("roles/refused", role(map[string]any{"extra_params": map[string]any{"role": "refused"}}))
+	requests = w.requested(func() {
+		refused := read("refused", nil)
+		time.Sleep(1100 * time.Millisecond) // a token of the same second would not do
+		fresh := read("refused", mintedAfter(rotatedAt(refused)))
+		if fresh.Data["access_token"] == refused.Data["access_token"] || len(fresh.Warnings) != 0 {
+			w.Errorf("minted_after at a standby: the refused token, or the warnings %q", fresh.Warnings)
+		}
+		if got := w.agree("all nodes have the token of minted_after", "refused", heldBy(refused).token); got != heldBy(fresh).token {
+			w.Error("minted_after at a standby: the nodes have another token")
+		}
+	})
+	if requests != 2 {
+		w.Errorf("a first read and minted_after at a standby caused %d requests, want 2", requests)
+	}
+
+	w.write("roles/rotating", role(map[string]any{"extra_params": map[string]any{"role": "rotating"}}))
+	requests = w.requested(func() {
+		was := w.agree("all nodes have a token", "rotating", "")
+		for range 3 {
+			rotated, err := client.Write("mojoauth/rotate-role/rotating", nil)
+			if err != nil || rotated.Data["access_token"] != nil {
+				w.Fatalf("rotate-role at a standby: %v", err)
+			}
+			was = w.agree("all nodes have the rotated token", "rotating", was)
+		}
+	})
+	if requests != 4 {
+		w.Errorf("a first read and three rotations at a standby caused %d requests, want 4", requests)
+	}
+
+	// A reader who wants more life than the token has.
+	requests = w.requested(func() {
+		secret := read("rotating", map[string][]string{"min_ttl": {"30m"}})
+		if len(secret.Warnings) != 0 {
+			w.Errorf("min_ttl at a standby: the warnings %q", secret.Warnings)
+		}
+	})
+	if requests != 0 {
+		w.Errorf("a min_ttl that the token has caused %d requests", requests)
+	}
+}
+
+// eachNodeForItself reads a role whose tokens are nowhere but in memory.
+func (w *clusterWorld) eachNodeForItself() {
+	w.Helper()
+	w.write("config/private", map[string]any{
+		"token_url": w.oauth.TokenURL(), "client_id": clientID, "client_secret": canary, "persist_tokens": false, "verify_connection": false,
+	})
+	w.writeColdRoles(2, "private", "private", nil)
+	w.write("roles/private1", map[string]any{"generate_lease": true})
+	want := 1
+	if w.cluster.Nodes[0].Product.Has(harness.StandbysRead) {
+		want = len(w.cluster.Nodes)
+	}
+	requests := w.requested(func() {
+		for _, node := range w.cluster.Nodes {
+			for range 3 {
+				// A standby that does not know the config yet forwards.
+				harness.Eventually(w, "a read through "+node.Address(), func() error {
+					_, err := readHeld(w.clients[node], "private0")
+					return err
+				})
+			}
+		}
+	})
+	if requests < 1 || requests > want {
+		w.Errorf("persist_tokens=false: reads at all nodes caused %d requests, want at most %d", requests, want)
+	}
+	requests = w.requested(func() {
+		for _, node := range w.cluster.Nodes {
+			secret, err := w.clients[node].Logical().Read("mojoauth/creds/private1")
+			if err != nil || secret.LeaseID == "" {
+				w.Errorf("persist_tokens=false: a leased read through %s: %v", node.Address(), err)
+			}
+		}
+	})
+	if requests != 1 {
+		w.Errorf("persist_tokens=false: leased reads at all nodes caused %d requests, want 1", requests)
+	}
+	stored, err := storedTokens(w, w.cluster.Active(w))
+	if err != nil {
+		w.Fatal(err)
+	}
+	for place := range stored {
+		if strings.HasPrefix(place, "private/") {
+			w.Errorf("persist_tokens=false: %s is in storage", place)
+		}
+	}
+}
+
+// restoreUnderStandbys puts an older state of storage in the place of what the nodes know.
+// Within two minutes they know it, at which the function that is returned looks.
+func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
+	w.Helper()
+	const patience = 2 * time.Minute
+	changed, rotated, renewed, deleted := "restored-changed", "restored-rotated", "restored-renewed", "restored-deleted"
+	// read is the scope and the token of a role at a node, or nothing when there is no role.
+	read := func(node *harness.Vault, role string) (scope, token string, err error) {
+		secret, err := w.clients[node].Logical().Read("mojoauth/creds/" + role)
+		var answer *api.ResponseError
+		if errors.As(err, &answer) && answer.StatusCode == 400 {
+			return "", "", nil
+		}
+		if err == nil && secret == nil {
+			err = errors.New("status 404")
+		}
+		if err != nil {
+			return "", "", err
+		}
+		return fmt.Sprint(secret.Data["scope"]), heldBy(secret).token, nil
+	}
+
+	names := []string{changed, rotated, renewed, deleted}
+	for _, name := range names {
+		w.write("roles/"+name, role(map[string]any{"extra_params": map[string]any{"role": name}}))
+		w.agree("all nodes have a token", name, "")
+	}
+	harness.Eventually(w, "these tokens are stored", func() error {
+		tokens, err := storedTokens(w, w.cluster.Active(w))
+		for _, name := range names {
+			if err == nil && tokens["default/"+name] == "" {
+				err = fmt.Errorf("that of %s is not", name)
+			}
+		}
+		return err
+	})
+	snapshot := w.cluster.Snapshot(w)
+
+	// What is not in the snapshot.
+	w.write("roles/"+changed, map[string]any{"scopes": "write:data"})
+	later := map[string]string{changed: w.agree("all nodes have another token", changed, "")}
+	w.write("rotate-role/"+rotated, nil)
+	later[rotated] = w.agree("all nodes have the rotated token", rotated, "")
+	was, err := readHeld(w.clients[w.cluster.Active(w)], renewed)
+	if err != nil {
+		w.Fatal(err)
+	}
+	time.Sleep(1100 * time.Millisecond) // a token of the same second would not do
+	if _, err := w.clients[w.cluster.Active(w)].Logical().ReadWithData("mojoauth/creds/"+renewed, mintedAfter(was.rotatedAt)); err != nil {
+		w.Fatal(err)
+	}
+	later[renewed] = w.agree("all nodes have the renewed token", renewed, was.token)
+	if _, err := w.cluster.Active(w).Logical().Delete("mojoauth/roles/" + deleted); err != nil {
+		w.Fatal(err)
+	}
+	harness.Eventually(w, "no node has the deleted role", func() error {
+		for _, node := range w.cluster.Nodes {
+			if _, token, err := read(node, deleted); err != nil || token != "" {
+				return fmt.Errorf("%s: it serves a token, or %w", node.Address(), err)
+			}
+		}
+		return nil
+	})
+	w.write("roles/restored-unknown", role(map[string]any{"extra_params": map[string]any{"role": "restored-unknown"}}))
+	later["restored-unknown"] = w.agree("all nodes have a token", "restored-unknown", "")
+
+	w.cluster.Restore(w, snapshot, w.cluster)
+	restored := time.Now()
+	// wrong is what a node does not know yet of the state that was restored.
+	wrong := func(node *harness.Vault) error {
+		for name, token := range later {
+			scope, got, err := read(node, name)
+			switch {
+			case err != nil:
+				return err
+			case got == token:
+				return fmt.Errorf("%s serves the token of %s that is not in storage any more", node.Address(), name)
+			case name == "restored-unknown" && got != "", name != "restored-unknown" && got == "":
+				return fmt.Errorf("%s: whether there is a role %s it does not know", node.Address(), name)
+			case name == changed && scope != oauthserver.DataScope:
+				return fmt.Errorf("%s serves %s with the scope %q", node.Address(), name, scope)
+			}
+		}
+		if _, got, err := read(node, deleted); err != nil || got == "" {
+			return fmt.Errorf("%s does not know the role that is there again: %w", node.Address(), err)
+		}
+		return nil
+	}
+	type finding struct {
+		node  *harness.Vault
+		after time.Duration
+		err   error
+	}
+	findings := make(chan finding, len(w.cluster.Nodes))
+	for _, node := range w.cluster.Nodes {
+		go func() {
+			f := finding{node: node}
+			// From when it was last wrong, and as long as it could be.
+			for time.Since(restored) < patience+5*time.Second {
+				if err := wrong(node); err != nil {
+					f.after, f.err = time.Since(restored), err
+				} else if f.after == 0 && time.Since(restored) > patience/2+5*time.Second || f.after != 0 && time.Since(restored) > f.after+20*time.Second {
+					break
+				}
+				time.Sleep(500 * time.Millisecond)
+			}
+			findings <- f
+		}()
+	}
+	return func() {
+		w.Helper()
+		for range w.cluster.Nodes {
+			f := <-findings
+			w.Logf("%s knew what a snapshot has restored %.1f s after it; until then: %v", f.node.Address(), f.after.Seconds(), f.err)
+			if f.after > patience {
+				w.Errorf("%s does not know what was restored %s ago: %v", f.node.Address(), f.after, f.err)
+			}
+		}
+		for _, name := range names {
+			w.agree("all nodes have one token of "+name, name, later[name])
+		}
+	}
+}
+
+// livesAtStandbys reads roles whose tokens live 40 s at the standbys only, for 100 s.
+func (w *clusterWorld) livesAtStandbys() {
+	w.Helper()
+	const (
+		lifetime = 40 * time.Second
+		length   = 100 * time.Second
+		// A token is renewed 0.4 s to 2 s before it is due, which it is when a quarter of its
+		// life is left.
+		earliest = lifetime*3/4 - lifetime/20
+		latest   = lifetime*3/4 - lifetime/100
+		latency  = 100 * time.Millisecond // of the OAuth server: less than that
+		slow     = 2 * time.Second        // as long as a reader waits for a renewal
+	)
+	client := demoClient("forty", canary)
+	client.Lifetime = lifetime + time.Second // it rounds down
+	if err := w.oauth.SetClient(client); err != nil {
+		w.Fatal(err)
+	}
+	w.oauth.SetFaults(oauthserver.Faults{Latency: oauthserver.Duration(latency)})
+	defer w.oauth.SetFaults(oauthserver.Faults{})
+	polled, followed := []string{"polled0", "polled1"}, []string{"followed0", "followed1"}
+	all := append(slices.Clone(polled), followed...)
+	for _, name := range all { // each with a gate of its own
+		w.write("config/"+name, map[string]any{"token_url": w.oauth.TokenURL(), "client_id": "forty", "client_secret": canary, "verify_connection": false})
+		w.write("roles/"+name, role(map[string]any{"config": name, "extra_params": map[string]any{"role": name}}))
+	}
+	standbys := w.standbys()
+	for _, name := range all {
+		for _, node := range standbys {
+			if _, err := w.clients[node].Logical().Read(w.at("creds/" + name)); err != nil {
+				w.Errorf("the first read of %s at %s: %v", name, node.Address(), err)
+			}
+		}
+	}
+	before, _ := w.waits()
+
+	var mu sync.Mutex
+	var took []time.Duration
+	held := make(map[string]map[string]bool)
+	end := time.Now().Add(length)
+	// follow reads a role at a node until the end, and lets pass what wait says.
+	follow := func(node *harness.Vault, name string, wait func(*api.Secret) time.Duration) {
+		for time.Now().Before(end) {
+			began := time.Now()
+			secret, err := w.clients[node].Logical().Read(w.at("creds/" + name))
+			ended := time.Now()
+			if err != nil || secret == nil {
+				w.Errorf("%s at %s: %v", name, node.Address(), err)
+				return
+			}
+			expires, err := time.Parse(time.RFC3339, heldBy(secret).expiresAt)
+			if left := expires.Sub(began); err != nil || left <= lifetime/10 {
+				w.Errorf("%s at %s: a token with %s left, %v", name, node.Address(), left, err)
+			}
+			mu.Lock()
+			took = append(took, ended.Sub(began))
+			if held[name] == nil {
+				held[name] = make(map[string]bool)
+			}
+			held[name][heldBy(secret).token] = true
+			mu.Unlock()
+			time.Sleep(wait(secret))
+		}
+	}
+	var reading sync.WaitGroup
+	for _, node := range standbys {
+		for _, name := range polled {
+			for i := range 2 {
+				reading.Go(func() {
+					follow(node, name, func(*api.Secret) time.Duration { return time.Duration(200+100*i) * time.Millisecond })
+				})
+			}
+		}
+		for _, name := range followed {
+			for range 5 {
+				reading.Go(func() {
+					follow(node, name, func(secret *api.Secret) time.Duration {
+						ttl, err := secret.Data["ttl"].(json.Number).Int64()
+						if err != nil || ttl < 1 {
+							w.Errorf("got ttl %v", secret.Data["ttl"])
+							ttl = 1
+						}
+						return time.Duration(ttl) * time.Second
+					})
+				})
+			}
+		}
+	}
+	reading.Wait()
+
+	waited, outcomes := w.waits()
+	waited -= before
+	longest, middle := slices.Max(took), median(slices.Clone(took))
+	w.Logf("tokens of %s read at standbys for %s: %d reads, %s (median) and %s (longest), %d waited; outcomes so far: %v",
+		lifetime, length, len(took), middle.Round(time.Microsecond), longest.Round(time.Millisecond), waited, outcomes)
+	if longest > slow {
+		w.Errorf("a read took %s", longest)
+	}
+	late := 0 // renewals
+	for _, name := range all {
+		granted := grantsFor(w.oauth, name)
+		var lives []string
+		for i := 1; i < len(granted); i++ {
+			life := granted[i].At.Sub(granted[i-1].At)
+			lives = append(lives, fmt.Sprintf("%.1f", life.Seconds()))
+			if life < earliest-time.Second {
+				w.Errorf("%s: minted again after %s, want one mint a life", name, life)
+			}
+			if life > latest+latency {
+				late++
+			}
+		}
+		w.Logf("%s: %d mints, after %v s; readers saw %d tokens", name, len(granted), lives, len(held[name]))
+		if got := len(requestsFor(w.oauth.Requests(), name)); got != len(granted) {
+			w.Errorf("%s: %d requests for %d tokens", name, got, len(granted))
+		}
+	}
+	// One of them may be the machine's fault. Each standby forwards a reader of such a token.
+	if waited > min(late, 1)*len(standbys) {
+		w.Errorf("%d reads waited for a mint or failed, and %d tokens were renewed late", waited, late)
+	}
+}
+
+// withoutActiveNode kills the active node, and later two of three nodes: who reads at a
+// standby is served what it holds, and what it finds in storage.
+func (w *clusterWorld) withoutActiveNode(roles []string) {
+	w.Helper()
+	standbysRead := w.cluster.Nodes[0].Product.Has(harness.StandbysRead)
+	if !standbysRead {
+		harness.NotTested(w, "what standbys do without an active node: those of Vault forward everything")
+		return
+	}
+	want, _ := readUntilServed(w, w.clients[w.cluster.Active(w)], roles)
+	for _, node := range w.cluster.Nodes {
+		got, failed := readUntilServed(w, w.clients[node], roles)
+		sameTokens(w, "all that, through "+node.Address(), got, want)
+		if failed != 0 {
+			w.Errorf("%d reads through %s failed", failed, node.Address())
+		}
+	}
+	w.oauth.SetFaults(oauthserver.Faults{Drop: "before"})
+	asked := len(w.oauth.Requests())
+
+	// poll reads the roles at a node, one after the other, for a while. Each read may fail
+	// as often as is allowed.
+	poll := func(what string, node *harness.Vault, length time.Duration, allowed int) {
+		w.Helper()
+		failed, reads := make(map[string]int), 0
+		var took []time.Duration
+		var last error
+		client := node.Reader(w, 20*time.Second)
+		for began := time.Now(); time.Since(began) < length || reads < 2*len(roles); reads++ {
+			name := roles[reads%len(roles)]
+			asked := time.Now()
+			got, err := readHeld(client, name)
+			if err != nil {
+				failed[name]++
+				last = err
+				continue
+			}
+			took = append(took, time.Since(asked))
+			if got != want[name] {
+				w.Errorf("%s: %s has another token", what, name)
+			}
+		}
+		sum := 0
+		for _, n := range failed {
+			sum += n
+		}
+		if len(took) == 0 {
+			took = append(took, 0)
+		}
+		w.Logf("%s: %d reads, %d failed, of %d roles (%v); the others took %s (median), %s (longest)",
+			what, reads, sum, len(failed), last, median(took).Round(time.Microsecond), slices.Max(took).Round(time.Millisecond))
+		for name, n := range failed {
+			if n > allowed {
+				w.Errorf("%s: %d reads of %s failed, want at most %d: %v", what, n, name, allowed, last)
+			}
+		}
+		if longest := slices.Max(took); longest > 2*time.Second {
+			w.Errorf("%s: a read took %s", what, longest)
+		}
+	}
+
+	active, standbys := w.cluster.Active(w), w.standbys()
+	active.Kill(w)
+	for _, node := range standbys {
+		poll("no active node, a standby that holds the tokens", node, harness.NoticeDeath/4, 0)
+	}
+	w.cluster.Active(w) // the next one
+	for _, node := range standbys {
+		got, _ := readUntilServed(w, w.clients[node], roles)
+		sameTokens(w, "the active node was killed, through "+node.Address(), got, want)
+	}
+	w.cluster.Restart(w, active)
+	for _, node := range w.cluster.Nodes {
+		got, _ := readUntilServed(w, w.clients[node], roles)
+		sameTokens(w, "the killed node is back, through "+node.Address(), got, want)
+	}
+
+	active, standbys = w.cluster.Active(w), w.standbys()
+	last := standbys[0]
+	down := []*harness.Vault{active, standbys[1]}
+	for _, node := range down {
+		node.Kill(w)
+	}
+	poll("no quorum, a standby that holds the tokens", last, 2*harness.NoticeDeath, 0)
+	last.SignalPlugin(w, pluginBinary, syscall.SIGKILL)
+	harness.Eventually(w, "the plugin runs again", func() error {
+		_, err := last.Logical().Read("mojoauth/status")
+		return err
+	})
+	poll("no quorum, a standby that finds the tokens in storage", last, 2*time.Second, 1)
+
+	for _, node := range down {
+		node.Start(w)
+	}
+	w.cluster.Serve(w)
+	for _, node := range w.cluster.Nodes {
+		got, _ := readUntilServed(w, w.clients[node], roles)
+		sameTokens(w, "there was no quorum, through "+node.Address(), got, want)
+	}
+	if got := len(w.oauth.Requests()) - asked; got != 0 {
+		w.Errorf("%d requests to the OAuth server by all that, want none", got)
+	}
+}
