@@ -363,6 +363,9 @@ func (n *simNode) send(ctx context.Context, op *simOp) (*logical.Response, error
 // ended judges what came of a request, and keeps account of it. The caller holds w.mu.
 func (w *simWorld) ended(op *simOp) {
 	n := op.node
+	if op.gaveUp && op.storageOps > 0 {
+		clear(n.inMemory) // the next reader compares what this one would have
+	}
 	switch op.kind {
 	case opRead:
 		if op.err == logical.ErrReadOnly { //nolint:errorlint // Vault wants it bare

@@ -163,7 +163,7 @@ func TestStandbyWithoutStoredTokensMints(t *testing.T) {
 		p.wantForwarded("unknown", nil)
 		for range 120 { // a minute's doubt costs neither token nor back-off
 			time.Sleep(time.Minute)
-			p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			p.standby.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 			if got := p.standby.creds("app", nil); got.err != nil {
 				t.Error(got.err)
 			}
@@ -315,7 +315,7 @@ func TestStandbyFindsOutAboutARestoredSnapshot(t *testing.T) {
 		p.wantServed(2, nil)
 		restore("roles/app", "tokens/default/app")
 		p.wantServed(2, nil)
-		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		p.standby.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 		p.wantServed(1, nil)
 
 		// The same generation, and another token.
@@ -323,7 +323,7 @@ func TestStandbyFindsOutAboutARestoredSnapshot(t *testing.T) {
 		other.AccessToken = "token-9-other"
 		p.store("tokens/default/app", other)
 		p.wantServed(1, nil)
-		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		p.standby.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 		var readers sync.WaitGroup
 		for range 20 {
 			readers.Go(func() { p.wantServed(9, nil) })
@@ -333,7 +333,7 @@ func TestStandbyFindsOutAboutARestoredSnapshot(t *testing.T) {
 		if err := p.storage.Storage.Delete(context.Background(), "tokens/default/app"); err != nil {
 			t.Fatal(err)
 		}
-		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		p.standby.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 		p.wantForwarded("app", nil)
 	})
 }
@@ -349,7 +349,7 @@ func TestReaderWhoLeavesSettlesNoDoubt(t *testing.T) {
 		if err := p.storage.Storage.Delete(context.Background(), "roles/app"); err != nil {
 			t.Fatal(err)
 		}
-		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		p.standby.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
 		defer cancel()
 		p.standby.credsCtx(ctx, "app", nil)
@@ -402,7 +402,7 @@ func TestStandbyThatMintsForItselfHasNoDoubts(t *testing.T) {
 		p.wantToken("app", 1)
 		synctest.Wait()
 		p.wantServed(1, nil)
-		p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+		p.standby.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 		p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
 		p.tell("config/default")
 		p.wantServed(1, nil)
@@ -448,7 +448,7 @@ func TestStandbyWithoutStorageServesWhatItHolds(t *testing.T) {
 		p.wantServed(1, nil)
 		p.standby.storage.fail.Store(&errDisk)
 		for range 10 {
-			p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			p.standby.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 			p.wantServed(1, nil)
 			time.Sleep(time.Minute)
 		}
@@ -463,7 +463,7 @@ func TestDoubtCostsOneLookEach(t *testing.T) {
 		p.wantServed(1, nil)
 		before := p.standby.storage.operations.Load()
 		for range 10 {
-			p.standby.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			p.standby.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 			for range 50 {
 				p.wantServed(1, nil)
 			}

@@ -433,7 +433,7 @@ func TestTokenThatCannotBeDeletedIsAWarning(t *testing.T) {
 			stubborn.fails.Store(false)
 			m.wantStored("tokens/default/app")
 			time.Sleep(2 * time.Hour)
-			m.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			m.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 			time.Sleep(time.Second)
 			m.wantStored()
 		})
@@ -487,7 +487,7 @@ func (s *failingTokens) Delete(ctx context.Context, key string) error {
 func TestFailingTokenStorageHarmsNobody(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		var log syncBuffer
-		m.backend.Setup(context.Background(), &logical.BackendConfig{ //nolint:errcheck // never fails
+		m.Setup(context.Background(), &logical.BackendConfig{ //nolint:errcheck // never fails
 			StorageView: m.storage, Logger: hclog.New(&hclog.LoggerOptions{Output: &log}), System: logical.TestSystemView(),
 		})
 		broken := &failingTokens{Storage: m.storage.Storage}
@@ -834,12 +834,12 @@ func TestSweep(t *testing.T) {
 		// And every hour, not more often.
 		m.store("tokens/default/gone", &orphan)
 		for range 58 {
-			m.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			m.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 			time.Sleep(time.Minute)
 		}
 		m.wantStored("tokens/default/app", "tokens/default/gone")
 		for range 3 {
-			m.backend.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
+			m.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 			time.Sleep(time.Minute)
 		}
 		if got := m.storedKeys(); slices.Contains(got, "tokens/default/gone") {
