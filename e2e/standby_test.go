@@ -38,7 +38,7 @@ func TestStandbys(t *testing.T) {
 	lives.livesAtStandbys()
 	settled()
 
-	w.withoutActiveNode(roles)
+	w.withoutActiveNode(roles, lives)
 	w.noCanary()
 }
 
@@ -525,7 +525,7 @@ func (w *clusterWorld) livesAtStandbys() {
 
 // withoutActiveNode kills the active node, and later two of three nodes: who reads at a
 // standby is served what it holds, and what it finds in storage.
-func (w *clusterWorld) withoutActiveNode(roles []string) {
+func (w *clusterWorld) withoutActiveNode(roles []string, lives *clusterWorld) {
 	w.Helper()
 	standbysRead := w.cluster.Nodes[0].Product.Has(harness.StandbysRead)
 	if !standbysRead {
@@ -540,8 +540,13 @@ func (w *clusterWorld) withoutActiveNode(roles []string) {
 			w.Errorf("%d reads through %s failed", failed, node.Address())
 		}
 	}
-	w.oauth.SetFaults(oauthserver.Faults{Drop: "before"})
-	asked := len(w.oauth.Requests())
+	asked := func() (n int) {
+		for _, name := range roles {
+			n += len(requestsFor(w.oauth.Requests(), name))
+		}
+		return n
+	}
+	before := asked()
 
 	// poll reads the roles at a node, one after the other, for a while. Each read may fail
 	// as often as is allowed.
@@ -585,6 +590,7 @@ func (w *clusterWorld) withoutActiveNode(roles []string) {
 	}
 
 	active, standbys := w.cluster.Active(w), w.standbys()
+	stop := lives.pollThrough(standbys)
 	active.Kill(w)
 	for _, node := range standbys {
 		poll("no active node, a standby that holds the tokens", node, harness.NoticeDeath/4, 0)
@@ -594,6 +600,8 @@ func (w *clusterWorld) withoutActiveNode(roles []string) {
 		got, _ := readUntilServed(w, w.clients[node], roles)
 		sameTokens(w, "the active node was killed, through "+node.Address(), got, want)
 	}
+	stop()
+	w.oauth.SetFaults(oauthserver.Faults{Drop: "before"})
 	w.cluster.Restart(w, active)
 	for _, node := range w.cluster.Nodes {
 		got, _ := readUntilServed(w, w.clients[node], roles)
@@ -622,7 +630,56 @@ func (w *clusterWorld) withoutActiveNode(roles []string) {
 		got, _ := readUntilServed(w, w.clients[node], roles)
 		sameTokens(w, "there was no quorum, through "+node.Address(), got, want)
 	}
-	if got := len(w.oauth.Requests()) - asked; got != 0 {
+	if got := asked() - before; got != 0 {
 		w.Errorf("%d requests to the OAuth server by all that, want none", got)
+	}
+}
+
+// pollThrough reads the roles of livesAtStandbys at some nodes until the function that is
+// returned is called, while the active node dies. Of each token's readers it forwards the
+// first, and one in 5 s when it is due: these may fail, and those of a node that is just
+// becoming active.
+func (w *clusterWorld) pollThrough(nodes []*harness.Vault) (stop func()) {
+	w.Helper()
+	const allowed = 4
+	ending := make(chan struct{})
+	var polling sync.WaitGroup
+	for _, node := range nodes {
+		for _, name := range []string{"polled0", "polled1", "followed0", "followed1"} {
+			client := node.Reader(w, 20*time.Second)
+			polling.Go(func() {
+				reads, failed := 0, 0
+				var longest time.Duration
+				var last error
+				for done := false; !done; reads++ {
+					select {
+					case <-ending:
+						done = true
+					case <-time.After(200 * time.Millisecond):
+					}
+					began := time.Now()
+					secret, err := client.Logical().Read(w.at("creds/" + name))
+					if err == nil && secret == nil {
+						err = errors.New("status 404")
+					}
+					if err != nil {
+						failed, last = failed+1, err
+						continue
+					}
+					longest = max(longest, time.Since(began))
+					if expires, err := time.Parse(time.RFC3339, heldBy(secret).expiresAt); err != nil || !expires.After(began) {
+						w.Errorf("%s at %s: got a token that expired at %s, %v", name, node.Address(), expires, err)
+					}
+				}
+				w.Logf("the active node was killed, tokens of 40 s, %s at %s: %d of %d reads failed (%v); the others took %s at most", name, node.Address(), failed, reads, last, longest.Round(time.Millisecond))
+				if failed > allowed {
+					w.Errorf("%s at %s: %d of %d reads failed, want at most %d", name, node.Address(), failed, reads, allowed)
+				}
+			})
+		}
+	}
+	return func() {
+		close(ending)
+		polling.Wait()
 	}
 }
