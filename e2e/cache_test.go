@@ -288,7 +288,7 @@ func TestNarrowedReadsThroughVault(t *testing.T) {
 func TestMemoryOfManyRoles(t *testing.T) {
 	const (
 		roles = 10_000
-		limit = 64 << 20
+		limit = 80 << 20
 	)
 	w := newWorld(t)
 	w.oauth.SetPadding(900) // beside the 600 bytes that a token has anyhow
