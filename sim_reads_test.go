@@ -552,6 +552,8 @@ func (w *simWorld) judgeRotation(op *simOp) {
 		w.violate("%s was acknowledged, and wrote nothing", op)
 	case op.resp.IsError() && op.wrote != nil:
 		w.violate("%s was refused, and wrote", op)
+	case op.wrote != nil:
+		w.judgeRotatedInStorage(op)
 	}
 }
 

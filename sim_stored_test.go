@@ -626,6 +626,22 @@ func (w *simWorld) judgeDropped(op *simOp) {
 	}
 }
 
+// judgeRotatedInStorage judges that a rotation has saved its token before it is answered.
+func (w *simWorld) judgeRotatedInStorage(op *simOp) {
+	n, role := op.node, w.history[op.key].last()
+	if op.err != nil || role != op.wrote || n.storageFailed >= op.start {
+		return
+	}
+	for _, config := range n.possible(configPrefix+role.config, op.start, op.end) {
+		if !config.exists || !config.persist || config.renews && config.at >= op.start {
+			return
+		}
+	}
+	if s := w.storedAt(simTokenPrefix + role.config + "/" + op.role); s == nil || s.RoleGeneration != role.generation {
+		w.violate("%s is answered, and storage has no token of it", op)
+	}
+}
+
 // fellAt is from when on a stored token did not stand.
 func (w *simWorld) fellAt(s *simStored) time.Duration {
 	roles, configs := w.history[rolePrefix+s.role], w.history[configPrefix+s.config]
