@@ -376,7 +376,7 @@ func (w *simWorld) judgeSave(n *simNode, op *simOp, s *simStored) {
 	w.judgeSavedLife(n, what, s, roles)
 	k := n.judge.key(s.role, a.mint.set)
 	for _, b := range k.answers {
-		if b.token != a.token && b.renewed && !b.mint.exempt && a.delivered < b.delivered && b.delivered < now && a.mint.node == n {
+		if b.token != a.token && b.renewed && !b.mint.exempt && a.sent < b.sent && a.delivered < b.delivered && b.delivered < now && a.mint.node == n {
 			w.violate("%s, though %s came at %s", what, b.token.text, b.delivered)
 		}
 	}
