@@ -37,6 +37,10 @@ func (w *simWorld) judgeRead(op *simOp) {
 	if n.closingAt >= 0 && n.closingAt <= op.end {
 		return // it may fail as it likes, but had to end
 	}
+	if n.readOnly && op.storageOps > 0 && op.err != nil { // the next reader has to compare with storage
+		clear(n.inMemory)
+		n.blurredAt = op.end
+	}
 	w.judgeWait(op) // first: by what was there before it was answered
 	if op.resp.IsError() || op.err != nil {
 		if text := simResult(op); strings.Contains(text, "canary") {
