@@ -82,6 +82,12 @@ func (n *simNode) die() {
 	n.w.dies(n)
 }
 
+// expire is die, after all that happens at this moment.
+func (n *simNode) expire() {
+	time.Sleep(1)
+	n.die()
+}
+
 // initialize does what Vault does with a mount that starts, and from then on each minute.
 func (n *simNode) initialize() {
 	w := n.w

@@ -37,6 +37,10 @@ func (w *simWorld) judgeRead(op *simOp) {
 	if n.closingAt >= 0 && n.closingAt <= op.end {
 		return // it may fail as it likes, but had to end
 	}
+	if n.readOnly && op.storageOps > 0 && op.err != nil { // the next reader has to compare with storage
+		clear(n.inMemory)
+		n.blurredAt = op.end
+	}
 	w.judgeWait(op) // first: by what was there before it was answered
 	if op.resp.IsError() || op.err != nil {
 		if text := simResult(op); strings.Contains(text, "canary") {
@@ -552,6 +556,8 @@ func (w *simWorld) judgeRotation(op *simOp) {
 		w.violate("%s was acknowledged, and wrote nothing", op)
 	case op.resp.IsError() && op.wrote != nil:
 		w.violate("%s was refused, and wrote", op)
+	case op.wrote != nil:
+		w.judgeRotatedInStorage(op)
 	}
 }
 

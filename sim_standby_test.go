@@ -5,6 +5,7 @@ package mojoauth
 
 import (
 	"errors"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -51,7 +52,7 @@ func (w *simWorld) writer(n *simNode) *simNode {
 // forward has the active node answer a read, as Vault does.
 func (n *simNode) forward(op *simOp) {
 	w := n.w
-	time.Sleep(time.Duration(w.dice("forward", n.name, op.path).Int64N(int64(30 * time.Millisecond))))
+	time.Sleep(time.Duration(w.dice("forward", n.name, strconv.Itoa(op.id)).Int64N(int64(30 * time.Millisecond))))
 	w.mu.Lock()
 	active := w.activeNode()
 	if active == nil {

@@ -51,21 +51,21 @@ func (s *simStorage) plan(ctx context.Context, what, key string, write bool) (p 
 	w := s.node.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	burns := !s.node.cut && s.node.burns(write)
+	if burns && s.node.fuse.before {
+		w.mu.Unlock()
+		s.node.expire()
+		w.mu.Lock()
+	}
 	if s.node.cut {
 		return p, errSimDied
 	}
+	p.dies = burns
 	token := strings.HasPrefix(key, simTokenPrefix)
 	if !token || what != "list" { // which a sweep does for good
 		w.storageOps++
 	}
 	w.count()
-	if s.node.burns(write) {
-		if s.node.fuse.before {
-			w.dies(s.node)
-			return p, errSimDied
-		}
-		p.dies = true
-	}
 	op, _ := ctx.Value(simOpKey{}).(*simOp)
 	p.op = op
 	dice := w.dice(what, s.node.name, key)
@@ -108,13 +108,10 @@ func (n *simNode) blurs(key string) {
 
 // ended is why an operation has no result: its node died.
 func (s *simStorage) ended(p simPlan) error {
-	w := s.node.w
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	if p.dies {
-		w.dies(s.node)
+		s.node.expire()
 	}
-	if s.node.cut {
+	if s.node.isCut() {
 		return errSimDied
 	}
 	return nil

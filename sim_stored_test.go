@@ -376,7 +376,7 @@ func (w *simWorld) judgeSave(n *simNode, op *simOp, s *simStored) {
 	w.judgeSavedLife(n, what, s, roles)
 	k := n.judge.key(s.role, a.mint.set)
 	for _, b := range k.answers {
-		if b.token != a.token && b.renewed && !b.mint.exempt && a.delivered < b.delivered && b.delivered < now && a.mint.node == n {
+		if b.token != a.token && b.renewed && !b.mint.exempt && a.sent < b.sent && a.delivered < b.delivered && b.delivered < now && a.mint.node == n {
 			w.violate("%s, though %s came at %s", what, b.token.text, b.delivered)
 		}
 	}
@@ -623,6 +623,22 @@ func (w *simWorld) judgeDropped(op *simOp) {
 		if !s.stands(role, config) && w.fellAt(s) == op.wrote.at {
 			w.violate("%s left %s in storage", op, key)
 		}
+	}
+}
+
+// judgeRotatedInStorage judges that a rotation has saved its token before it is answered.
+func (w *simWorld) judgeRotatedInStorage(op *simOp) {
+	n, role := op.node, w.history[op.key].last()
+	if op.err != nil || role != op.wrote || n.storageFailed >= op.start {
+		return
+	}
+	for _, config := range n.possible(configPrefix+role.config, op.start, op.end) {
+		if !config.exists || !config.persist || config.renews && config.at >= op.start {
+			return
+		}
+	}
+	if s := w.storedAt(simTokenPrefix + role.config + "/" + op.role); s == nil || s.RoleGeneration != role.generation {
+		w.violate("%s is answered, and storage has no token of it", op)
 	}
 }
 
