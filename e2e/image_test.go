@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -345,13 +346,21 @@ func TestImage(t *testing.T) {
 // documentation's stanza.
 func openBaoDownloads(t *testing.T, bao *harness.Vault, plugins string, img *image) {
 	t.Helper()
-	stanza := documented(t, "docs/container.md", "hcl", `plugin "secret"`)
-	stanza = replaced(t, stanza, map[string]string{
+	declare(t, bao, plugins, documented(t, "docs/container.md", "hcl", "image "), map[string]string{
 		"registry.example.com/mojoauth/" + pluginName: img.registry(t),
+	})
+}
+
+// declare starts OpenBao with a documented stanza for the plugin under test.
+func declare(t *testing.T, bao *harness.Vault, plugins, stanza string, more map[string]string) {
+	t.Helper()
+	own := map[string]string{
 		"v0.1.0":                     pluginVersion,
 		"<the binary's SHA-256>":     sha256Of(t, filepath.Join(pluginDir, pluginBinary)),
 		"\"/etc/openbao.d/plugins\"": fmt.Sprintf("%q", plugins),
-	})
+	}
+	maps.Copy(own, more)
+	stanza = replaced(t, stanza, own)
 	config := filepath.Join(bao.Dir, "vault.hcl")
 	content, err := os.ReadFile(config)
 	if err != nil {
@@ -365,6 +374,32 @@ func openBaoDownloads(t *testing.T, bao *harness.Vault, plugins string, img *ima
 	bao.Kill(t)
 	bao.Start(t)
 	bao.Unseal(t)
+}
+
+// OpenBao registers a binary that is declared in its configuration.
+func TestDeclaredBinary(t *testing.T) {
+	t.Parallel()
+	product, _, err := harness.ProductOf(vaultBinary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if product != harness.OpenBao {
+		harness.Skip(t, "Vault declares no plugins in its configuration")
+	}
+	plugins := t.TempDir()
+	bao := harness.StartVault(t, vaultBinary, plugins)
+	binary, err := os.ReadFile(filepath.Join(pluginDir, pluginBinary))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(plugins, pluginName), binary, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	declare(t, bao, plugins, documented(t, "docs/container.md", "hcl", "command "), nil)
+	bao.Enable(t, "mojoauth", pluginName, pluginVersion)
+	if _, err := bao.Logical().Read("mojoauth/status"); err != nil {
+		t.Error(err)
+	}
 }
 
 // vaultStarts follows Vault: the image whose ID is the registered checksum has to have the
