@@ -310,9 +310,9 @@ func (img *image) registry(t *testing.T) (repository string) {
 		case kind == "/v2/mojoauth/"+pluginName+"/manifests/" && slices.Contains(img.manifest.RepoTags, "localhost/"+pluginName+":"+name):
 			w.Header().Set("Content-Type", manifestType)
 			w.Header().Set("Docker-Content-Digest", fmt.Sprintf("sha256:%x", sha256.Sum256(manifest)))
-			w.Write(manifest)
+			_, _ = w.Write(manifest)
 		case kind == "/v2/mojoauth/"+pluginName+"/blobs/" && blobs[name] != nil:
-			w.Write(blobs[name])
+			_, _ = w.Write(blobs[name])
 		default:
 			http.NotFound(w, r)
 		}
