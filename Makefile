@@ -89,7 +89,7 @@ soak: ## Run a cluster under load through random faults for MINUTES, and see tha
 soak-agent: ## Run Agents through all faults for 12 token lifetimes: 8 minutes
 	@cd e2e && SERVER=$(or $(SERVER),vault) AGENT_LIFETIMES=12 go test -count=1 -timeout 30m -run AgentKeeps -v .
 
-image: ## Build the container image for Vault's containerised plugins, with buildah, podman or docker
+image: ## Build the image for Vault's containerised plugins and OpenBao's download, with buildah, podman or docker
 	@VERSION=$(VERSION) scripts/image.sh
 
 $(GORELEASER): tools/release/go.mod tools/release/go.sum

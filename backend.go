@@ -94,7 +94,8 @@ func newBackend(newClient clientFactory) *backend {
 			// itself would be wrapped.
 			SealWrapStorage: []string{configPrefix},
 			// Each cluster has tokens of its own.
-			LocalStorage: []string{tokenPrefix},
+			LocalStorage:      []string{tokenPrefix},
+			AllowSnapshotRead: snapshotPaths,
 		},
 		// The most read path comes first: the framework tries them in order.
 		Paths: framework.PathAppend(

@@ -44,7 +44,7 @@ import (
 //
 // Lists of parameters hold what the operation takes: the fields in the path, and
 // besides them the fields with Query for GET, those without for POST, and none for
-// DELETE and LIST.
+// DELETE, LIST and RECOVER.
 
 const apiDoc = "docs/api.md"
 
@@ -60,6 +60,8 @@ var docMethods = map[string][]logical.Operation{
 	"POST":   {logical.CreateOperation, logical.UpdateOperation},
 	"DELETE": {logical.DeleteOperation},
 	"LIST":   {logical.ListOperation},
+	// A method that Vault knows. It takes POST with a header, too.
+	"RECOVER": {logical.RecoverOperation},
 }
 
 // docTypes are the names of types in the document.

@@ -97,6 +97,9 @@ func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request
 
 // HandleRequest carries a request out.
 func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*logical.Response, error) {
+	if !mayUseSnapshot(req) {
+		return nil, logical.ErrUnsupportedOperation
+	}
 	problem, _ := checkName(req)
 	if problem == "" {
 		req, problem = b.readFields(req)

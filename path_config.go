@@ -216,6 +216,14 @@ func (b *backend) configOperations(suffix string) map[logical.Operation]framewor
 				},
 			}}},
 		},
+		logical.RecoverOperation: &framework.PathOperation{
+			Callback:                    b.configRecover,
+			Summary:                     "Recover a config from a loaded snapshot, with its client secret.",
+			DisplayAttrs:                attrs("recover"),
+			Responses:                   writeResponse,
+			ForwardPerformanceStandby:   true,
+			ForwardPerformanceSecondary: true,
+		},
 		logical.DeleteOperation: &framework.PathOperation{
 			Callback:                    b.configDelete,
 			Summary:                     "Delete a config and drop its tokens, cached and stored.",
@@ -241,7 +249,7 @@ func (b *backend) configExists(ctx context.Context, req *logical.Request, d *fra
 }
 
 func (b *backend) configRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	config, err := b.configs.get(ctx, req.Storage, configName(d))
+	config, err := b.configs.shown(ctx, req, configName(d))
 	if err != nil || config == nil {
 		return nil, err
 	}
@@ -334,11 +342,21 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, name st
 	if err != nil {
 		return nil, err
 	}
+	b.configSaved(ctx, name, old, config, resp)
+	return unlessEmpty(resp), nil
+}
+
+// configSaved does what follows a write of a config that is in storage.
+func (b *backend) configSaved(ctx context.Context, name string, old *held[configEntry], config *configEntry, resp *logical.Response) {
 	b.telemetry.configSeen(name)
 	if old != nil && (config.TokenGeneration != old.entry.TokenGeneration || old.entry.persistsTokens() && !config.persistsTokens()) {
 		b.pruneConfig(ctx, name, resp)
 	}
-	return unlessEmpty(resp), nil
+}
+
+// sameClient reports whether both configs' tokens belong to the same client.
+func (c *configEntry) sameClient(other *configEntry) bool {
+	return c.TokenURL == other.TokenURL && c.ClientID == other.ClientID
 }
 
 // mergeConfig makes the config that old becomes with the fields that were sent,
@@ -399,7 +417,7 @@ func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, 
 			}
 		}
 	}
-	if old == nil || old.entry.TokenURL != config.TokenURL || old.entry.ClientID != config.ClientID {
+	if old == nil || !old.entry.sameClient(&config) {
 		config.TokenGeneration = rand.Text()
 	}
 	return &config, nil

@@ -151,6 +151,14 @@ func (b *backend) roleOperations() map[logical.Operation]framework.OperationHand
 				},
 			}}},
 		},
+		logical.RecoverOperation: &framework.PathOperation{
+			Callback:                    b.roleWrite,
+			Summary:                     "Recover a role from a loaded snapshot, and drop its cached tokens.",
+			DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "recover"},
+			Responses:                   writeResponse,
+			ForwardPerformanceStandby:   true,
+			ForwardPerformanceSecondary: true,
+		},
 		logical.DeleteOperation: &framework.PathOperation{
 			Callback:                    b.roleDelete,
 			Summary:                     "Delete a role and drop its tokens, cached and stored.",
@@ -168,7 +176,7 @@ func (b *backend) roleExists(ctx context.Context, req *logical.Request, d *frame
 }
 
 func (b *backend) roleRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	role, err := b.roles.get(ctx, req.Storage, d.Get("name").(string))
+	role, err := b.roles.shown(ctx, req, d.Get("name").(string))
 	if err != nil || role == nil {
 		return nil, err
 	}
@@ -211,6 +219,8 @@ func (b *backend) pruneRole(ctx context.Context, config, role string, resp *logi
 	}
 }
 
+// roleWrite saves a role with the fields that were sent. When a role is recovered, these
+// are all that the snapshot has of it, and nothing of the present one stays.
 func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
 	resp := &logical.Response{}
@@ -219,7 +229,11 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 		if !allowed(req.Operation, old != nil) {
 			return nil, problem("it was changed by somebody else at the same time. Read it and write again")
 		}
-		role, err := mergeRole(old, d)
+		base := old
+		if req.Operation == logical.RecoverOperation {
+			base = nil
+		}
+		role, err := mergeRole(base, d)
 		if err != nil {
 			return nil, problem(err.Error())
 		}

@@ -18,8 +18,8 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// readmeInstallation is what the README has one type to install the plugin.
-func readmeInstallation(t *testing.T) string {
+// readmeInstallation is what the README has one type to install the plugin in a product.
+func readmeInstallation(t *testing.T, product harness.Product) string {
 	t.Helper()
 	for _, tool := range []string{"bash", "curl", "gpg", "gpgv", "unzip", "sha256sum"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -34,16 +34,30 @@ func readmeInstallation(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, _ := strings.Cut(string(readme), "\n## Install it in production\n")
-	section, _, _ = strings.Cut(section, "\n## ")
-	var script strings.Builder
-	for _, block := range regexp.MustCompile("(?ms)^ *```sh\n(.*?)^ *```$").FindAllStringSubmatch(section, -1) {
-		// The other way to get the binary, and what GitHub alone can answer.
-		if !strings.Contains(block[1], "make build") && !strings.Contains(block[1], "gh attestation verify") {
-			script.WriteString(regexp.MustCompile("(?m)^   ").ReplaceAllString(block[1], ""))
+	blocks := func(section string) (script string) {
+		_, section, found := strings.Cut(string(readme), "\n## "+section+"\n")
+		if !found {
+			t.Fatalf("the README has no section %q", section)
 		}
+		section, _, _ = strings.Cut(section, "\n## ")
+		for _, block := range regexp.MustCompile("(?ms)^ *```sh\n(.*?)^ *```$").FindAllStringSubmatch(section, -1) {
+			// The other way to get the binary, and what GitHub alone can answer.
+			if !strings.Contains(block[1], "make build") && !strings.Contains(block[1], "gh attestation verify") {
+				script += regexp.MustCompile("(?m)^   ").ReplaceAllString(block[1], "")
+			}
+		}
+		return script
 	}
-	return script.String()
+	script := blocks("Install it in production")
+	if product == harness.OpenBao {
+		// Its section begins where one has the binary and its checksum.
+		getting, _, found := strings.Cut(script, "install -m 755")
+		if !found {
+			t.Fatal("the README does not install the binary any more")
+		}
+		script = getting + blocks("Install it in OpenBao")
+	}
+	return script
 }
 
 // replaced puts the reader's own names into a text of the README.
@@ -62,7 +76,11 @@ func replaced(t *testing.T, text string, own map[string]string) string {
 // names that are the reader's own.
 func TestReadmeInstallation(t *testing.T) {
 	t.Parallel()
-	script := readmeInstallation(t)
+	product, _, err := harness.ProductOf(vaultBinary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := readmeInstallation(t, product)
 	dir := t.TempDir()
 	plugins := filepath.Join(dir, "plugins")
 	if err := os.Mkdir(plugins, 0o700); err != nil {
@@ -77,7 +95,7 @@ func TestReadmeInstallation(t *testing.T) {
 	oauth := startOAuthFor(t, reports)
 	vault := harness.StartVault(t, vaultBinary, plugins)
 
-	text := replaced(t, script, map[string]string{
+	own := map[string]string{
 		"VERSION=0.1.0": "VERSION=" + version,
 		"FINGERPRINT=<fingerprint>             # of the release key":     "FINGERPRINT=" + fingerprint,
 		"PLATFORM=linux_amd64                  # of the Vault servers":   "PLATFORM=" + platform,
@@ -85,13 +103,17 @@ func TestReadmeInstallation(t *testing.T) {
 		"REPOSITORY=https://github.com/mojoauth/$NAME":                   "REPOSITORY=file://" + filepath.Join(dir, "repository"),
 		"token_url=https://your-app.mojoauth.com/oauth2/token":           "token_url=" + oauth.TokenURL(),
 		"client_id=<client ID>":                                          "client_id=" + clientID,
-	})
+	}
+	if product == harness.OpenBao {
+		own["PLUGIN_DIR=/etc/openbao.d/plugins     # of the OpenBao servers"] = "PLUGIN_DIR=" + plugins
+	}
+	text := replaced(t, script, own)
 
 	work := filepath.Join(dir, "work")
 	if err := os.Mkdir(work, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Symlink(vaultBinary, filepath.Join(dir, "vault")); err != nil {
+	if err := os.Symlink(vaultBinary, filepath.Join(dir, product.Program())); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", text)
@@ -115,7 +137,7 @@ func TestReadmeInstallation(t *testing.T) {
 // repository beside the real one.
 func TestReadmeVerification(t *testing.T) {
 	t.Parallel()
-	script := readmeInstallation(t)
+	script := readmeInstallation(t, harness.HashiCorpVault)
 	verification, _, ok := strings.Cut(script, "SHA256=$(")
 	if !ok {
 		t.Fatal("the README does not note the binary's checksum any more")

@@ -141,3 +141,58 @@ func TestRegisterScriptRunsNothingUnverified(t *testing.T) {
 		t.Errorf("the binary saw the environment:\n%s", text)
 	}
 }
+
+// scripts/register.sh finds the command of the product that the user has.
+func TestRegisterScriptChoosesTheCommand(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("sha256sum"); err != nil {
+		harness.Missing(t, "sha256sum is not on PATH: scripts/register.sh is not tested")
+	}
+	root, err := harness.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	script, err := os.ReadFile(filepath.Join(root, "scripts", "register.sh"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const vaultAddr, baoAddr = "VAULT_ADDR=http://127.0.0.1:8200", "BAO_ADDR=http://127.0.0.1:8200"
+	for name, c := range map[string]struct {
+		onPath []string
+		env    []string // %s is the directory of a vault and a bao that are not on PATH
+		want   string
+	}{
+		"a Vault":                            {[]string{"vault"}, nil, "vault on PATH"},
+		"an OpenBao":                         {[]string{"bao"}, nil, "bao on PATH"},
+		"an OpenBao, with Vault's variables": {[]string{"bao"}, []string{vaultAddr}, "bao on PATH"},
+		"both":                               {[]string{"vault", "bao"}, nil, "vault on PATH"},
+		"both, and the address of OpenBao":   {[]string{"vault", "bao"}, []string{baoAddr}, "bao on PATH"},
+		"both, and both addresses":           {[]string{"vault", "bao"}, []string{baoAddr, vaultAddr}, "vault on PATH"},
+		"VAULT_BIN":                          {[]string{"vault", "bao"}, []string{"VAULT_BIN=%s/vault"}, "vault elsewhere"},
+		"BAO_BIN":                            {[]string{"vault", "bao"}, []string{"BAO_BIN=%s/bao"}, "bao elsewhere"},
+		"VAULT_BIN and BAO_BIN":              {nil, []string{"VAULT_BIN=%s/vault", "BAO_BIN=%s/bao"}, "vault elsewhere"},
+		"neither":                            {nil, nil, "neither vault nor bao is on PATH"},
+		"a BAO_BIN that is not there":        {[]string{"vault"}, []string{"BAO_BIN=/nowhere"}, "/nowhere cannot be run"},
+	} {
+		m := newBareMachine(t)
+		m.write(filepath.Join(m.root, "scripts", "register.sh"), string(script), 0o700)
+		m.link("sha256sum")
+		elsewhere := t.TempDir()
+		for _, command := range c.onPath {
+			m.fake(command, "echo "+command+" on PATH: $1 >&2; exit 1")
+		}
+		for _, command := range []string{"vault", "bao"} {
+			m.fake(filepath.Join(elsewhere, command), "echo "+command+" elsewhere: $1 >&2; exit 1")
+		}
+		plugin := m.fake(filepath.Join(elsewhere, "plugin"), "echo plugin v9.9.9")
+		cmd := exec.CommandContext(t.Context(), filepath.Join(m.root, "scripts", "register.sh"), sha256Of(t, plugin), plugin)
+		cmd.Env = []string{"PATH=" + m.bin}
+		for _, variable := range c.env {
+			cmd.Env = append(cmd.Env, strings.ReplaceAll(variable, "%s", elsewhere))
+		}
+		out, err := cmd.CombinedOutput()
+		if err == nil || !strings.Contains(string(out), c.want) {
+			t.Errorf("%s: got %v, want %q\n%s", name, err, c.want, out)
+		}
+	}
+}

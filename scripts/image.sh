@@ -1,5 +1,6 @@
 #!/bin/sh
-# Builds the plugin's container image, and writes it to dist/ for `docker load`.
+# Builds the plugin's image, for Vault and OpenBao alike, and writes it to dist/ for
+# `docker load`.
 #
 #   VERSION=0.1.0-dev scripts/image.sh          of this source
 #   scripts/image.sh ARCHIVE.zip                of the binary in a release's archive
@@ -79,7 +80,9 @@ chmod 755 "$context/$name"
 chmod 644 "$context/LICENSE.txt" "$context/ca-certificates.crt"
 find "$context" -exec touch -h -d "@$time" {} +
 sum=$(sha256sum "$context/ca-certificates.crt")
+# Vault takes the tag without v, OpenBao the one with it.
 image=${IMAGE:-$name}:$version
+prefixed=${IMAGE:-$name}:v$version
 label=org.opencontainers.image
 set -- --platform "linux/$arch" --file Containerfile \
 	--label "$label.title=$name" \
@@ -88,7 +91,7 @@ set -- --platform "linux/$arch" --file Containerfile \
 	--label "$label.source=https://github.com/mojoauth/$name" \
 	--label "$label.licenses=MPL-2.0" \
 	--label "com.mojoauth.ca-bundle.sha256=${sum%% *}" \
-	--tag "$image"
+	--tag "$image" --tag "$prefixed"
 
 file=dist/${name}_${version}_linux_$arch.image.tar
 mkdir -p dist
@@ -99,19 +102,29 @@ say "Building the image $image with $engine"
 case $engine in
 buildah)
 	buildah build --isolation chroot --format oci --identity-label=false --timestamp "$time" "$@" "$context"
-	buildah push --quiet "$image" "docker-archive:$file:$image"
+	buildah push --quiet "$image" "docker-archive:$work/archive.tar:$image"
+	# It leaves out the other tag.
+	mkdir "$work/archive"
+	tar -xf "$work/archive.tar" -C "$work/archive"
+	chmod u+w "$work/archive/manifest.json"
+	sed -i "s|\"\([^\"]*\):$version\"|&,\"\1:v$version\"|g" "$work/archive/manifest.json"
+	(cd "$work/archive" && tar --sort name --owner 0 --group 0 --mtime "@$time" -cf "$root/$file" -- *)
 	;;
 podman)
 	podman build --format oci --timestamp "$time" "$@" "$context"
-	podman save --quiet --format docker-archive --output "$file" "$image"
+	podman save --quiet --format docker-archive --output "$file" "$image" "$prefixed"
 	;;
 docker)
 	SOURCE_DATE_EPOCH=$time docker build "$@" "$context"
-	docker save --output "$file" "$image"
+	docker save --output "$file" "$image" "$prefixed"
 	;;
 *) die "ENGINE is $engine, want buildah, podman or docker" ;;
 esac
-# What `docker load` will show, and Vault wants as the plugin's checksum.
+# What `docker load` will show. Vault wants it as the plugin's checksum; OpenBao wants the
+# binary's.
 id=$(tar -xOf "$file" manifest.json | sed 's|.*"Config":"\(blobs/sha256/\)\{0,1\}\([0-9a-f]*\).*|\2|')
-say "Image $image, ID $id"
+binary=$(sha256sum "$context/$name")
+say "Image $image and $prefixed"
+say "SHA-256 for Vault, the image's ID: $id"
+say "SHA-256 for OpenBao, the binary's: ${binary%% *}"
 say "For docker load: $file"

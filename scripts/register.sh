@@ -1,28 +1,41 @@
 #!/bin/sh
-# Registers a plugin binary in a running Vault, and enables it or upgrades the
-# mount that is there.
+# Registers a plugin binary in a running Vault or OpenBao, and enables it or upgrades
+# the mount that is there.
 #
 #   VAULT_ADDR=... VAULT_TOKEN=... scripts/register.sh SUM BINARY [MOUNT]
+#   BAO_ADDR=...   BAO_TOKEN=...   scripts/register.sh SUM BINARY [MOUNT]
 #
 # SUM is the SHA-256 that the binary has to have, from where it was built or
 # verified: 64 hexadecimal digits, or a file as sha256sum writes it, with the
-# binary's name in it. BINARY is a file in the plugin_directory of the Vault
-# server, as seen from here; MOUNT is where to enable it, by default mojoauth. The
-# token needs sudo on sys/plugins/catalog/secret/vault-plugin-secrets-mojoauth, and
-# may manage mounts.
+# binary's name in it. BINARY is a file in the server's plugin_directory, as seen from
+# here; MOUNT is where to enable it, by default mojoauth. The token needs sudo on
+# sys/plugins/catalog/secret/vault-plugin-secrets-mojoauth, and may manage mounts.
+#
+# The command is the one that VAULT_BIN names, or BAO_BIN. Without them it is bao when
+# BAO_ADDR is set and VAULT_ADDR is not, else vault; or whichever of the two is on PATH.
 #
 # The version is the one that the binary tells. It is asked only when its sum is
 # right, and sees nothing of this environment.
 set -eu
 
-usage() { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,19s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 die() { printf 'register.sh: %s\n' "$*" >&2; exit 1; }
 [ $# -ge 2 ] && [ $# -le 3 ] || usage
 binary=$2
 mount=${3:-mojoauth}
 mount=${mount%/}
 name=vault-plugin-secrets-mojoauth
-vault=${VAULT_BIN:-vault}
+
+have() { command -v "$1" >/dev/null; }
+vault=${VAULT_BIN:-${BAO_BIN:-}}
+if [ -n "$vault" ]; then
+	have "$vault" || die "$vault cannot be run"
+else
+	vault=vault other=bao
+	[ -z "${BAO_ADDR:-}" ] || [ -n "${VAULT_ADDR:-}" ] || vault=bao other=vault
+	have "$vault" || vault=$other
+	have "$vault" || die "neither vault nor bao is on PATH: name one in VAULT_BIN or BAO_BIN"
+fi
 
 case $binary in */*) ;; *) binary=./$binary ;; esac # not one on PATH
 [ -f "$binary" ] && [ -x "$binary" ] || die "$2 is not a program"
@@ -67,7 +80,7 @@ esac
 "$vault" plugin register -sha256="$expected" -version="$version" -command="$file" secret "$name"
 if [ -n "$type" ]; then
 	"$vault" secrets tune -plugin-version="$version" "$mount/"
-	# Not `vault plugin reload -mounts`: of 1.21.0 it asks for a path that is not there.
+	# Not `vault plugin reload -mounts`: that of Vault 1.21.0 asks for a path that is not there.
 	# On all nodes: the standbys of OpenBao run the plugin, too.
 	"$vault" write sys/plugins/reload/backend mounts="$mount/" scope=global
 else

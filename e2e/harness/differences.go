@@ -22,11 +22,12 @@ const (
 
 	// Tests ask for these.
 
-	NoPluginPins      Difference = "OpenBao has no plugin pins (sys/plugins/pins): a mount's own version is all there is"
-	Namespaces        Difference = "OpenBao has namespaces; Vault has them in its Enterprise edition only, and ignores their header"
-	StandbysRead      Difference = "OpenBao's standbys run the plugin and answer reads themselves, with what was there before a write for up to StandbyLag; those of open-source Vault forward everything"
-	StepDownIsIgnored Difference = "OpenBao's step-down now and then answers 204 and does nothing, on a node that became active by an earlier failover: ask again"
-	MountsArriveLater Difference = "a new mount takes up to two seconds to reach OpenBao's standbys, which answer 404 until then"
+	NoPluginPins        Difference = "OpenBao has no plugin pins (sys/plugins/pins): a mount's own version is all there is"
+	Namespaces          Difference = "OpenBao has namespaces; Vault has them in its Enterprise edition only, and ignores their header"
+	StandbysRead        Difference = "OpenBao's standbys run the plugin and answer reads themselves, with what was there before a write for up to StandbyLag; those of open-source Vault forward everything"
+	DuplicateAttributes Difference = "OpenBao takes a policy that has an attribute twice; Vault refuses it since 1.21"
+	StepDownIsIgnored   Difference = "OpenBao's step-down now and then answers 204 and does nothing, on a node that became active by an earlier failover: ask again"
+	MountsArriveLater   Difference = "a new mount takes up to two seconds to reach OpenBao's standbys, which answer 404 until then"
 )
 
 // StandbyLag is how long a standby of OpenBao (StandbysRead) may answer with what was there
