@@ -79,6 +79,7 @@ func (f *storageFixture) check(m *testMount) {
 		}
 	}
 	m.wantMints(0)
+	m.mojo.mints.Store(100) // what it gives out from here on is not what is stored
 	for path := range f.Reads {
 		name, ok := strings.CutPrefix(path, rolePrefix)
 		if !ok {
