@@ -469,7 +469,7 @@ func (n *simNode) stored(key string) int {
 }
 
 // sees is called when a node gets an entry from storage, in that version or a newer one.
-// If it was not told of that version, it may go by it from now on, but need not.
+// A node that no invalidation reached may go by it from now on, but need not.
 func (n *simNode) sees(key string, number int) {
 	w := n.w
 	w.mu.Lock()
