@@ -84,7 +84,7 @@ func (n *simNode) die() {
 
 // expire is die, after all that happens at this moment.
 func (n *simNode) expire() {
-	time.Sleep(1)
+	time.Sleep(time.Nanosecond)
 	n.die()
 }
 
