@@ -517,9 +517,17 @@ func (a *simAnswer) fitsConfig(config *simVersion) bool {
 		a.isOf(config, a.configGenerations)
 }
 
+// besideRotation tells whether the token came while the role was rotated, by a caller who
+// may have left.
+func (a *simAnswer) besideRotation() bool {
+	return slices.ContainsFunc(a.mint.node.judge.rotations, func(op *simOp) bool {
+		return op.role == a.mint.role && op.start <= a.delivered && (op.end < 0 || op.end+time.Minute >= a.mint.begin)
+	})
+}
+
 // isOf tells whether the token may be of the generation of that version.
 func (a *simAnswer) isOf(v *simVersion, generations []string) bool {
-	if a.mint.exempt && !a.fromStorage { // a rotation may hand it on to the next generation
+	if !a.fromStorage && (a.mint.exempt || a.besideRotation()) { // which may hand it on to the next generation
 		return true
 	}
 	if len(generations) > 0 {

@@ -564,7 +564,9 @@ func (w *simWorld) judgeRotation(op *simOp) {
 // shares tells whether the rotation ended with another one that wrote.
 func (op *simOp) shares() bool {
 	return slices.ContainsFunc(op.node.judge.rotations, func(other *simOp) bool {
-		return other != op && other.role == op.role && other.wrote != nil && other.start <= op.end && (other.end < 0 || other.end >= op.start)
+		// Its caller may have left before.
+		return other != op && other.role == op.role && other.wrote != nil && other.start <= op.end &&
+			(other.end < 0 || other.end >= op.start || other.wrote.at >= op.start)
 	})
 }
 
