@@ -626,10 +626,23 @@ func (w *simWorld) judgeDropped(op *simOp) {
 	}
 }
 
+// rotatedEnded reports whether the token of a rotation is at its floor when that is
+// answered: such a token is not saved.
+func rotatedEnded(op *simOp) bool {
+	ends, minted := op.resp.Data["expires_at_seconds"].(int64), op.resp.Data["last_vault_rotation"].(string)
+	at, err := time.Parse(time.RFC3339, minted)
+	if err != nil {
+		panic(err)
+	}
+	end := time.Unix(ends, 0)
+	floor := min(time.Minute, (end.Sub(at)+time.Second)/10)
+	return time.Until(end) <= floor
+}
+
 // judgeRotatedInStorage judges that a rotation has saved its token before it is answered.
 func (w *simWorld) judgeRotatedInStorage(op *simOp) {
 	n, role := op.node, w.history[op.key].last()
-	if op.err != nil || role != op.wrote || n.storageFailed >= op.start {
+	if op.err != nil || role != op.wrote || n.storageFailed >= op.start || rotatedEnded(op) {
 		return
 	}
 	for _, config := range n.possible(configPrefix+role.config, op.start, op.end) {
