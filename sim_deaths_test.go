@@ -439,6 +439,7 @@ func (w *simWorld) startOver(p simProfile) {
 		w.promote(w.fate.IntN(2) == 0)
 	}
 	w.revive(1)
+	w.revive(1)
 	for _, n := range w.nodes {
 		for i := range p.roles {
 			name := simRoleName(i)
