@@ -136,6 +136,35 @@ func BenchmarkHandleRequest(b *testing.B) {
 	}
 }
 
+// BenchmarkFirstReadAfterRestart starts a mount over stored tokens and reads one.
+func BenchmarkFirstReadAfterRestart(b *testing.B) {
+	for _, roles := range []int{1, 10_000} {
+		b.Run(fmt.Sprintf("%droles", roles), func(b *testing.B) {
+			before := benchMount(b, roles)
+			before.Cleanup(context.Background()) // waits until all tokens are stored
+			storage := before.tokens.storage
+			for b.Loop() {
+				m := newBackend(nil)
+				if err := m.Setup(context.Background(), &logical.BackendConfig{
+					StorageView: storage, Logger: hclog.NewNullLogger(), System: logical.TestSystemView(),
+				}); err != nil {
+					b.Fatal(err)
+				}
+				if err := m.Initialize(context.Background(), &logical.InitializationRequest{Storage: storage}); err != nil {
+					b.Fatal(err)
+				}
+				resp, err := m.HandleRequest(context.Background(), &logical.Request{Operation: logical.ReadOperation, Path: "creds/role0", Storage: storage})
+				if err != nil || resp.IsError() {
+					b.Fatal(resp, err)
+				}
+				b.StopTimer()
+				m.Cleanup(context.Background())
+				b.StartTimer()
+			}
+		})
+	}
+}
+
 // BenchmarkCache is a cached read without the framework.
 func BenchmarkCache(b *testing.B) {
 	const roles = 10_000
