@@ -207,6 +207,7 @@ func TestWritesThatMeetAReadOnlyStorage(t *testing.T) {
 		m.wantToken("app", 1)
 		readOnly := logical.ErrReadOnly
 		var fails atomic.Bool
+		synctest.Wait() // nothing uses it
 		m.storage.Storage = &failingWrites{m.storage.Storage, readOnly, &fails}
 		fails.Store(true)
 		for path, data := range map[string]map[string]any{
@@ -240,6 +241,7 @@ func TestFailedDeleteKeepsTokens(t *testing.T) {
 			m.wantToken("app", 1)
 			var fails atomic.Bool
 			broken := errors.New("disk on fire")
+			synctest.Wait() // nothing uses it
 			m.storage.Storage = &failingWrites{m.storage.Storage, broken, &fails}
 			fails.Store(true)
 			if _, err := m.request(logical.DeleteOperation, path, nil); !errors.Is(err, broken) {

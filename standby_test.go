@@ -345,6 +345,7 @@ func TestReaderWhoLeavesSettlesNoDoubt(t *testing.T) {
 		synctest.Wait()
 		p.wantServed(1, nil)
 		slow := &slowStorage{p.standby.storage.Storage}
+		synctest.Wait() // nothing uses it
 		p.standby.storage.Storage = slow
 		if err := p.storage.Storage.Delete(context.Background(), "roles/app"); err != nil {
 			t.Fatal(err)

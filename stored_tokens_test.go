@@ -160,6 +160,7 @@ func TestStorageOperationsOfReads(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"scopes": "a,b"})
 		writes := &countingWrites{Storage: m.storage.Storage, slow: 5 * time.Second}
+		synctest.Wait() // nothing uses it
 		m.storage.Storage = writes
 		began := time.Now()
 		m.wantToken("app", 1)
@@ -167,7 +168,7 @@ func TestStorageOperationsOfReads(t *testing.T) {
 			t.Errorf("the reader waited %s for storage", took)
 		}
 		time.Sleep(10 * time.Second)
-		if got := writes.of["tokens/default/app"]; got != 1 {
+		if got := writes.to("tokens/default/app"); got != 1 {
 			t.Errorf("%d writes, want 1", got)
 		}
 		before := m.storage.operations.Load()
@@ -180,7 +181,7 @@ func TestStorageOperationsOfReads(t *testing.T) {
 		m.creds("app", map[string]any{"scopes": "a"})
 		time.Sleep(time.Hour) // both were renewed
 		synctest.Wait()
-		if got := writes.of["tokens/default/app"]; got != int(m.mojo.mints.Load())-2 {
+		if got := writes.to("tokens/default/app"); got != int(m.mojo.mints.Load())-2 {
 			t.Errorf("%d writes of %d mints, 2 of which were narrowed", got, m.mojo.mints.Load())
 		}
 		m.wantStored("tokens/default/app")
@@ -205,6 +206,13 @@ func (s *countingWrites) count(what, key string) {
 	}
 	s.of[key]++
 	s.log = append(s.log, what+" "+key)
+}
+
+// to is how many writes and deletions of a key there were.
+func (s *countingWrites) to(key string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.of[key]
 }
 
 func (s *countingWrites) Put(ctx context.Context, e *logical.StorageEntry) error {
@@ -424,6 +432,7 @@ func TestTokenThatCannotBeDeletedIsAWarning(t *testing.T) {
 			m.wantToken("app", 1)
 			m.wantStored("tokens/default/app")
 			stubborn := &failingTokens{Storage: m.storage.Storage}
+			synctest.Wait() // nothing uses it
 			m.storage.Storage = stubborn
 			stubborn.fails.Store(true)
 			resp := m.do(op, path, nil)
@@ -492,6 +501,7 @@ func TestFailingTokenStorageHarmsNobody(t *testing.T) {
 		})
 		broken := &failingTokens{Storage: m.storage.Storage}
 		broken.fails.Store(true)
+		synctest.Wait() // nothing uses it
 		m.storage.Storage = broken
 		m.configure("app", nil)
 		for i := range 5 {
@@ -572,6 +582,7 @@ func TestFailingStorageCostsOneLookUpASecond(t *testing.T) {
 		m = m.restart()
 		broken := &failingTokens{Storage: m.storage.Storage}
 		broken.fails.Store(true)
+		synctest.Wait() // nothing uses it
 		m.storage.Storage = broken
 		m.mojo.set(func(s *standIn) { s.fail = errDown })
 		m.creds("other", nil)
@@ -649,6 +660,7 @@ func TestRotationIsStoredBeforeItIsAnswered(t *testing.T) {
 		m.wantToken("app", 1)
 		synctest.Wait()
 		writes := &countingWrites{Storage: m.storage.Storage}
+		synctest.Wait() // nothing uses it
 		m.storage.Storage = writes
 		m.write("rotate-role/app", nil)
 		if want := []string{"put roles/app", "put tokens/default/app"}; !slices.Equal(writes.log, want) {
@@ -699,6 +711,7 @@ func TestAHeldUpSaveDoesNotOutdoANewerOne(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
+		synctest.Wait() // nothing uses it
 		m.storage.Storage = held
 		m.wantToken("app", 1)
 		synctest.Wait() // its write is under way
@@ -721,6 +734,7 @@ func TestAHeldUpSaveDoesNotOutliveItsRole(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
+		synctest.Wait() // nothing uses it
 		m.storage.Storage = held
 		m.wantToken("app", 1)
 		synctest.Wait()
@@ -749,6 +763,7 @@ func TestAHeldUpSaveDoesNotOutliveItsConfig(t *testing.T) {
 			bubble(t, func(m *testMount) {
 				m.configure("app", nil)
 				held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
+				synctest.Wait() // nothing uses it
 				m.storage.Storage = held
 				m.wantToken("app", 1)
 				synctest.Wait()
@@ -781,6 +796,7 @@ func TestClosingWaitsForASave(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		writes := &countingWrites{Storage: m.storage.Storage, slow: 3 * time.Second}
+		synctest.Wait() // nothing uses it
 		m.storage.Storage = writes
 		m.wantToken("app", 1)
 		m.Cleanup(context.Background())
