@@ -620,7 +620,9 @@ func (w *simWorld) judgeDropped(op *simOp) {
 			continue
 		}
 		role, config := w.history[rolePrefix+s.role].last(), w.history[configPrefix+s.config].last()
-		if !s.stands(role, config) && w.fellAt(s) == op.wrote.at {
+		// Of two writes at one moment, the one that made it fall is meant.
+		byRole := !role.exists || role.config != s.config || role.generation != s.RoleGeneration
+		if !s.stands(role, config) && w.fellAt(s) == op.wrote.at && byRole == (op.key == rolePrefix+s.role) {
 			w.violate("%s left %s in storage", op, key)
 		}
 	}
