@@ -296,8 +296,11 @@ func (w *simWorld) judgeWait(op *simOp) {
 		}
 	}
 	allowed := op.longest
-	// From a little earlier: what was deleted at its very start may have been found before.
-	for _, role := range n.possible(rolePrefix+op.role, op.start-simSlack, op.end) {
+	roles := n.possible(rolePrefix+op.role, op.start, op.end)
+	if h := w.history[rolePrefix+op.role]; h != nil { // it may have come before what was written at that moment
+		roles = append(slices.Clone(roles), h.at(op.start-1))
+	}
+	for _, role := range roles {
 		for _, config := range n.possible(configPrefix+role.config, op.start, op.end) {
 			allowed = max(allowed, config.timeout)
 		}
