@@ -22,7 +22,7 @@ func TestDescriptions(t *testing.T) {
 		"config/":      {`Listing "config/"`},
 		"roles/app":    {"audience", "scopes", "extra_params", "generate_lease", "Updates merge"},
 		"roles/":       {"List"},
-		"creds/app":    {"role", "ttl", "cache", "min_ttl", "scopes"},
+		"creds/app":    {"role", "ttl", "memory", "min_ttl", "scopes"},
 
 		"rotate-role/app": {"role", "dropped on every node"},
 		"status":          {"next_attempt_at", "No token"},
