@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/vault/api"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
 // Not parallel, like all that load the machine: those that wait for seconds to pass
@@ -286,6 +288,7 @@ func TestNarrowedReadsThroughVault(t *testing.T) {
 // A platform team sizes Vault's hosts by this: 10,000 roles with a token of
 // 1.5 KB each.
 func TestMemoryOfManyRoles(t *testing.T) {
+	harness.Once(t)
 	const (
 		roles = 10_000
 		limit = 80 << 20

@@ -173,6 +173,7 @@ func (w *world) accounts(config string, limit int, requests []oauthserver.Reques
 
 // Not parallel: it is about when requests arrive.
 func TestManyColdRolesMakeNoPeak(t *testing.T) {
+	harness.Once(t)
 	const roles = 300
 	w := newWorldIn(t, harness.StartQuietVault(t, vaultBinary, pluginDir))
 	w.write("config", w.config(map[string]any{"verify_connection": false}))
@@ -220,6 +221,7 @@ func TestManyColdRolesMakeNoPeak(t *testing.T) {
 }
 
 func TestManyColdRolesAtAnEndpointThatThrottles(t *testing.T) {
+	harness.Once(t)
 	const (
 		roles   = 200
 		allowed = 5 // a second
@@ -310,6 +312,7 @@ func loop(goroutines int, do func(n int64)) (stop func() int64) {
 // Somebody who goes through all subsets of a role's scopes, and somebody who rotates a
 // role in a loop, leave room for the reads of others. Not parallel: it is about delays.
 func TestGreedyCallersDelayNobody(t *testing.T) {
+	harness.Once(t)
 	const (
 		allowed = time.Second
 		slow    = 2 * time.Second // more, for a busy machine

@@ -46,6 +46,15 @@ func (d Difference) Skip(t testing.TB, in Product) {
 	}
 }
 
+// Once skips a test of the plugin's own figures, which take minutes and are the same in
+// each server, when the same run goes on in another server.
+func Once(t testing.TB) {
+	t.Helper()
+	if next := os.Getenv("E2E_NEXT"); next != "" {
+		Skip(t, "measured once in a run, in %s, which follows", next)
+	}
+}
+
 // Missing skips a test for something that this machine lacks. In CI, which has
 // everything, the test fails instead.
 func Missing(t testing.TB, format string, args ...any) {
