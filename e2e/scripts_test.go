@@ -62,6 +62,7 @@ build) while [ "$1" != -o ]; do shift; done
 	printf '#!/bin/sh\n[ "$1" = version ] && echo "Vault v1.21.0, built here"\n' >"$2"
 	chmod 755 "$2" ;;
 test) echo "go $* in $SERVER: VAULT_BIN=$VAULT_BIN BAO_BIN=$BAO_BIN"
+	echo "after $SERVER: [$E2E_NEXT]"
 	[ "$SERVER" = vault ] || printf 'Not tested in OpenBao:\n  TestPins: no pins\n' >"$E2E_UNTESTED"
 	[ "$SERVER" != "$FAIL_IN" ] ;;
 esac`)
@@ -304,6 +305,10 @@ func TestEndToEndScript(t *testing.T) {
 	if !regexp.MustCompile(`(?s)\n\n==> The end-to-end tests passed in OpenBao v6\.6\.6, in \d+ seconds\nNot tested in OpenBao:\n  TestPins: no pins\n==> The end-to-end tests passed in Vault v1\.21\.0, in \d+ seconds\n$`).MatchString(out) {
 		t.Errorf("it does not end with what became of the tests, and what was left out:\n%s", out)
 	}
+
+	// What is measured once is measured in the last server of a run.
+	m.wants("e2e.sh", []string{have}, false, "after openbao: [vault]", "after vault: []")
+	m.wants("e2e.sh", []string{have, "SERVER=openbao"}, false, "after openbao: []")
 
 	m.wants("e2e.sh", []string{have, "FAIL_IN=openbao"}, true, "tests FAILED in OpenBao v6.6.6", "tests passed in Vault v1.21.0")
 	m.wants("e2e.sh", []string{have, "FAIL_IN=vault"}, true, "tests passed in OpenBao v6.6.6", "tests FAILED in Vault v1.21.0")
