@@ -15,7 +15,7 @@ FROM        ?= 1
 SEEDS       ?= 1000
 MINUTES     ?= 20
 
-.PHONY: help build dev test test-unit test-e2e test-live simulate fuzz lint vulncheck fmt bench soak soak-agent \
+.PHONY: help build dev test test-unit test-e2e test-consumers test-live simulate fuzz lint vulncheck fmt bench soak soak-agent \
 	image release-check release-snapshot release clean
 
 help: ## List the tasks
@@ -36,6 +36,9 @@ test-unit: ## Run the unit tests with the race detector
 
 test-e2e: ## Run the tests in a real OpenBao and a real Vault, or in the one of SERVER=openbao|vault
 	@SERVER=$(SERVER) scripts/e2e.sh
+
+test-consumers: ## Run what reads tokens, such as External Secrets, against real servers; SERVER= picks one
+	@SERVER=$(SERVER) scripts/consumers.sh
 
 test-live: ## Get a token of the real MojoAuth; needs the MOJOAUTH_* variables
 	go test -count=1 -run '^TestLive' -v .
