@@ -14,41 +14,39 @@ const (
 	longestBackoff  = 30 * time.Second
 )
 
-// backoff remembers the last failure, and until when nothing is tried again.
-// The zero value is one without a failure. It has no lock of its own.
+// backoff remembers the last failure and when the next attempt is allowed. The zero value
+// has no failure. It has no lock of its own.
 type backoff struct {
-	failures int // in a row
+	failures int // consecutive
 	last     *mintError
 	failedAt time.Time
 	until    time.Time
 }
 
-// blocks reports whether nothing may be tried at now.
+// blocks reports whether an attempt at now is too early.
 func (b *backoff) blocks(now time.Time) bool { return now.Before(b.until) }
 
-// fail takes in the failure of a mint that was started at that time. Mints that
-// were under way together when the trouble began count as one failure. random
-// is uniform in [0, 1).
+// fail records the failure of a mint that started at started. Mints that were in progress
+// together when the outage began count as one failure. random is uniform in [0, 1).
 func (b *backoff) fail(failed *mintError, started, now time.Time, random float64) {
 	if b.failures == 0 || !started.Before(b.failedAt) {
 		b.failures++
 	}
 	b.last, b.failedAt = failed, now
-	// Up to a fifth is taken off, so that nodes that failed together do not
-	// come back together.
+	// Subtract up to a fifth, so nodes that failed together do not return together.
 	wait := min(longestBackoff, shortestBackoff<<min(b.failures-1, 10))
 	b.until = now.Add(wait - lifetime.Share(wait/5, random))
 }
 
-// endBy has the back-off end at that time at the latest, if it is to come.
+// endBy shortens the back-off to end at at, if at lies ahead.
 func (b *backoff) endBy(at, now time.Time) {
 	if at.After(now) && at.Before(b.until) {
 		b.until = at
 	}
 }
 
-// succeed takes in the success of a mint that was started at that time. One
-// that was started before the last failure says nothing about what came after.
+// succeed records the success of a mint that started at started. A mint that started
+// before the last failure proves nothing about what came after.
 func (b *backoff) succeed(started time.Time) {
 	if b.failures > 0 && !started.Before(b.failedAt) {
 		*b = backoff{}

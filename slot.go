@@ -16,63 +16,64 @@ import (
 )
 
 const (
-	// patience is how long a reader waits for a mint while the old token would
-	// still do.
+	// patience is how long a reader waits for a mint while the old token is still usable.
 	patience = 2 * time.Second
 
-	// demandPause is how long after a newer token than a fresh one was asked for
-	// nobody can have that asked again: no reader may drive the token endpoint.
+	// demandPause is the shortest time between two mints that readers demand although the
+	// cached token is fresh. No reader may drive the token endpoint.
 	demandPause = 30 * time.Second
 
-	// rememberFor is how long a failure is remembered after its back-off that no
-	// token outlives, so that the next one doubles it. A key that fails alone is
-	// remembered longer: forgotten, it would back off its whole config again.
+	// rememberFor is how long a failure is remembered after its back-off when there is no
+	// token, so the next failure doubles the back-off. A key that fails alone is
+	// remembered longer: once forgotten, it would back off its whole config again.
 	rememberFor      = 5 * time.Minute
 	rememberAloneFor = 24 * time.Hour
 )
 
-// errDemanded is for a reader who wants a newer token than the held one so soon after
-// one was asked for.
+// errDemanded is for a reader that wants a newer token than the cached one too soon after
+// another reader demanded one.
 var errDemanded = fmt.Errorf("one was asked for less than %s ago", demandPause)
 
-// slot has the token of one key: of one role, or one narrowed set of its scopes, in
-// one generation of role and config. What it is for never changes. It mints the next
-// token, one mint at a time, and frees itself when there is nothing left to keep.
+// slot holds the token of one key: one role, or one scope subset of it, in one generation
+// of role and config. Its key never changes. A slot mints the next token, one mint at a
+// time, and frees itself when it has nothing left to keep.
 type slot struct {
 	cache *tokenCache
 	key   slotKey
 
-	// token is what readers go by, nil when there is none. It changes under mu.
+	// token is what readers get, or nil. It changes under mu.
 	token atomic.Pointer[cachedToken]
-	// unsure is set when the next reader must not go by token alone: it is doubted or
-	// unannounced. It changes under mu.
+	// unsure is set if the token is doubted or unannounced, so the next reader must not
+	// rely on token alone. It changes under mu.
 	unsure atomic.Bool
 
 	mu      sync.Mutex // never held across I/O
-	spec    *spec      // role and config as they were last seen
-	flight  *flight    // the mint under way, or nil
-	backoff backoff    // of failures that concern this key only
+	spec    *spec      // role and config as last seen
+	flight  *flight    // the mint in progress, or nil
+	backoff backoff    // for failures that concern only this key
 	history history
 	timer   *time.Timer
-	// demanded is when a newer token than a fresh one was asked for last.
+	// demanded is when a reader last demanded a newer token than a fresh one.
 	demanded time.Time
-	// look is the look-up of a token in storage under way, or nil, and lookedAt is when
-	// the last one began. A node that may write needs no second one, unless that failed:
-	// nobody else writes there. Then lookAgain is when the next may be, else zero.
+	// look is the storage look-up in progress, or nil. lookedAt is when the last one
+	// began. A node that may write needs no second look-up, since no other node writes.
+	// After a failed look-up, lookAgain is when to try the next one; otherwise it is
+	// zero.
 	look      *look
 	lookedAt  time.Time
 	lookAgain time.Time
-	// saved is the token that is in storage or on its way there, nil for none.
+	// saved is the token that is in storage or being written there, or nil.
 	saved *cachedToken
-	// doubted and unannounced are a standby's: storage may have another token by now,
-	// and the active node does not know yet that this one is read.
+	// doubted and unannounced matter on a standby: storage may hold another token by now,
+	// and the active node does not know yet that this token is read.
 	doubted, unannounced bool
 	freed                bool
-	// prepared is set while the role that the slot is for is not saved yet.
+	// prepared is set until the role that the slot is for is saved.
 	prepared bool
 }
 
-// flight is one mint. It goes on when its readers give up, once its request has left.
+// flight is one mint. Once its request has left, it continues even if its readers give
+// up.
 type flight struct {
 	spec    *spec
 	up      *upstream
@@ -82,17 +83,16 @@ type flight struct {
 	started time.Time
 	done    chan struct{} // closed when token and err are set
 
-	// renews is set when the slot itself waits for the token, and replaces when the
-	// token is to be kept whatever is held. Both are under the slot's lock.
+	// renews is set if the slot itself waits for the token. replaces is set if the token
+	// replaces the cached one in any case. The slot's lock protects both.
 	renews, replaces bool
 
 	token *cachedToken
 	err   error
 }
 
-// await answers a reader who found no fresh token: it joins or starts a mint, and
-// serves the old token when that is slow or fails. The errors are those of
-// tokenCache.await.
+// await answers a reader that found no fresh token. It joins or starts a mint, and serves
+// the old token if the mint is slow or fails. The errors are those of tokenCache.await.
 func (s *slot) await(ctx context.Context, q *query) (served, error) {
 	deadline, _ := ctx.Deadline()
 	for {
@@ -112,7 +112,7 @@ func (s *slot) await(ctx context.Context, q *query) (served, error) {
 			if !errors.As(err, &refusal) || refusal.probe == nil {
 				return served{}, err
 			}
-			// Another mint is finding out whether the trouble is over.
+			// Another mint is finding out whether the outage is over.
 			if err := s.cache.waitForProbe(ctx, refusal, q.arrived); err != nil {
 				return served{}, err
 			}
@@ -120,7 +120,7 @@ func (s *slot) await(ctx context.Context, q *query) (served, error) {
 			if answer, ok := old.hit(q, s.cache.random); ok {
 				return answer, nil
 			}
-		case waiter == nil: // the mint has just been abandoned
+		case waiter == nil: // the mint was just abandoned
 			if err := s.cache.wait(ctx, f.done, nil, f.up); err != nil {
 				return served{}, err
 			}
@@ -140,9 +140,9 @@ func (s *slot) await(ctx context.Context, q *query) (served, error) {
 	}
 }
 
-// board finds the mint that a reader should wait for, or starts one, and joins its
-// turn. Without a mint and an error, the token is fresh. The error is why nothing may
-// be tried.
+// board returns the mint that a reader should wait for, starts one if needed, and joins
+// its turn. It returns neither a mint nor an error if the cached token is fresh. The
+// error says why no mint may start.
 func (s *slot) board(q *query, deadline time.Time) (*flight, *gate.Waiter, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -160,7 +160,7 @@ func (s *slot) board(q *query, deadline time.Time) (*flight, *gate.Waiter, error
 		return nil, nil, errDemanded
 	}
 	if old != nil {
-		old.markUsed() // so that the next one is minted by itself if this mint fails
+		old.markUsed() // so the next one is minted automatically if this mint fails
 	}
 	s.spec = &q.spec
 	f, err := s.start(now)
@@ -177,21 +177,21 @@ func (s *slot) board(q *query, deadline time.Time) (*flight, *gate.Waiter, error
 	}
 	if refused {
 		f.replaces, s.demanded = true, now
-		f.renew(old) // it goes on without the reader, since nobody may ask again so soon
+		f.renew(old) // continues without the reader, because no one may demand again so soon
 	}
 	waiter, _ := f.turn.Join(deadline, hurts)
 	return f, waiter, nil
 }
 
-// renew has a mint go on without readers, since old comes to its end or is refused. The
-// caller holds the slot's lock.
+// renew lets a mint continue without readers, because old is about to expire or was
+// refused. The caller holds the slot's lock.
 func (f *flight) renew(old *cachedToken) {
 	if !f.renews {
 		_, f.renews = f.turn.Join(time.Time{}, old.hurtsAt())
 	}
 }
 
-// held is the slot's token as it is served for spec, or nil.
+// held returns the slot's token as served for spec, or nil.
 func (s *slot) held(spec *spec) *cachedToken {
 	if tok := s.token.Load(); tok != nil {
 		return tok.under(spec)
@@ -199,8 +199,7 @@ func (s *slot) held(spec *spec) *cachedToken {
 	return nil
 }
 
-// start joins the mint under way or starts one, if that is allowed. The caller
-// holds s.mu.
+// start joins the mint in progress or starts one if allowed. The caller holds s.mu.
 func (s *slot) start(now time.Time) (*flight, error) {
 	if s.flight != nil {
 		return s.flight, nil
@@ -225,22 +224,22 @@ func (s *slot) start(now time.Time) (*flight, error) {
 	return f, nil
 }
 
-// fly carries a mint out.
+// fly carries out a mint.
 func (s *slot) fly(f *flight) {
 	tok, err := s.cache.mint(f)
 	news := s.land(f, tok, err)
 	if news != nil {
 		f.up.log(f.spec, news)
 	}
-	if err == nil { // its readers have been answered
+	if err == nil { // its readers have their answers
 		ctx, cancel := s.cache.background()
 		defer cancel()
 		s.cache.save(ctx, s)
 	}
 }
 
-// land ends a flight with what came of it, and keeps its token. A failure is
-// returned if it is to be logged.
+// land ends a flight, keeps its token, and records its failure. It returns a failure that
+// must be logged.
 func (s *slot) land(f *flight, tok *cachedToken, err error) (news *mintError) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -265,25 +264,25 @@ func (s *slot) land(f *flight, tok *cachedToken, err error) (news *mintError) {
 			}
 			s.backoff.fail(failure.mintError, f.started, now, s.cache.random())
 			if failure.class == classNothingNewer {
-				// MojoAuth is well: who finds the cached token gone may ask.
+				// MojoAuth works: a reader that finds the cached token expired may try.
 				s.backoff.endBy(s.token.Load().servableUntil(), now)
 			}
 			failure.next = s.backoff.until
 		}
 	}
 	if s.key.narrowed != "" && !s.cache.narrowed.has(s) {
-		s.free() // it was kept for its mint only
+		s.free() // it was kept only for its mint
 	}
 	if errors.As(err, &late) && !s.freed {
-		s.wakeIn(late.ComeBack) // others are more urgent, now
+		s.wakeIn(late.ComeBack) // others are more urgent now
 		return nil
 	}
 	s.next()
 	return news
 }
 
-// keep makes tok, which came by f, the slot's token, unless it renews nothing: of two
-// tokens the one that may be served longer stays. The caller holds s.mu.
+// keep makes tok, which f brought, the slot's token unless it renews nothing: of two
+// tokens, the one that can be served longer stays. The caller holds s.mu.
 func (s *slot) keep(tok *cachedToken, f *flight, now time.Time) (*cachedToken, error) {
 	old := s.held(s.spec)
 	s.history = history{}
@@ -300,16 +299,16 @@ func (s *slot) keep(tok *cachedToken, f *flight, now time.Time) (*cachedToken, e
 		return tok, nil
 	}
 	s.token.Store(old)
-	old.use.Add(-1) // an idle role is not asked for again and again
+	old.use.Add(-1) // do not renew an idle role's token again and again
 	return old, &unavailable{mintError: failed, config: f.up.config.name, keyOnly: true}
 }
 
-// repeats is what is wrong with a token that is the cached one again.
+// repeats is the failure of a mint that returned the cached token again.
 func repeats(old *cachedToken) *mintError {
 	return &mintError{class: classNothingNewer, reason: "it returned the token again that it gave at " + formatTime(old.mintedAt)}
 }
 
-// arrived answers a reader when the mint that it waited for has landed.
+// arrived answers a reader after the mint that it waited for.
 func (s *slot) arrived(f *flight, q *query, old *cachedToken) (served, error) {
 	now := time.Now()
 	if errors.Is(f.err, errOutdated) {
@@ -320,7 +319,7 @@ func (s *slot) arrived(f *flight, q *query, old *cachedToken) (served, error) {
 			return answer, nil
 		}
 		if s.cache.outdated(&q.spec, f.up) {
-			return served{}, errOutdated // what was written since ends what failed before
+			return served{}, errOutdated // a later write overrides an earlier failure
 		}
 		return served{}, f.err
 	}
@@ -335,12 +334,12 @@ func (s *slot) arrived(f *flight, q *query, old *cachedToken) (served, error) {
 	return tok.serve(tok.scheduleFor(q.minTTL), tok.timeLeft(now), how, s.cache.random), nil
 }
 
-// next is the one place that decides what the slot does by itself: it starts a mint
-// that is due, sets the timer to when something may be due, or frees the slot. It is
-// called after whatever may change the answer. The caller holds s.mu.
+// next decides what the slot does without a reader; nothing else does. It starts a mint
+// that is due, sets the timer for when something may be due, or frees the slot. It must
+// be called after anything that may change the decision. The caller holds s.mu.
 func (s *slot) next() {
 	if s.freed || s.flight != nil {
-		return // landing calls again
+		return // land calls it again
 	}
 	now := time.Now()
 	tok := s.token.Load()
@@ -356,17 +355,17 @@ func (s *slot) next() {
 		s.wakeIn(tok.timeLeft(now) - tok.schedule.Floor) // the active node renews
 	case tok.renewIn(now) > 0:
 		s.wakeIn(tok.renewIn(now))
-	case !tok.inUse() && tok.phase(now) == lifetime.Fresh: // somebody may yet read it
+	case !tok.inUse() && tok.phase(now) == lifetime.Fresh: // it may still be read
 		s.wakeIn(tok.timeLeft(now) - tok.schedule.Refresh)
-	case !tok.inUse(): // nobody reads it: it lapses
+	case !tok.inUse(): // unread, it expires
 		s.wakeIn(tok.timeLeft(now) - tok.schedule.Floor)
 	default:
 		s.renew(tok, now)
 	}
 }
 
-// rememberUntil is when the slot's failures, and that storage had no token, are
-// forgotten. The caller holds s.mu.
+// rememberUntil is when the slot forgets its failures, and that storage had no token. The
+// caller holds s.mu.
 func (s *slot) rememberUntil() time.Time {
 	if s.history.alone {
 		return s.history.failedAt.Add(rememberAloneFor)
@@ -378,11 +377,11 @@ func (s *slot) rememberUntil() time.Time {
 	return last.Add(rememberFor)
 }
 
-// renew starts the mint of the next token, with no reader waiting, or sets the timer
-// to when that may be tried again. The caller holds s.mu.
+// renew starts the mint of the next token with no reader waiting, or sets the timer for
+// the next attempt. The caller holds s.mu.
 func (s *slot) renew(tok *cachedToken, now time.Time) {
 	role, config := s.cache.roles.current(s.key.role), s.cache.configs.current(s.key.config)
-	if role == nil || config == nil { // one is gone, or about to be loaded
+	if role == nil || config == nil { // deleted, or about to be loaded
 		s.wakeIn(time.Second)
 		return
 	}
@@ -408,8 +407,8 @@ func (s *slot) renew(tok *cachedToken, now time.Time) {
 	s.wakeIn(wait)
 }
 
-// wakeIn has next called after that time, or up to a millisecond later: slots that
-// were minted together need not wake together. The caller holds s.mu.
+// wakeIn schedules next after wait plus up to a millisecond, so slots that were minted
+// together do not wake together. The caller holds s.mu.
 func (s *slot) wakeIn(wait time.Duration) {
 	wait = max(wait, time.Millisecond) + lifetime.Share(time.Millisecond, s.cache.random())
 	if s.timer == nil {
@@ -425,18 +424,18 @@ func (s *slot) wake() {
 	s.next()
 }
 
-// written has the slot go by its role and config as they were written, which may
-// have mended what failed.
+// written updates the slot after a write of its role or config. The write may have fixed
+// the cause of a failure.
 func (s *slot) written(change func(spec) spec) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.freed || s.spec == nil { // without a spec, its first reader is about to bring one
+	if s.freed || s.spec == nil { // without a spec, its first reader is about to set one
 		return
 	}
 	now := change(*s.spec)
 	s.spec, s.prepared = &now, false
 	s.backoff, s.history = backoff{}, history{}
-	if !s.cache.relies(&now) { // storage doesn't count any more
+	if !s.cache.relies(&now) { // storage no longer matters
 		s.doubted, s.unannounced = false, false
 		s.unsure.Store(false)
 	}
@@ -446,8 +445,8 @@ func (s *slot) written(change func(spec) spec) {
 	s.next()
 }
 
-// evict frees the slot, unless a mint is under way: landing frees it then, so that
-// its key never has two.
+// evict frees the slot. If a mint is in progress, land frees it, so a key never has two
+// mints.
 func (s *slot) evict() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -456,8 +455,8 @@ func (s *slot) evict() {
 	}
 }
 
-// outdate frees the slot after a change that its key is not of, unless it is made for a
-// change that is to come.
+// outdate frees the slot after a change to another key, unless the slot was prepared for
+// a change to come.
 func (s *slot) outdate() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -466,14 +465,14 @@ func (s *slot) outdate() {
 	}
 }
 
-// drop frees the slot. Readers who wait for its mint still get the token.
+// drop frees the slot. Readers that wait for its mint still get the token.
 func (s *slot) drop() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.free()
 }
 
-// free takes the slot out of the cache for good. The caller holds s.mu.
+// free removes the slot from the cache for good. The caller holds s.mu.
 func (s *slot) free() {
 	s.freed = true
 	if s.timer != nil {
@@ -485,14 +484,14 @@ func (s *slot) free() {
 	s.cache.remove(s)
 }
 
-// succeeded has the key's failures forgotten, after a rotation had a token for it.
+// succeeded clears the key's failures after a rotation succeeded.
 func (s *slot) succeeded() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.history = history{}
 }
 
-// past is what the slot knows of the key's failures.
+// past returns what the slot knows of the key's failures.
 func (s *slot) past() history {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -9,34 +9,34 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
-// spec is what a token is requested for: a role and its config as they stand, and
-// the role's scopes or a subset of them. It is shared and must not be changed.
+// spec is what a token is requested for: a role, its config, and the role's scopes or a
+// subset of them. It is shared and must not be modified.
 type spec struct {
 	role   *held[roleEntry]
 	config *held[configEntry]
 	scopes []string
-	// narrowed identifies scopes when they are fewer than the role's: sorted
-	// and joined. "" stands for all of them.
+	// narrowed identifies a scope subset: the scopes sorted and joined. It is "" for all
+	// scopes of the role.
 	narrowed string
 }
 
-// query is what a read of creds asks for: a spec, and how fresh the token has to be.
+// query is a read of creds: a spec, and how fresh the token must be.
 type query struct {
 	spec
-	minTTL      time.Duration // the token should have left; not below the role's
-	mintedAfter time.Time     // the token should have been, in whole seconds; zero if it may be any
-	arrived     time.Time     // when the read found no token that would do
+	minTTL      time.Duration // time the token should have left; at least the role's
+	mintedAfter time.Time     // refused tokens were minted at or before this, in whole seconds; zero if none was refused
+	arrived     time.Time     // when the read found no usable token
 }
 
-// slotKey names all that a token depends on. A write that changes what tokens are
-// good for makes a new generation, and so another key.
+// slotKey names everything a token depends on. A write that changes what a token is good
+// for changes a generation, and so the key.
 type slotKey struct {
 	role, roleGeneration     string
 	config, configGeneration string
 	narrowed                 string
 }
 
-// kind is what place at the gate a mint for the key has.
+// kind is the kind of place that a mint for the key takes at the gate.
 func (k slotKey) kind() gate.Kind {
 	if k.narrowed != "" {
 		return gate.Narrowed

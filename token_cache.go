@@ -16,33 +16,33 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
-// This file finds the slot that a read goes to, and the upstream that a slot asks.
+// This file finds the slot for a read, and the upstream for a slot.
 //
-// A slot is found by all that its token depends on, the generations of role and
-// config included. So a write that drops tokens makes readers look under another
-// key, and the slots of the old key are freed. Reading a fresh token takes no lock
-// that anything holds across I/O.
+// A slot's key names everything its token depends on, including the generations of role
+// and config. A write that drops tokens changes the key: later readers look under the new
+// key, and the slots of the old one are freed. Reading a fresh token takes no lock that
+// anything holds across I/O.
 
 const (
-	// storagePatience is how long a mint waits for storage before it goes by what
-	// is in memory.
+	// storagePatience is how long a mint waits for storage before it relies on what is in
+	// memory.
 	storagePatience = time.Second
 
-	// closingTime is how long closing waits for what is under way.
+	// closingTime is how long close waits for work in progress.
 	closingTime = 5 * time.Second
 
-	// A reload that storage fails is tried again after a wait that doubles.
+	// A reload that fails is retried after a wait that doubles.
 	shortestReloadWait = time.Second
 	longestReloadWait  = 30 * time.Second
-	maxReloads         = 16 // under way at once
+	maxReloads         = 16 // running at the same time
 )
 
 var (
-	// errOutdated is for a reader whose role or config was written since it looked
-	// them up: it has to look again.
+	// errOutdated means that the role or its config was written after the reader looked
+	// it up. The reader must look again.
 	errOutdated = errors.New("the role or its config changed")
 
-	// errClosed is for readers of a mount that is being taken down.
+	// errClosed is for readers of a mount that is shutting down.
 	errClosed = errors.New("the mount is being closed")
 )
 
@@ -54,12 +54,12 @@ type tokenCache struct {
 	telemetry *telemetry
 	logger    func() hclog.Logger
 	random    func() float64  // uniform in [0, 1)
-	storage   logical.Storage // to look up roles and configs when no reader brings them
+	storage   logical.Storage // for looking up roles and configs without a request
 
-	ctx       context.Context // of everything that outlives a read; ends in close
+	ctx       context.Context // for everything that outlives a read; canceled by close
 	cancel    context.CancelFunc
-	work      sync.WaitGroup // counts the goroutines that do so
-	reloading chan struct{}  // holds a place for each reload
+	work      sync.WaitGroup // counts the goroutines that use ctx
+	reloading chan struct{}  // bounds the reloads in progress
 
 	standby bool // this node may not write
 
@@ -69,8 +69,8 @@ type tokenCache struct {
 	rotations rotations
 	narrowed  narrowedSlots
 
-	// changing lets changes of roles and configs be taken in one after the other, so
-	// that an older one does not free what a newer one brought. Never held across I/O.
+	// changing serializes the changes of roles and configs, so an older change does not
+	// free what a newer one brought. Never held across I/O.
 	changing sync.Mutex
 
 	mu        sync.RWMutex // never held across I/O
@@ -101,7 +101,7 @@ func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], new
 	return c
 }
 
-// cached answers a read with the cached token, if that is fresh.
+// cached answers a read with the cached token if that token is fresh.
 func (c *tokenCache) cached(q *query) (served, bool) {
 	s := c.peek(q.key())
 	if s == nil || s.unsure.Load() {
@@ -117,10 +117,10 @@ func (c *tokenCache) cached(q *query) (served, bool) {
 	return tok.hit(q, c.random)
 }
 
-// await answers a read that found no fresh token. The error is an *unavailable or a
-// *noTurnError, errOutdated, errClosed, errForward, or why ctx ended.
+// await answers a read that found no fresh token. The error is an *unavailable, a
+// *noTurnError, errOutdated, errClosed, errForward, or the cause of ctx's end.
 func (c *tokenCache) await(ctx context.Context, q *query) (served, error) {
-	if c.forwards(q) { // since role or config were written meanwhile
+	if c.forwards(q) { // the role or config was written in the meantime
 		return served{}, errForward
 	}
 	s, err := c.slot(&q.spec)
@@ -133,20 +133,20 @@ func (c *tokenCache) await(ctx context.Context, q *query) (served, error) {
 	return s.await(ctx, q)
 }
 
-// serveFrom has the cache use a mount's storage. standby is set when this node may not
-// write there.
+// serveFrom connects the cache to the mount's storage. standby is set if this node may
+// not write to it.
 func (c *tokenCache) serveFrom(storage logical.Storage, standby bool) {
 	c.storage, c.store.storage, c.standby = storage, storage, standby
 }
 
-// peek finds the slot of a key, if there is one.
+// peek returns the slot of a key, or nil.
 func (c *tokenCache) peek(key slotKey) *slot {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	return c.slots[key.role][key]
 }
 
-// slot finds the slot of a spec, or makes it.
+// slot returns the slot for a spec and creates it if needed.
 func (c *tokenCache) slot(spec *spec) (*slot, error) {
 	key := spec.key()
 	s := c.peek(key)
@@ -162,7 +162,7 @@ func (c *tokenCache) slot(spec *spec) (*slot, error) {
 	return s, nil
 }
 
-// add makes the slot of a key, unless somebody else just has.
+// add creates the slot of a key unless another reader just did.
 func (c *tokenCache) add(key slotKey) (*slot, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -180,12 +180,12 @@ func (c *tokenCache) add(key slotKey) (*slot, error) {
 	return s, nil
 }
 
-// touch notes that a narrowed slot is read, which may evict another.
+// touch records a read of a scope subset's slot, which may evict another slot.
 func (c *tokenCache) touch(s *slot) {
 	if evicted := c.narrowed.use(s); evicted != nil {
 		evicted.evict()
 	}
-	if c.peek(s.key) != s { // freed meanwhile
+	if c.peek(s.key) != s { // freed in the meantime
 		c.narrowed.remove(s)
 	}
 }
@@ -205,14 +205,14 @@ func (c *tokenCache) remove(s *slot) {
 	}
 }
 
-// slotsOf are the slots of a role.
+// slotsOf returns the slots of a role.
 func (c *tokenCache) slotsOf(role string) []*slot {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	return values(c.slots[role])
 }
 
-// all are the slots there are.
+// all returns all slots.
 func (c *tokenCache) all() []*slot {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
@@ -231,13 +231,13 @@ func values(slots map[slotKey]*slot) []*slot {
 	return list
 }
 
-// roleChanged has the slots of a role go by what was written: role is nil when the
-// role is gone.
+// roleChanged updates the slots of a role after a write. role is nil if the role was
+// deleted.
 func (c *tokenCache) roleChanged(name string, role *held[roleEntry]) {
 	c.changing.Lock()
 	defer c.changing.Unlock()
 	if c.roles.current(name) != role {
-		return // a later change follows
+		return // a later change will follow
 	}
 	for _, s := range c.slotsOf(name) {
 		if role == nil || s.key.roleGeneration != role.entry.TokenGeneration {
@@ -254,15 +254,15 @@ func (c *tokenCache) roleChanged(name string, role *held[roleEntry]) {
 	}
 }
 
-// configChanged is roleChanged for a config. Its client and its failures are
-// forgotten. A mint that is under way goes on.
+// configChanged is roleChanged for a config. It discards the config's client and its
+// failures. A mint in progress continues.
 func (c *tokenCache) configChanged(name string, config *held[configEntry]) {
 	c.changing.Lock()
 	defer c.changing.Unlock()
 	if c.configs.current(name) != config {
 		return
 	}
-	c.gates.written(name, config) // before a newer upstream can have its gate
+	c.gates.written(name, config) // before a newer upstream can get its gate
 	c.detach(name, config)
 	if config == nil {
 		c.telemetry.configGone(name)
@@ -281,7 +281,7 @@ func (c *tokenCache) configChanged(name string, config *held[configEntry]) {
 	}
 }
 
-// roleForgotten has a role loaded that was perhaps changed, if there are tokens of it.
+// roleForgotten reloads a role that may have changed, if it has tokens.
 func (c *tokenCache) roleForgotten(name string) {
 	if len(c.slotsOf(name)) == 0 {
 		return
@@ -292,13 +292,13 @@ func (c *tokenCache) roleForgotten(name string) {
 // configForgotten is roleForgotten for a config.
 func (c *tokenCache) configForgotten(name string) {
 	c.detach(name, nil)
-	// It was at work on this node, or its tokens came from storage.
+	// The config is in use on this node, or its tokens came from storage.
 	if c.telemetry.knows(name) || slices.ContainsFunc(c.all(), func(s *slot) bool { return s.key.config == name }) {
 		reload(c, c.configs, name, c.configChanged)
 	}
 }
 
-// reload loads an entry in the background, and calls changed with it.
+// reload loads an entry in the background and calls changed with it.
 func reload[T any](c *tokenCache, entries *entries[T], name string, changed func(string, *held[T])) {
 	c.spawn(func() {
 		for wait := shortestReloadWait; ; wait = min(2*wait, longestReloadWait) {
@@ -319,8 +319,8 @@ func reload[T any](c *tokenCache, entries *entries[T], name string, changed func
 	})
 }
 
-// upstream finds the upstream of a config as it stands, or makes it. It is
-// errOutdated when config is not what is in memory.
+// upstream returns the upstream of a config and creates it if needed. The error is
+// errOutdated if config is not the one in memory.
 func (c *tokenCache) upstream(config *held[configEntry]) (*upstream, error) {
 	c.mu.RLock()
 	up := c.upstreams[config.name]
@@ -349,7 +349,7 @@ func (c *tokenCache) upstream(config *held[configEntry]) (*upstream, error) {
 	return up, nil
 }
 
-// detach forgets the upstream of a config, but one that was made of the entry now.
+// detach discards the upstream of a config unless it was created for the entry now.
 func (c *tokenCache) detach(name string, now *held[configEntry]) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -359,34 +359,33 @@ func (c *tokenCache) detach(name string, now *held[configEntry]) {
 	}
 }
 
-// isCurrent reports whether the upstream's config has not been written since.
+// isCurrent reports whether the upstream's config is unchanged.
 func (c *tokenCache) isCurrent(up *upstream) bool {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	return c.upstreams[up.config.name] == up
 }
 
-// outdated reports whether role or config were written since spec was looked up, or
-// since up was asked.
+// outdated reports whether the role or config was written since spec was looked up or up
+// was created.
 func (c *tokenCache) outdated(spec *spec, up *upstream) bool {
 	return c.roles.current(spec.role.name) != spec.role || c.configs.current(spec.config.name) != spec.config || !c.isCurrent(up)
 }
 
-// standing reports whether a mint still asks for what its role and config, which are
-// in memory, would have it ask for.
+// standing reports whether the role and config in memory would still make the same mint.
 func (c *tokenCache) standing(f *flight) bool {
 	role := c.roles.current(f.spec.role.name)
 	switch {
 	case role == nil || !c.isCurrent(f.up):
 		return false
-	case f.leave.now: // a rotation before it changes the generation, and nothing that counts
+	case f.leave.now: // an earlier rotation changes only the generation, which does not matter here
 		return role.entry.asksSameAs(&f.spec.role.entry)
 	default:
 		return role.entry.TokenGeneration == f.spec.role.entry.TokenGeneration
 	}
 }
 
-// newFlight makes a mint that has leave.
+// newFlight makes a mint that was admitted.
 func (c *tokenCache) newFlight(spec *spec, up *upstream, l leave, past history) *flight {
 	f := &flight{spec: spec, up: up, leave: l, past: past, started: time.Now(), done: make(chan struct{})}
 	f.turn = up.turn(l, func() error {
@@ -398,9 +397,9 @@ func (c *tokenCache) newFlight(spec *spec, up *upstream, l leave, past history) 
 	return f
 }
 
-// mint asks for a token. It reads role and config from storage before: an invalidation
-// that was lost costs no wrong token. The error is that of upstream.mint, errOutdated
-// or errClosed.
+// mint gets a new token from MojoAuth. It first reads role and config from storage, so a
+// lost invalidation never causes a wrong token. The error is that of upstream.mint,
+// errOutdated, or errClosed.
 func (c *tokenCache) mint(f *flight) (*cachedToken, error) {
 	defer f.turn.interrupt(nil)
 	err := c.confirm(f.spec, f.up)
@@ -419,8 +418,8 @@ func (c *tokenCache) mint(f *flight) (*cachedToken, error) {
 	return tok, err
 }
 
-// confirm reports by an error that spec is not what is in storage. When storage
-// fails, what is in memory counts.
+// confirm returns an error if spec differs from storage. If storage fails, what is in
+// memory counts.
 func (c *tokenCache) confirm(spec *spec, up *upstream) error {
 	ctx, cancel := context.WithTimeout(c.ctx, storagePatience)
 	defer cancel()
@@ -438,9 +437,9 @@ func (c *tokenCache) confirm(spec *spec, up *upstream) error {
 	return nil
 }
 
-// wait waits for done, as somebody who has joined a turn, if it could be joined. The
-// error is a *noTurnError of the upstream's gate when time is over, errClosed, or why ctx
-// ended.
+// wait waits for done on behalf of a reader. waiter is nil if the turn could not be
+// joined. The error is a *noTurnError when time is up, errClosed, or the cause of ctx's
+// end.
 func (c *tokenCache) wait(ctx context.Context, done <-chan struct{}, waiter *gate.Waiter, up *upstream) error {
 	var tooLate <-chan struct{}
 	if waiter != nil {
@@ -465,9 +464,9 @@ func (c *tokenCache) wait(ctx context.Context, done <-chan struct{}, waiter *gat
 	}
 }
 
-// waitFor waits for a mint: to its end, or, while the old token would do, until patience
-// is over. Then the error is nil or, if its request waits among others, a *noTurnError.
-// The others are those of toTheEnd.
+// waitFor waits for a mint: until it ends or, if the old token is usable, until patience
+// is over. In the second case, the error is nil or, if the mint still waits at the gate,
+// a *noTurnError. Other errors are those of toTheEnd.
 func (c *tokenCache) waitFor(ctx context.Context, f *flight, waiter *gate.Waiter, old *cachedToken) (over bool, err error) {
 	now := time.Now()
 	if !old.usable(now) {
@@ -485,8 +484,8 @@ func (c *tokenCache) waitFor(ctx context.Context, f *flight, waiter *gate.Waiter
 	return true, nil
 }
 
-// toTheEnd waits for a mint to its end. The errors are those of wait, and an
-// *unavailable when the request had all the time that it may have.
+// toTheEnd waits for the end of a mint. The error is that of wait, or an *unavailable if
+// the request used up all its time.
 func (c *tokenCache) toTheEnd(ctx context.Context, f *flight, waiter *gate.Waiter) error {
 	err := c.wait(ctx, f.done, waiter, f.up)
 	var late *noTurnError
@@ -501,8 +500,7 @@ func (c *tokenCache) toTheEnd(ctx context.Context, f *flight, waiter *gate.Waite
 	return err
 }
 
-// waitForProbe waits until the mint has ended that finds out whether the trouble is
-// over.
+// waitForProbe waits for the end of the mint that finds out whether the outage is over.
 func (c *tokenCache) waitForProbe(ctx context.Context, refusal *unavailable, arrived time.Time) error {
 	deadline, _ := ctx.Deadline()
 	waiter, ok := refusal.turn.Join(deadline, arrived)
@@ -512,8 +510,8 @@ func (c *tokenCache) waitForProbe(ctx context.Context, refusal *unavailable, arr
 	return c.wait(ctx, refusal.probe, waiter, refusal.up)
 }
 
-// spawn runs work in a goroutine that close waits for. It is false, and nothing
-// runs, when the cache is closed.
+// spawn runs work in a goroutine that close waits for. It returns false and runs nothing
+// if the cache is closed.
 func (c *tokenCache) spawn(work func()) bool {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
@@ -524,8 +522,8 @@ func (c *tokenCache) spawn(work func()) bool {
 	return true
 }
 
-// close stops everything and waits for it, but not longer than closingTime: Vault
-// answers nothing while it takes a mount down.
+// close stops everything and waits for it, but no longer than closingTime: Vault serves
+// no requests while it removes a mount.
 func (c *tokenCache) close() {
 	c.mu.Lock()
 	c.closed = true
