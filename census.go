@@ -16,11 +16,11 @@ import (
 // census is what the cache holds at one moment.
 type census struct {
 	cached int // tokens that may be served
-	// due counts the tokens in use for which a new one is due and not there, and
-	// nearest is how long the first of them may still be served.
+	// due counts the tokens in use that are due for renewal. nearest is the time until
+	// the first of them expires.
 	due     int
 	nearest time.Duration
-	// backoff has the configs that are in a back-off, and until when.
+	// backoff has the configs that back off, and until when.
 	backoff map[string]time.Time
 	gates   map[string]gate.Stats // by config
 }
@@ -54,8 +54,8 @@ func (c *tokenCache) census() census {
 	return n
 }
 
-// nextAttempt is when MojoAuth may be asked with a config, after a back-off and what it
-// asked for by Retry-After. It is zero when that is now.
+// nextAttempt is when a config may next send a request, after a back-off and a
+// Retry-After. It is zero if that is now.
 func (n *census) nextAttempt(config string) time.Time {
 	next := n.backoff[config]
 	if closed := n.gates[config].ClosedUntil; closed.After(next) {

@@ -13,32 +13,32 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// entries keeps the storage entries of one kind (configs or roles). It holds in
-// memory each entry that was read, so that serving a cached token touches no
-// storage. This node's own writes replace what is held. An invalidation by Vault
-// (logical.Backend.InvalidateKey) means that another node wrote: the entry is
-// forgotten, and read from storage the next time.
+// entries keeps the storage entries of one kind (configs or roles) in memory after they
+// are read, so serving a cached token touches no storage. A write on this node replaces
+// the entry in memory. An invalidation by Vault (logical.Backend.InvalidateKey) means
+// that another node wrote it: the entry is forgotten, and read from storage the next
+// time.
 //
-// Held entries are shared and must not be changed.
+// Entries in memory are shared and must not be modified.
 type entries[T any] struct {
 	prefix string // of the storage keys, with a trailing slash
 
-	// changed is called after an entry changed, with the new entry, or nil when it
-	// is gone. forgotten is called when it has perhaps changed. Neither may do I/O,
-	// and no lock but writing is held meanwhile.
+	// changed is called after an entry changed, with the new entry, or nil if it was
+	// deleted. forgotten is called when an entry may have changed. Neither may do I/O.
+	// The caller holds no lock except writing.
 	changed   func(name string, now *held[T])
 	forgotten func(name string)
 
-	// writing has a place for the one writer that loads, changes, and saves an entry.
-	// Only writers wait for it, so it may be held across storage I/O.
+	// writing admits one writer at a time to load, change, and save an entry. Only
+	// writers wait for it, so it may be held across storage I/O.
 	writing chan struct{}
 
 	mu   sync.RWMutex // never held across I/O
 	held map[string]*held[T]
-	// doubted has the held entries that the next get compares with storage.
+	// doubted has the entries in memory that the next get compares with storage.
 	doubted map[string]struct{}
-	// loads has a marker for each name that is being read from storage. A change
-	// takes the marker away: what was read before a change must not be held after it.
+	// loads has a marker for each name that is being read from storage. A change removes
+	// the marker: what was read before a change must not be kept after it.
 	loads map[string]*load
 }
 
@@ -46,7 +46,7 @@ type entries[T any] struct {
 type held[T any] struct {
 	name   string
 	entry  T
-	stored []byte // as it is in storage
+	stored []byte // as in storage
 }
 
 // same reports whether a and b are the same stored entry. Either may be nil.
@@ -60,8 +60,8 @@ func newEntries[T any](prefix string) *entries[T] {
 	return &entries[T]{prefix: prefix, writing: make(chan struct{}, 1), held: make(map[string]*held[T]), loads: make(map[string]*load)}
 }
 
-// get returns the entry of that name, from memory when it is held there, else
-// from storage. It is nil when there is none.
+// get returns the entry with that name, from memory if possible, otherwise from storage.
+// It returns nil if there is none.
 func (e *entries[T]) get(ctx context.Context, s logical.Storage, name string) (*held[T], error) {
 	e.mu.RLock()
 	h := e.held[name]
@@ -77,7 +77,7 @@ func (e *entries[T]) get(ctx context.Context, s logical.Storage, name string) (*
 	}
 }
 
-// doubt has each held entry compared with storage by the next get.
+// doubt makes the next get compare each entry in memory with storage.
 func (e *entries[T]) doubt() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -87,8 +87,7 @@ func (e *entries[T]) doubt() {
 	}
 }
 
-// settleDoubt reports whether the caller is the one who has to compare an entry with
-// storage.
+// settleDoubt reports whether the caller must compare the entry with storage.
 func (e *entries[T]) settleDoubt(name string) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -97,7 +96,7 @@ func (e *entries[T]) settleDoubt(name string) bool {
 	return doubted
 }
 
-// verified returns the entry as storage has it, or the held one when storage fails.
+// verified returns the entry from storage, or the one in memory if storage fails.
 func (e *entries[T]) verified(ctx context.Context, s logical.Storage, h *held[T]) (*held[T], error) {
 	bounded, cancel := context.WithTimeout(ctx, storagePatience)
 	defer cancel()
@@ -106,7 +105,7 @@ func (e *entries[T]) verified(ctx context.Context, s logical.Storage, h *held[T]
 	if err == nil || errors.As(err, &broken) {
 		return now, err
 	}
-	if ctx.Err() != nil { // the reader has left: the next one compares
+	if ctx.Err() != nil { // the reader left: leave the comparison to the next one
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		if e.held[h.name] == h {
@@ -116,8 +115,7 @@ func (e *entries[T]) verified(ctx context.Context, s logical.Storage, h *held[T]
 	return h, ctx.Err()
 }
 
-// standing returns the entry from memory, else from storage, and leaves alone what is
-// held.
+// standing returns the entry from memory, otherwise from storage, without keeping it.
 func (e *entries[T]) standing(ctx context.Context, s logical.Storage, name string) (*held[T], error) {
 	if h := e.current(name); h != nil {
 		return h, nil
@@ -125,14 +123,14 @@ func (e *entries[T]) standing(ctx context.Context, s logical.Storage, name strin
 	return e.load(ctx, s, name)
 }
 
-// current returns the entry that is held, nil when none is.
+// current returns the entry in memory, or nil.
 func (e *entries[T]) current(name string) *held[T] {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
 	return e.held[name]
 }
 
-// fresh reads the entry from storage, whatever is held, and holds it.
+// fresh reads the entry from storage in any case and keeps it.
 func (e *entries[T]) fresh(ctx context.Context, s logical.Storage, name string) (*held[T], error) {
 	e.mu.Lock()
 	marker := e.loads[name]
@@ -154,8 +152,8 @@ func (e *entries[T]) fresh(ctx context.Context, s logical.Storage, name string) 
 	return now, nil
 }
 
-// hold ends a load. It returns the entry to go by, and reports whether that
-// replaces another one in memory.
+// hold ends a load. It returns the valid entry, and reports whether that entry replaces
+// another one in memory.
 func (e *entries[T]) hold(name string, marker *load, loaded *held[T], err error) (now *held[T], changed bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -181,7 +179,7 @@ func (e *entries[T]) hold(name string, marker *load, loaded *held[T], err error)
 	return loaded, before != nil
 }
 
-// load reads the entry from storage, and leaves alone what is held.
+// load reads the entry from storage without keeping it.
 func (e *entries[T]) load(ctx context.Context, s logical.Storage, name string) (*held[T], error) {
 	stored, err := s.Get(ctx, e.prefix+name)
 	if err != nil || stored == nil {
@@ -194,8 +192,8 @@ func (e *entries[T]) load(ctx context.Context, s logical.Storage, name string) (
 	return h, nil
 }
 
-// unreadable is a stored entry that cannot be decoded: no fault of storage's, and
-// one that trying again does not mend.
+// unreadable is a stored entry that cannot be decoded. Storage is not at fault, and a
+// retry does not help.
 type unreadable struct {
 	key string
 	err error
@@ -207,10 +205,10 @@ func (u *unreadable) Error() string {
 
 func (u *unreadable) Unwrap() error { return u.err }
 
-// update loads the entry, has change make the next one of it, and saves that. It
-// returns the entry that was there before, nil for none. An error of change is returned
-// as it is, and nothing is saved. Writes go one at a time, to storage, then to memory,
-// then to what depends on the entry.
+// update loads the entry, lets change derive the next one, and saves it. It returns the
+// previous entry, or nil. If change fails, update returns its error as is and saves
+// nothing. Writes go one at a time: to storage, then to memory, then to what depends on
+// the entry.
 func (e *entries[T]) update(ctx context.Context, s logical.Storage, name string, change func(old *held[T]) (*T, error)) (old *held[T], err error) {
 	done, err := e.beginWriting(ctx)
 	if err != nil {
@@ -232,8 +230,8 @@ func (e *entries[T]) update(ctx context.Context, s logical.Storage, name string,
 	return old, e.settle(name, now, s.Put(ctx, stored))
 }
 
-// remove deletes the entry, in the order of update, and returns what it was: nil when
-// there was none, or none that can be read.
+// remove deletes the entry, in the same order as update, and returns it. It returns nil
+// if there was no entry or it could not be decoded.
 func (e *entries[T]) remove(ctx context.Context, s logical.Storage, name string) (old *held[T], err error) {
 	done, err := e.beginWriting(ctx)
 	if err != nil {
@@ -247,7 +245,8 @@ func (e *entries[T]) remove(ctx context.Context, s logical.Storage, name string)
 	return old, e.settle(name, nil, s.Delete(ctx, e.prefix+name))
 }
 
-// beginWriting waits until no other write is under way. done has to be called after it.
+// beginWriting waits until no other write is in progress. The caller must call done after
+// its own write.
 func (e *entries[T]) beginWriting(ctx context.Context) (done func(), err error) {
 	select {
 	case e.writing <- struct{}{}:
@@ -257,8 +256,8 @@ func (e *entries[T]) beginWriting(ctx context.Context) (done func(), err error) 
 	}
 }
 
-// settle ends a write. When storage failed, it may have the old entry or the new
-// one: the next reader finds out.
+// settle ends a write. If storage failed, it may hold the old entry or the new one: the
+// next reader finds out.
 func (e *entries[T]) settle(name string, now *held[T], err error) error {
 	if err != nil {
 		e.forget(name)
@@ -275,7 +274,7 @@ func (e *entries[T]) forget(name string) {
 	e.forgotten(name)
 }
 
-// replace holds now, or nothing, in place of what was held or is being read.
+// replace keeps now, or nothing, instead of what is in memory or being read.
 func (e *entries[T]) replace(name string, now *held[T]) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

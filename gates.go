@@ -13,16 +13,16 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
-// This file puts the gate between a config and its token endpoint: which gate a
-// request passes, and when waiting for a turn there has no use any more.
+// This file puts the gate between a config and its token endpoint: which gate a request
+// passes, and when waiting there has become useless.
 
-// gates has the gate of each config at work. A gate outlives a write of its config,
-// with its pace and its Retry-After, unless that names another endpoint.
+// gates has the gate of each config in use. A gate keeps its pace and its Retry-After
+// when its config is written, unless the config names another endpoint.
 type gates struct {
 	mu sync.Mutex // never held across I/O
 	of map[string]configGate
-	// tried is the gate that the last verification passed, if that was of a config or
-	// an endpoint which nobody else has asked: its first mint goes on with it.
+	// tried is the gate that the last verification passed, if no config in use had it.
+	// The first mint of the verified config continues with it.
 	tried     configGate
 	triedName string
 }
@@ -34,14 +34,14 @@ type configGate struct {
 
 func newGates() gates { return gates{of: make(map[string]configGate)} }
 
-// enter is the gate of a config. It is made, in place of that of another endpoint, if
-// there is none.
+// enter returns the gate of a config. It creates one if there is none, or if the config
+// names another endpoint.
 func (g *gates) enter(name string, config *configEntry) *gate.Gate {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	known, ok := g.of[name]
 	if ok && known.tokenURL == config.TokenURL {
-		known.SetLimit(config.requestsPerSecond()) // which may have come by a reader first
+		known.SetLimit(config.requestsPerSecond()) // a reader may bring the limit first
 		return known.Gate
 	}
 	if ok {
@@ -54,7 +54,7 @@ func (g *gates) enter(name string, config *configEntry) *gate.Gate {
 	return g.of[name].Gate
 }
 
-// tryOut is the gate for a config that may never be saved.
+// tryOut returns the gate for a config that may never be saved.
 func (g *gates) tryOut(name string, config *configEntry) *gate.Gate {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -65,8 +65,8 @@ func (g *gates) tryOut(name string, config *configEntry) *gate.Gate {
 	return g.tried.Gate
 }
 
-// try is the gate of the last verification if that was of this endpoint, else a new one.
-// The caller holds g.mu.
+// try returns the gate of the last verification if that was of this endpoint, otherwise a
+// new one. The caller holds g.mu.
 func (g *gates) try(name string, config *configEntry) configGate {
 	if g.tried.Gate != nil && g.triedName == name && g.tried.tokenURL == config.TokenURL {
 		g.tried.SetLimit(config.requestsPerSecond())
@@ -75,8 +75,8 @@ func (g *gates) try(name string, config *configEntry) configGate {
 	return configGate{gate.New(config.requestsPerSecond(), nil), config.TokenURL}
 }
 
-// written has the gate of a config go by what was written: config is nil when the
-// config is gone.
+// written adapts the gate of a config after a write. config is nil if the config was
+// deleted.
 func (g *gates) written(name string, config *held[configEntry]) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -91,7 +91,7 @@ func (g *gates) written(name string, config *held[configEntry]) {
 	}
 }
 
-// stats are the states of all gates, by config.
+// stats returns the state of every gate, by config.
 func (g *gates) stats() map[string]gate.Stats {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -102,7 +102,7 @@ func (g *gates) stats() map[string]gate.Stats {
 	return stats
 }
 
-// close turns all away for good.
+// close turns away everyone, now and later.
 func (g *gates) close() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -114,14 +114,15 @@ func (g *gates) close() {
 	}
 }
 
-// turn is the turn of one mint at its config's gate: the departures of its requests.
+// turn is one mint's turn at its config's gate: the departures of its requests.
 type turn struct {
 	*gate.Turn
-	// waiting ends when there is no use in waiting any more, and interrupt ends it.
-	// That ends no request which has left.
+	// waiting is canceled by interrupt when waiting has become useless. That does not
+	// cancel a request that has left.
 	waiting   context.Context
 	interrupt context.CancelCauseFunc
-	// useless, if set, is why the request should not leave though it may, or nil.
+	// useless, if set, says why the request should not leave even if it may; it returns
+	// nil if it should.
 	useless func() error
 	account func(gate.Answer)
 
@@ -131,7 +132,7 @@ type turn struct {
 }
 
 // wait waits until a request may leave. The error is one of gate.Turn.Wait, of useless,
-// or why waiting ended.
+// or the cause of waiting's end.
 func (t *turn) wait(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

@@ -9,17 +9,17 @@ import (
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 )
 
-// This file bounds how many slots for narrowed scopes there are.
+// This file limits how many slots there are for scope subsets.
 
 const (
-	// maxNarrowed bounds the slots for narrowed scopes of a mount, so that no caller
-	// can grow memory, and maxNarrowedOfRole those of one role, so that a caller who
-	// goes through its subsets pushes out few of other roles.
+	// maxNarrowed limits a mount's slots for scope subsets, so no caller can grow memory.
+	// maxNarrowedOfRole limits those of one role, so a caller that goes through its
+	// subsets evicts few slots of other roles.
 	maxNarrowed       = 1024
 	maxNarrowedOfRole = 128
 )
 
-// narrowedSlots notes in which order the slots for narrowed scopes were last read.
+// narrowedSlots records the order in which the slots for scope subsets were last read.
 type narrowedSlots struct {
 	mu    sync.Mutex // never held across I/O
 	mount *simplelru.LRU[slotKey, *slot]
@@ -30,17 +30,17 @@ func newNarrowedSlots() narrowedSlots {
 	return narrowedSlots{mount: newLRU(maxNarrowed + 1), roles: make(map[string]*simplelru.LRU[slotKey, *slot])}
 }
 
-// newLRU makes a list that evicts nothing by itself while it holds no more than size.
+// newLRU returns a list that does not evict on its own while it holds at most size slots.
 func newLRU(size int) *simplelru.LRU[slotKey, *slot] {
 	list, err := simplelru.NewLRU[slotKey, *slot](size, nil)
 	if err != nil {
-		panic(err) // only for a size below 1
+		panic(err) // only if size is below 1
 	}
 	return list
 }
 
-// use makes s the last one read, and returns the slot that has to go for it: the
-// role's least recently read one when the role has its share, else the mount's.
+// use marks s as the most recently read and returns the slot to evict for it: the least
+// recently read one of the role if the role is at its limit, otherwise of the mount.
 func (n *narrowedSlots) use(s *slot) (evicted *slot) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -72,7 +72,7 @@ func (n *narrowedSlots) remove(s *slot) {
 	}
 }
 
-// take takes a slot out. The caller holds n.mu.
+// take removes a slot from the lists. The caller holds n.mu.
 func (n *narrowedSlots) take(s *slot) {
 	n.mount.Remove(s.key)
 	of := n.roles[s.key.role]
@@ -82,7 +82,7 @@ func (n *narrowedSlots) take(s *slot) {
 	}
 }
 
-// has reports whether s is among the slots that are kept.
+// has reports whether s is kept.
 func (n *narrowedSlots) has(s *slot) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()

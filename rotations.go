@@ -12,33 +12,33 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
-// This file replaces a role's token before its time: a mint beside whatever is cached
-// or under way, and the slot that it is for.
+// This file replaces a role's token before it is due: a mint next to whatever is cached
+// or in progress, and the slot for its token.
 
-// rotations has the rotation of each role that still may be joined.
+// rotations has each role's rotation that can still be joined.
 type rotations struct {
 	mu sync.Mutex // never held across I/O
 	of map[string]*rotation
 }
 
-// rotation is a mint whose token replaces what its role has.
+// rotation is a mint whose token replaces the role's.
 type rotation struct {
 	*flight
-	saved chan struct{} // closed when the token has been saved or there is none
+	saved chan struct{} // closed when the token has been saved, or when there is none
 }
 
-// saver makes a token, which was minted for a spec, that of its role.
+// saver makes tok, which was minted for a spec, the token of its role.
 type saver func(context.Context, *spec, *cachedToken) (*cachedToken, error)
 
 func newRotations() rotations { return rotations{of: make(map[string]*rotation)} }
 
-// rotate mints a token of a role and has it saved. Those who ask before the request of
-// a rotation has left share it. A back-off is ignored, the gate is not. The caller waits
-// for the mint as long as timed, and for saving as long as ctx. The errors are those of
-// await and of save.
+// rotate mints a token for a role and saves it. Callers that arrive before the request of
+// a rotation has left share that rotation. It ignores a back-off, but not the gate. The
+// caller waits for the mint until timed ends, and for saving until ctx ends. The errors
+// are those of await and of save.
 func (c *tokenCache) rotate(ctx, timed context.Context, q *query, save saver) (*cachedToken, error) {
-	// Whether a token is a new one shows by the one that is there, perhaps in storage.
-	if q.config.entry.persistsTokens() { // else a new slot would have nothing to end it
+	// Only the present token, perhaps in storage, shows whether tok is a new one.
+	if q.config.entry.persistsTokens() { // otherwise nothing would free a new slot
 		s, err := c.slot(&q.spec)
 		if err == nil {
 			_, err = s.recall(timed, &q.spec)
@@ -55,7 +55,7 @@ func (c *tokenCache) rotate(ctx, timed context.Context, q *query, save saver) (*
 	if err := c.toTheEnd(timed, r.flight, waiter); err != nil {
 		return nil, err
 	}
-	select { // storage may take longer than MojoAuth may
+	select { // storage may take longer than MojoAuth
 	case <-r.saved:
 		return r.token, r.err
 	case <-ctx.Done():
@@ -89,7 +89,7 @@ func (c *tokenCache) rotation(ctx, timed context.Context, q *query, save saver) 
 	f := c.newFlight(&q.spec, up, leave{key: q.key(), now: true}, past)
 	r := &rotation{flight: f, saved: make(chan struct{})}
 	waiter, _ := f.turn.Join(deadline, q.arrived)
-	// It goes on when the caller has left, but not when the mount is closed.
+	// It continues when the caller leaves, but not when the mount is closed.
 	saving, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	unhook := context.AfterFunc(c.ctx, cancel)
 	if !c.spawn(func() {
@@ -127,9 +127,9 @@ func (r *rotations) remove(ended *rotation) {
 	}
 }
 
-// successor is the token that a spec's role has after a rotation that minted tok: tok,
-// or one that was minted after it and is there already. It counts as in use when the
-// token is that it replaces. The error is an *unavailable when tok is no new token.
+// successor returns the token that a spec's role has after a rotation that minted tok:
+// tok, or one that is cached already and was minted after it. It counts as in use if the
+// token that it replaces does. The error is an *unavailable if tok is not a new token.
 func (c *tokenCache) successor(spec *spec, tok *cachedToken) (*cachedToken, error) {
 	next := tok.view(spec)
 	if s := c.peek(spec.key()); s != nil {
@@ -149,8 +149,8 @@ func (c *tokenCache) successor(spec *spec, tok *cachedToken) (*cachedToken, erro
 	return next, nil
 }
 
-// prepare makes the slot of a spec that no reader can have yet, with a token in it.
-// roleChanged wakes it, once the role is saved.
+// prepare creates the slot of a spec that no reader can have yet, with a token in it.
+// roleChanged wakes it once the role is saved.
 func (c *tokenCache) prepare(spec *spec, tok *cachedToken) (*slot, error) {
 	s, err := c.slot(spec)
 	if err != nil {
@@ -163,8 +163,8 @@ func (c *tokenCache) prepare(spec *spec, tok *cachedToken) (*slot, error) {
 	return s, nil
 }
 
-// unprepare has a prepared slot go by what storage has of its role, after saving it
-// failed.
+// unprepare makes a prepared slot match what storage has of its role, after saving the
+// role failed.
 func (c *tokenCache) unprepare(s *slot) {
 	s.mu.Lock()
 	s.prepared = false

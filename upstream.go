@@ -16,26 +16,26 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
-// This file is a token endpoint as one config sees it: the client that asks it, and
-// what its failures mean for those who want to ask it too.
+// This file is a token endpoint as one config sees it: its client, and what a failure
+// means for other mints of the config.
 
-// minter asks MojoAuth for tokens with one config: a tokenClient.
+// minter gets tokens from MojoAuth with one config: a tokenClient.
 type minter interface {
 	mint(ctx context.Context, req tokenRequest, leave departures) (*token, error)
 }
 
-// clientFactory makes the minter of a config.
+// clientFactory creates the minter of a config.
 type clientFactory func(*configEntry) (minter, error)
 
-// precedence is for how long, after a back-off, the key that failed leaves the first
-// try to others, if they were turned away that recently.
+// precedence is how long after a back-off the key that failed last leaves the first
+// attempt to other keys, if any were turned away in that time.
 const precedence = 2 * time.Second
 
-// errBackoff ends the waiting of mints when a back-off of their config begins.
+// errBackoff ends a mint's wait at the gate when its config backs off.
 var errBackoff = errors.New("the config is backed off")
 
 // upstream is the token endpoint of one version of a config. A write of the config
-// makes a new one, so that failures of the old are forgotten with it.
+// creates a new upstream, so the failures of the old version are forgotten.
 type upstream struct {
 	config    *held[configEntry]
 	gate      *gate.Gate
@@ -44,31 +44,31 @@ type upstream struct {
 	logger    func() hclog.Logger
 	random    func() float64
 
-	// standing ends when the config is written, and retire ends it.
+	// standing is canceled by retire when the config is written.
 	standing context.Context
 	retire   context.CancelCauseFunc
 
-	making sync.Mutex // held while the client is made
+	making sync.Mutex // held while the client is created
 	client minter     // nil before the first mint
 
 	mu      sync.Mutex // never held across I/O
-	backoff backoff    // of failures that concern the whole config
-	// failed is the key whose mint failed last, and turnedAway is when another key was
-	// turned away since.
+	backoff backoff    // for failures that concern the whole config
+	// failed is the key whose mint failed last. turnedAway is when another key was turned
+	// away after that.
 	failed     slotKey
 	turnedAway time.Time
-	// succeeded is when the last token came.
+	// succeeded is when the last token arrived.
 	succeeded time.Time
-	// probe is set while a mint is under way that finds out whether the trouble is
-	// over, and closed when it ends. probing is its turn.
+	// probe is set while a mint finds out whether the outage is over, and closed when it
+	// ends. probing is that mint's turn.
 	probe   chan struct{}
 	probing *gate.Turn
-	// open ends when a back-off begins, and shut ends it.
+	// open is canceled by shut when a back-off begins.
 	open context.Context
 	shut context.CancelCauseFunc
 }
 
-// newUpstream makes the upstream of a config, which goes with the cache.
+// newUpstream creates the upstream of a config. It ends with the cache.
 func (c *tokenCache) newUpstream(config *held[configEntry]) *upstream {
 	u := &upstream{
 		config:    config,
@@ -83,41 +83,40 @@ func (c *tokenCache) newUpstream(config *held[configEntry]) *upstream {
 	return u
 }
 
-// unavailable is why a read got no new token: what failed, and when the engine
-// tries again by itself or for a reader.
+// unavailable says why a read got no new token: what failed, and when the engine will try
+// again.
 type unavailable struct {
 	*mintError
 	config string
-	next   time.Time // zero when nothing is in the way of the next read's try
+	next   time.Time // zero if the next read may try
 
-	// probe is closed when the try ends that is under way, nil when there is none.
+	// probe is closed when the attempt in progress ends; nil if there is none.
 	probe <-chan struct{}
-	turn  *gate.Turn // of that try
-	up    *upstream  // that it asks
-	// yields is set for the key that failed last, when others were turned away since.
+	turn  *gate.Turn // of that attempt
+	up    *upstream  // of that attempt
+	// yields is set for the key that failed last if others were turned away since.
 	yields bool
-	// unasked is set when MojoAuth was not asked: another mint's failure came first.
+	// unasked is set if no request was sent because another mint had failed.
 	unasked bool
-	// keyOnly is set when the failure backs off no other key of the config, and
-	// alone when that is because the key fails while others succeed.
+	// keyOnly is set if the failure backs off no other key of the config. alone is set if
+	// that is because the key fails while others succeed.
 	keyOnly, alone bool
 }
 
 // history is what is known of a key's failures since its last success.
 type history struct {
-	failedAt time.Time // zero when there was none
-	// alone is set once a failure was followed by another key's success: further
-	// ones say nothing about the others.
+	failedAt time.Time // zero if it did not fail
+	// alone is set once another key succeeded after this key's failure. Further failures
+	// of this key then say nothing about other keys.
 	alone bool
 }
 
-// isAlone reports whether the key fails alone, when the last success of any key was
-// at that time.
+// isAlone reports whether the key fails alone, given when any key last succeeded.
 func (h history) isAlone(succeeded time.Time) bool {
 	return h.alone || !h.failedAt.IsZero() && h.failedAt.Before(succeeded)
 }
 
-// Error names the config and says when the next try is.
+// Error names the config and says when the next attempt is.
 func (u *unavailable) Error() string {
 	text := fmt.Sprintf("config %q: %s", u.config, u.mintError)
 	switch {
@@ -126,25 +125,25 @@ func (u *unavailable) Error() string {
 	case u.next.IsZero():
 		return text
 	}
-	// Rounded up, so that a reader who waits that long doesn't come too early.
+	// Rounded up, so a reader that waits this long is not too early.
 	wait := max(0, time.Until(u.next)+time.Second-1).Truncate(time.Second)
 	return text + fmt.Sprintf(". The next try is at %s, in %s", formatTime(u.next.Add(time.Second-1)), wait)
 }
 
 func (u *unavailable) Unwrap() error { return u.mintError }
 
-// noTurnError is why there is no answer of MojoAuth's: the request had no turn at the
-// config's gate, or had it late.
+// noTurnError says why MojoAuth gave no answer: the request got its turn at the config's
+// gate too late or not at all.
 type noTurnError struct {
 	*gate.NoTurnError
 	config string
-	asked  bool // it had it late
+	asked  bool // it got its turn, but late
 }
 
-// Error names the config and says how crowded the gate is, and when to come back.
+// Error names the config and says how busy the gate is and when to come back.
 func (n *noTurnError) Error() string { return fmt.Sprintf("config %q: %s", n.config, n.reason()) }
 
-// reason is the error without the config's name.
+// reason is the error without the name of the config.
 func (n *noTurnError) reason() string {
 	var why string
 	switch {
@@ -166,16 +165,15 @@ func (n *noTurnError) reason() string {
 
 func (n *noTurnError) Unwrap() error { return n.NoTurnError }
 
-// leave is permission to mint once. It has to be given back: settle.
+// leave is permission for one mint. The holder must give it back with settle.
 type leave struct {
 	key   slotKey
 	probe bool
-	now   bool // it is a rotation, which ignores a back-off
+	now   bool // a rotation, which ignores a back-off
 }
 
-// admit gives leave to mint for a key, or says why not. After a failure one mint
-// goes ahead to find out whether the trouble is over, and the others wait for it.
-// The error is an *unavailable.
+// admit grants a key leave to mint, or says why not. After a failure, one mint finds out
+// whether the outage is over, and the others wait for it. The error is an *unavailable.
 func (u *upstream) admit(key slotKey, now time.Time) (leave, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -200,8 +198,8 @@ func (u *upstream) admit(key slotKey, now time.Time) (leave, error) {
 	return l, nil
 }
 
-// turn is the turn of a mint at the gate, which waits as long as the config stands and,
-// unless the leave ignores that, no back-off begins.
+// turn creates a mint's turn at the gate. Its wait ends when the config is written or,
+// unless the leave ignores back-offs, when one begins.
 func (u *upstream) turn(l leave, useless func() error) *turn {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -219,7 +217,7 @@ func (u *upstream) turn(l leave, useless func() error) *turn {
 	return t
 }
 
-// withdrawn is why a leave is good no more: a back-off began since it was given.
+// withdrawn says why a leave is no longer valid: a back-off began after it was granted.
 func (u *upstream) withdrawn(l leave, now time.Time) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -231,8 +229,8 @@ func (u *upstream) withdrawn(l leave, now time.Time) error {
 	return refusal
 }
 
-// remembered is the last failure, for a reader of that key: MojoAuth's words about
-// one key are nobody else's business. The caller holds u.mu.
+// remembered is the last failure, as a reader of the key may see it: what MojoAuth says
+// about one key is not for the readers of another. The caller holds u.mu.
 func (u *upstream) remembered(key slotKey, next time.Time) *unavailable {
 	failed := u.backoff.last
 	if key != u.failed {
@@ -241,15 +239,15 @@ func (u *upstream) remembered(key slotKey, next time.Time) *unavailable {
 	return &unavailable{mintError: failed, config: u.config.name, next: next, yields: key == u.failed && !u.turnedAway.IsZero()}
 }
 
-// nextTry is when the back-off ends that is in the way of mints.
+// nextTry is when the back-off that blocks mints ends.
 func (u *upstream) nextTry() time.Time {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.backoff.until
 }
 
-// minter is the upstream's client. It is made once, however many mints begin
-// together: that may ask Vault for its version, and read the system's certificate
+// minter returns the upstream's client. It is created once, even if many mints begin
+// together: creating it may ask Vault for its version and read the system's certificate
 // authorities.
 func (u *upstream) minter() (minter, error) {
 	u.making.Lock()
@@ -264,8 +262,8 @@ func (u *upstream) minter() (minter, error) {
 	return u.client, nil
 }
 
-// mint asks for one token and accounts for how it went. The error is an *unavailable when
-// MojoAuth was asked or another mint's failure came first; else a *noTurnError, one of
+// mint gets one token and records the outcome. The error is an *unavailable if MojoAuth
+// was asked or another mint failed first; otherwise it is a *noTurnError, an error of
 // turn.wait, or the end of ctx.
 func (u *upstream) mint(ctx context.Context, f *flight) (*cachedToken, error) {
 	started := time.Now()
@@ -289,7 +287,7 @@ func (u *upstream) mint(ctx context.Context, f *flight) (*cachedToken, error) {
 		after = u.backoff.last
 	})
 
-	// Logged without the lock: the log's reader may be slow.
+	// Log without the lock: the log's reader may be slow.
 	log := u.logger()
 	if before != nil && after == nil {
 		log.Info("tokens are minted again", "config", u.config.name, "role", f.spec.role.name)
@@ -304,9 +302,9 @@ func (u *upstream) mint(ctx context.Context, f *flight) (*cachedToken, error) {
 	return nil, refusal
 }
 
-// judge takes in how a mint ended whose first request left at that time, without a
-// failure if failed is nil: whether it concerns the whole config, or only the key. The
-// caller holds u.mu.
+// judge records how a mint ended: started is when its first request left, and failed is
+// nil if it succeeded. It decides whether a failure concerns the whole config or only the
+// key. The caller holds u.mu.
 func (u *upstream) judge(f *flight, failed *mintError, started time.Time) *unavailable {
 	now := time.Now()
 	refusal := &unavailable{mintError: failed, config: u.config.name}
@@ -319,13 +317,13 @@ func (u *upstream) judge(f *flight, failed *mintError, started time.Time) *unava
 	case failed.concernsRequest():
 		refusal.keyOnly, refusal.alone = true, f.past.isAlone(u.succeeded)
 		if before != nil && before.class == classClientRefused {
-			// The client was accepted. Whether a server in trouble is well again, this
-			// doesn't show.
+			// MojoAuth accepted the client. This does not show that a server in trouble
+			// has recovered.
 			u.backoff.succeed(started)
 		}
 	case f.past.isAlone(u.succeeded):
 		refusal.keyOnly, refusal.alone = true, true
-	case started.Before(u.succeeded): // others came through meanwhile: no news
+	case started.Before(u.succeeded): // others have succeeded since: old news
 		refusal.keyOnly = true
 	default:
 		u.backoff.fail(failed, started, now, u.random())
@@ -337,7 +335,7 @@ func (u *upstream) judge(f *flight, failed *mintError, started time.Time) *unava
 	return refusal
 }
 
-// unasked is the error of a mint without a request.
+// unasked returns the error of a mint that sent no request.
 func (u *upstream) unasked(err error) error {
 	var late *gate.NoTurnError
 	switch {
@@ -352,7 +350,7 @@ func (u *upstream) unasked(err error) error {
 	return err
 }
 
-// ask makes the request. failed is how it ended; err is why there was none.
+// ask sends the request. failed is the outcome; err says why none was sent.
 func (u *upstream) ask(ctx context.Context, f *flight) (tok *cachedToken, failed *mintError, err error) {
 	client, err := u.minter()
 	if err != nil {
@@ -364,7 +362,7 @@ func (u *upstream) ask(ctx context.Context, f *flight) (tok *cachedToken, failed
 		req.retries = 0 // a server in trouble gets one request, not three
 	}
 	minted, err := client.mint(ctx, req, f.turn)
-	var refusal *unavailable // another mint's failure
+	var refusal *unavailable // another mint failed
 	switch {
 	case err == nil:
 	case !errors.As(err, &refusal) && errors.As(err, &failed):
@@ -379,7 +377,7 @@ func (u *upstream) ask(ctx context.Context, f *flight) (tok *cachedToken, failed
 	return tok, nil, nil
 }
 
-// expiredOnArrival is the failure of a mint whose token may not be served any more.
+// expiredOnArrival is the failure of a mint whose token must no longer be served.
 func expiredOnArrival(t *cachedToken) *mintError {
 	return &mintError{
 		class:  classExpiredOnArrival,
@@ -387,7 +385,7 @@ func expiredOnArrival(t *cachedToken) *mintError {
 	}
 }
 
-// settle gives a leave back, after account has taken in how the mint went.
+// settle gives a leave back. account, if set, records the outcome of the mint.
 func (u *upstream) settle(l leave, account func()) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -400,9 +398,9 @@ func (u *upstream) settle(l leave, account func()) {
 	}
 }
 
-// log tells of a failure. It is called when the class of failures changes, not
-// for each: an outage is one line. What is refused to a caller who asked for fewer
-// scopes than the role's is that caller's, and no warning.
+// log logs a failure. It is called when the class of failures changes, not for each
+// failure, so an outage is one line. A refused scope subset concerns only its reader, so
+// it is not a warning.
 func (u *upstream) log(spec *spec, failed *mintError) {
 	level := hclog.Warn
 	if spec.narrowed != "" && failed.concernsRequest() {
