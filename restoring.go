@@ -8,19 +8,19 @@ import (
 	"time"
 )
 
-// This file is about a slot and the token that storage has for it: when it is looked
-// for, taken in, saved, and let go.
+// This file connects a slot to its stored token: when to look it up, restore it, save it,
+// and delete it.
 
-// look is a look-up of a slot's token in storage, shared by all who want it.
+// look is a look-up of a slot's token in storage, shared by all readers that want it.
 type look struct {
-	done chan struct{} // closed when the slot has taken in what was found
-	// told is set when another node's write is the reason, and again when such a write
-	// came that this look-up may have missed.
-	told, again bool
+	done chan struct{} // closed when the slot has restored what was found
+	// notified is set if another node's write caused the look-up, and again if another write
+	// arrived that the look-up may have missed.
+	notified, again bool
 }
 
-// restored answers a reader who found no token with the one in storage, if that is as
-// fresh as the reader wants it. The error is why nobody waited for the look-up.
+// restored answers a reader that found no token with the stored one if that is as fresh
+// as the reader wants. The error says why the reader did not wait for the look-up.
 func (s *slot) restored(ctx context.Context, q *query) (answer served, ok bool, err error) {
 	looked, err := s.recall(ctx, &q.spec)
 	if err != nil || !looked {
@@ -33,8 +33,8 @@ func (s *slot) restored(ctx context.Context, q *query) (answer served, ok bool, 
 	return answer, ok, nil
 }
 
-// recall has a slot without a token look for one in storage, once, and waits for that. It
-// reports whether there was anything to wait for.
+// recall looks up the token of a slot without one in storage, once, and waits for the
+// result. It reports whether there was anything to wait for.
 func (s *slot) recall(ctx context.Context, spec *spec) (looked bool, err error) {
 	s.mu.Lock()
 	l, now := s.look, time.Now()
@@ -52,9 +52,10 @@ func (s *slot) recall(ctx context.Context, spec *spec) (looked bool, err error) 
 	return true, s.waitForLook(ctx, l)
 }
 
-// startLook starts a look-up. It is nil when the mount is closed. The caller holds s.mu.
-func (s *slot) startLook(spec *spec, told bool) *look {
-	l := &look{done: make(chan struct{}), told: told}
+// startLook starts a look-up. It returns nil if the mount is closed. The caller holds
+// s.mu.
+func (s *slot) startLook(spec *spec, notified bool) *look {
+	l := &look{done: make(chan struct{}), notified: notified}
 	if !s.cache.spawn(func() {
 		ctx, cancel := context.WithTimeout(s.cache.ctx, storagePatience)
 		defer cancel()
@@ -78,8 +79,9 @@ func (s *slot) waitForLook(ctx context.Context, l *look) error {
 	}
 }
 
-// found takes in what a look-up found: stored is nil for nothing. A node that may write
-// has the newest token in memory, if any; another one goes by storage.
+// found records the result of a look-up. stored is nil if there is nothing. A node that
+// may write has the newest token in memory, if there is one; any other node follows
+// storage.
 func (s *slot) found(l *look, stored *storedToken, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -96,7 +98,7 @@ func (s *slot) found(l *look, stored *storedToken, err error) {
 		switch {
 		case relies && !tok.same(old):
 			s.token.Store(tok)
-			s.unannounced = l.told && tok != nil
+			s.unannounced = l.notified && tok != nil
 		case !relies && tok != nil && !old.usable(now):
 			s.token.Store(tok)
 			s.saved = tok
@@ -114,21 +116,20 @@ func (s *slot) found(l *look, stored *storedToken, err error) {
 	}
 }
 
-// toSave is the slot's token as it is to be stored, nil when it is stored already or
+// toSave returns the slot's token in its stored form, or nil if it is stored already or
 // there is none. The caller stores it.
 func (s *slot) toSave() *storedToken {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	tok := s.token.Load()
-	if !tok.usable(time.Now()) || tok.same(s.saved) { // that it is freed doesn't matter: closing frees it too
+	if !tok.usable(time.Now()) || tok.same(s.saved) { // a freed slot still saves its token: closing frees it too
 		return nil
 	}
 	s.saved = tok
 	return newStoredToken(tok, s.key)
 }
 
-// unsave has a token deleted from storage that has come to its end. The caller holds
-// s.mu.
+// unsave deletes the slot's expired token from storage. The caller holds s.mu.
 func (s *slot) unsave() {
 	if s.saved == nil || s.cache.standby {
 		return
@@ -137,7 +138,7 @@ func (s *slot) unsave() {
 	s.cache.spawn(func() {
 		ctx, cancel := s.cache.background()
 		defer cancel()
-		// Accounted for when it fails, and swept.
+		// A failure is recorded, and the sweep deletes the token.
 		_ = s.cache.prune(ctx, s.cache.storage, s.key.config, s.key.role)
 	})
 }

@@ -13,17 +13,17 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
-// This file is how a node serves reads that may not write: a performance standby of
-// Vault Enterprise, or a standby of OpenBao. All nodes of a cluster share one token per
-// role, and the active node mints it. A standby serves what it holds or finds in storage.
-// For the rest it answers errForward.
+// This file serves reads on a node that may not write: a performance standby of Vault
+// Enterprise, or a standby of OpenBao. All nodes of a cluster share one token per role,
+// and the active node mints it. A standby serves what it has in memory or finds in
+// storage. For everything else it returns errForward.
 
-// errForward has Vault and OpenBao send a request to the active node. Only the bare error
-// does, and only on a standby.
+// errForward makes Vault and OpenBao forward a request to the active node. It only works
+// unwrapped, and only on a standby.
 var errForward = logical.ErrReadOnly
 
-// lookPause is how often, at most, a standby looks in storage for the successor of a due
-// token. One reader is forwarded each time.
+// lookPause is the shortest time between two look-ups for the successor of a due token.
+// One reader is forwarded each time.
 const lookPause = 5 * time.Second
 
 // isStandby reports whether a node in that replication state may not write.
@@ -31,20 +31,20 @@ func isStandby(state consts.ReplicationState) bool {
 	return state.HasState(consts.ReplicationPerformanceStandby | consts.ReplicationDRSecondary)
 }
 
-// relies reports whether this node has the active one mint the tokens of a spec.
+// relies reports whether this node leaves the tokens of a spec to the active node.
 func (c *tokenCache) relies(spec *spec) bool {
 	return c.standby && spec != nil && spec.config.entry.persistsTokens()
 }
 
-// forwards reports whether only the active node may answer a read, whatever this one
-// holds: it would write a lease, or no token in storage is what the reader wants.
+// forwards reports whether only the active node can answer a read, whatever this node
+// has: the read needs a lease, or no stored token can be what the reader wants.
 func (c *tokenCache) forwards(q *query) bool {
 	return c.standby && q.role.entry.GenerateLease ||
 		c.relies(&q.spec) && (q.narrowed != "" || !q.mintedAfter.IsZero())
 }
 
-// relay answers a reader on a standby who found no fresh token in memory. The error is
-// errForward, errOutdated, errClosed, or why ctx ended.
+// relay answers a reader on a standby that found no fresh token in memory. The error is
+// errForward, errOutdated, errClosed, or the cause of ctx's end.
 func (s *slot) relay(ctx context.Context, q *query) (served, error) {
 	l, old, mine, err := s.consult(q)
 	if err != nil {
@@ -54,7 +54,7 @@ func (s *slot) relay(ctx context.Context, q *query) (served, error) {
 		if err := s.waitForLook(ctx, l); err != nil {
 			return served{}, err
 		}
-		if s.announces() { // another node's write was the reason for the look-up
+		if s.announces() { // another node's write caused the look-up
 			return served{}, errForward
 		}
 	}
@@ -76,8 +76,9 @@ func (s *slot) relay(ctx context.Context, q *query) (served, error) {
 	return served{}, errForward
 }
 
-// consult decides whether a reader on a standby has to wait for a look-up in storage,
-// and which. Among the readers of a due token it is one in lookPause, whose own it is.
+// consult decides whether a reader on a standby must wait for a look-up in storage, and
+// for which. Of a due token's readers, only one in each lookPause must; mine is set for
+// it.
 func (s *slot) consult(q *query) (l *look, old *cachedToken, mine bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -107,15 +108,15 @@ func (s *slot) consult(q *query) (l *look, old *cachedToken, mine bool, err erro
 	return l, old, mine, nil
 }
 
-// announces reports whether the caller has to be the one who tells the active node that
-// the token is read: that node renews ahead only what it saw read.
+// announces reports whether the caller must let the active node know that the token is
+// read: that node renews only tokens that it saw read.
 func (s *slot) announces() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.announce()
 }
 
-// announce is announces for a caller who holds s.mu.
+// announce is announces for a caller that holds s.mu.
 func (s *slot) announce() bool {
 	if !s.unannounced {
 		return false
@@ -125,7 +126,8 @@ func (s *slot) announce() bool {
 	return true
 }
 
-// tokenWritten has the slot of a role with a config load what another node stored.
+// tokenWritten loads a token that another node stored into the slot of its role and
+// config.
 func (c *tokenCache) tokenWritten(config, role string) {
 	for _, s := range c.slotsOf(role) {
 		if s.key.config == config && s.key.narrowed == "" {
@@ -146,8 +148,8 @@ func (s *slot) reload() {
 	}
 }
 
-// doubt has roles, configs and tokens compared with storage at their next read. Nothing
-// tells a standby of a restored snapshot.
+// doubt makes the next reads compare roles, configs, and tokens with storage. Nothing
+// notifies a standby of a restored snapshot.
 func (c *tokenCache) doubt() {
 	c.roles.doubt()
 	c.configs.doubt()

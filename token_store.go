@@ -16,35 +16,35 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file keeps the newest token of each role in Vault's storage, so that tokens
-// outlive the process and every node finds them. It knows storage and the order of
-// writes; what stands and what is newest it asks the cache.
+// This file keeps the newest token of each role in Vault's storage, so tokens outlive the
+// process and every node finds them. It knows storage and the order of writes. The cache
+// decides what stands and what is newest.
 
 const (
 	tokenPrefix = "tokens/"
 
-	// storeTimeout bounds a save or a deletion that no request waits for.
+	// storeTimeout limits a save or a deletion that no request waits for.
 	storeTimeout = 10 * time.Second
 
-	// maxPrunedAtOnce is how many stored tokens of a config a request deletes itself.
-	// The rest goes in the background.
+	// maxPrunedAtOnce is how many stored tokens of a config a request deletes itself. The
+	// rest are deleted in the background.
 	maxPrunedAtOnce = 100
 
-	// The sweep runs every sweepEvery, with a pause of sweepPause before each storage
-	// operation: at most 100 a second.
+	// The sweep runs every sweepEvery and pauses for sweepPause before each storage
+	// operation: at most 100 operations a second.
 	sweepEvery = time.Hour
 	sweepPause = 11 * time.Millisecond
 )
 
-// storedToken is a token as it is stored, at tokens/<config>/<role>.
+// storedToken is a token as stored at tokens/<config>/<role>.
 type storedToken struct {
 	AccessToken string    `json:"access_token"`
 	TokenType   string    `json:"token_type"`
 	Scope       string    `json:"scope,omitempty"`
 	MintedAt    time.Time `json:"minted_at"`
-	// ExpiresAt is the end as MojoAuth told it, zero when it told none.
+	// ExpiresAt is when the token expires according to MojoAuth, or zero if unknown.
 	ExpiresAt time.Time `json:"expires_at,omitzero"`
-	// RepeatedUntil is when a token expires that MojoAuth returned again.
+	// RepeatedUntil is when a token that MojoAuth returned again expires.
 	RepeatedUntil time.Time `json:"repeated_until,omitzero"`
 
 	RoleGeneration   string `json:"role_generation"`
@@ -67,9 +67,9 @@ func newStoredToken(t *cachedToken, key slotKey) *storedToken {
 	return stored
 }
 
-// restore is the token as it is served for a spec: the times are those it had. It is
-// nil when the token is of another generation, may not be served any more, or comes
-// from a clock that is too far ahead of this one.
+// restore returns the token as served for a spec, with its original times. It returns nil
+// if the token has another generation, has expired, or comes from a clock too far ahead
+// of this node's.
 func (t *storedToken) restore(spec *spec, now time.Time, random float64) *cachedToken {
 	key := spec.key()
 	if t == nil || t.AccessToken == "" || t.RoleGeneration != key.roleGeneration || t.ConfigGeneration != key.configGeneration {
@@ -87,10 +87,10 @@ func (t *storedToken) restore(spec *spec, now time.Time, random float64) *cached
 	return restored
 }
 
-// storeKey is where the token of a role is stored.
+// storeKey is the storage key of a role's token.
 func storeKey(config, role string) string { return tokenPrefix + config + "/" + role }
 
-// storeOperations are what may fail in storage, as metrics name it.
+// storeOperations are the storage operations that can fail, by their names in metrics.
 var storeOperations = [...]string{"load", "save", "delete", "list"}
 
 const (
@@ -107,12 +107,12 @@ type tokenStore struct {
 	logger    func() hclog.Logger
 
 	locks keyLocks
-	// failing has the operations that failed last time, so that an outage is one line
-	// in the log.
+	// failing has the operations whose last attempt failed, so an outage is one line in
+	// the log.
 	failing [len(storeOperations)]atomic.Bool
 }
 
-// load reads a stored token. It is nil when there is none, or none that can be read.
+// load reads a stored token. It returns nil if there is none or it cannot be read.
 func (t *tokenStore) load(ctx context.Context, key string) (*storedToken, error) {
 	entry, err := t.storage.Get(ctx, key)
 	if t.account(storeLoad, err) != nil || entry == nil {
@@ -126,9 +126,8 @@ func (t *tokenStore) load(ctx context.Context, key string) (*storedToken, error)
 	return stored, nil
 }
 
-// save writes the token that newest gives, or nothing when that is nil. Writes and
-// deletions of one key go one after the other, and newest is called when it is this
-// one's turn.
+// save writes the token that newest returns, or nothing if that is nil. Writes and
+// deletions of one key go one after the other. save calls newest when it is its turn.
 func (t *tokenStore) save(ctx context.Context, key string, newest func() *storedToken) error {
 	unlock, err := t.locks.lock(ctx, key)
 	if err != nil {
@@ -146,7 +145,7 @@ func (t *tokenStore) save(ctx context.Context, key string, newest func() *stored
 	return t.account(storeSave, t.storage.Put(ctx, entry))
 }
 
-// prune deletes a stored token, unless it stands or there is none.
+// prune deletes a stored token if it exists and does not stand.
 func (t *tokenStore) prune(ctx context.Context, storage logical.Storage, key string, stands func(*storedToken) (bool, error)) error {
 	unlock, err := t.locks.lock(ctx, key)
 	if err != nil {
@@ -166,18 +165,18 @@ func (t *tokenStore) prune(ctx context.Context, storage logical.Storage, key str
 	return t.account(storeDelete, storage.Delete(ctx, key))
 }
 
-// list lists what is stored below a key.
+// list lists the names stored below a key.
 func (t *tokenStore) list(ctx context.Context, storage logical.Storage, prefix string) ([]string, error) {
 	names, err := storage.List(ctx, prefix)
 	return names, t.account(storeList, err)
 }
 
-// account counts a failure, and logs the first one. It returns the error.
+// account counts a failure, logs the first one, and returns err.
 func (t *tokenStore) account(operation int, err error) error {
 	switch {
 	case err == nil:
 		t.failing[operation].Store(false)
-	case errors.Is(err, context.Canceled): // whoever asked has left
+	case errors.Is(err, context.Canceled): // the caller left
 	default:
 		t.telemetry.storeErrors[operation].Add(1)
 		if !t.failing[operation].Swap(true) {
@@ -187,15 +186,15 @@ func (t *tokenStore) account(operation int, err error) error {
 	return err
 }
 
-// keyLocks has one lock for each key that somebody holds or waits for.
+// keyLocks has one lock for each key that is in use.
 type keyLocks struct {
 	mu sync.Mutex // never held across I/O
 	of map[string]*keyLock
 }
 
 type keyLock struct {
-	place chan struct{} // has one place
-	users int           // who hold it or wait for it
+	place chan struct{} // has room for one
+	users int           // number of holders and waiters
 }
 
 func (k *keyLocks) lock(ctx context.Context, key string) (unlock func(), err error) {
@@ -227,7 +226,7 @@ func (k *keyLocks) lock(ctx context.Context, key string) (unlock func(), err err
 	}
 }
 
-// names are what follows prefix in the keys that somebody holds or waits for.
+// names returns what follows prefix in the keys that are in use.
 func (k *keyLocks) names(prefix string) []string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -240,18 +239,17 @@ func (k *keyLocks) names(prefix string) []string {
 	return names
 }
 
-// background bounds work on storage that no request waits for. Closing waits for it.
+// background limits storage work that no request waits for. Closing waits for it.
 func (c *tokenCache) background() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(c.ctx), storeTimeout)
 }
 
-// save stores the slot's token, unless it is stored already or does not stand any
-// more.
+// save stores the slot's token unless it is stored already or no longer stands.
 func (c *tokenCache) save(ctx context.Context, s *slot) {
 	if c.standby || s.key.narrowed != "" {
 		return
 	}
-	// A failure is accounted for, and harms nobody: the next mint saves again.
+	// A failure is recorded and does no harm: the next mint saves its token.
 	_ = c.store.save(ctx, storeKey(s.key.config, s.key.role), func() *storedToken {
 		if spec, err := c.standingSpec(ctx, c.storage, s.key.config, s.key.role); err != nil || spec == nil || spec.key() != s.key {
 			return nil
@@ -260,9 +258,9 @@ func (c *tokenCache) save(ctx context.Context, s *slot) {
 	})
 }
 
-// standingSpec is what tokens of a role with a config are asked for as both stand, nil
-// when none may be stored. What cannot be read does not stand: it has to be written anew,
-// and gets another generation.
+// standingSpec returns what tokens of a role with a config are requested for now, or nil
+// if none may be stored. A role or config that cannot be read does not stand: it must be
+// written again, and then gets a new generation.
 func (c *tokenCache) standingSpec(ctx context.Context, storage logical.Storage, configName, roleName string) (*spec, error) {
 	role, err := c.roles.standing(ctx, storage, roleName)
 	if err != nil || role == nil || role.entry.Config != configName {
@@ -283,15 +281,15 @@ func unlessUnreadable(err error) error {
 	return err
 }
 
-// prune deletes the stored token of a role with a config, unless it stands and may be
-// served.
+// prune deletes the stored token of a role with a config unless the token stands and may
+// be served.
 func (c *tokenCache) prune(ctx context.Context, storage logical.Storage, config, role string) error {
 	return c.store.prune(ctx, storage, storeKey(config, role), func(stored *storedToken) (bool, error) {
 		spec, err := c.standingSpec(ctx, storage, config, role)
 		if err != nil || spec == nil {
 			return false, err
 		}
-		// One from a clock ahead of this node's may be served later.
+		// A token from a clock ahead of this node's may be served later.
 		return stored.restore(spec, latest(time.Now(), stored.MintedAt), 0) != nil, nil
 	})
 }
@@ -303,13 +301,13 @@ func latest(a, b time.Time) time.Time {
 	return b
 }
 
-// pruneConfig deletes the stored tokens of a config that do not stand. When there are
-// many, most go in the background.
+// pruneConfig deletes the stored tokens of a config that do not stand. If there are many,
+// it deletes most of them in the background.
 func (c *tokenCache) pruneConfig(ctx context.Context, config string) error {
 	if c.standby {
 		return nil
 	}
-	// A token whose write is under way is perhaps not listed yet.
+	// A token that is being written may not be listed yet.
 	roles := c.store.locks.names(storeKey(config, ""))
 	listed, err := c.store.list(ctx, c.storage, storeKey(config, ""))
 	if err != nil {
@@ -329,8 +327,8 @@ func (c *tokenCache) pruneConfig(ctx context.Context, config string) error {
 	return failed
 }
 
-// pruneRole deletes the stored token of a role that was written, with the config that it
-// had before, unless the token stands.
+// pruneRole deletes the stored token of a role that was written, with its previous
+// config, unless the token stands.
 func (c *tokenCache) pruneRole(ctx context.Context, config, role string) error {
 	if c.standby {
 		return nil
@@ -338,9 +336,9 @@ func (c *tokenCache) pruneRole(ctx context.Context, config, role string) error {
 	return c.prune(ctx, c.storage, config, role)
 }
 
-// sweep deletes, in the background, what is stored and does not stand: what has ended,
-// and what a process left that died between two writes. One sweep runs at a time, and
-// begins not earlier than sweepEvery after the last.
+// sweep deletes stored tokens in the background that do not stand: expired ones, and
+// those that a process left when it died between two writes. One sweep runs at a time,
+// and starts no sooner than sweepEvery after the last.
 func (c *tokenCache) sweep() {
 	now := time.Now()
 	c.sweeping.mu.Lock()
@@ -363,7 +361,7 @@ func (c *tokenCache) sweep() {
 type sweeping struct {
 	mu      sync.Mutex // never held across I/O
 	running bool
-	began   time.Time // zero: never
+	began   time.Time // zero if never
 }
 
 func (c *tokenCache) sweepAll(storage logical.Storage) {
@@ -388,7 +386,7 @@ func (c *tokenCache) sweepRoles(storage logical.Storage, config string, roles []
 	}
 }
 
-// pacedStorage is the mount's storage for work that must not get in the way of others.
+// pacedStorage is the mount's storage for work that must not slow down requests.
 func (c *tokenCache) pacedStorage() logical.Storage { return &pacedStorage{Storage: c.storage} }
 
 // pacedStorage pauses before each operation.

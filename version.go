@@ -5,7 +5,7 @@ package mojoauth
 
 import "strings"
 
-// Version and Commit are set when the plugin is built, by
+// Version and Commit are set when the plugin is built:
 //
 //	-ldflags "-X github.com/mojoauth/vault-plugin-secrets-mojoauth.Version=1.2.3
 //	          -X github.com/mojoauth/vault-plugin-secrets-mojoauth.Commit=..."
@@ -16,8 +16,8 @@ var (
 	Commit  = "unknown"
 )
 
-// runningVersion is the version in the form that Vault compares with the one
-// the plugin was registered with: vX.Y.Z.
+// runningVersion is the version in the form that Vault compares with the registered one:
+// vX.Y.Z.
 func runningVersion() string { return "v" + strings.TrimPrefix(Version, "v") }
 
 // VersionString is what the binary's -version flag prints.

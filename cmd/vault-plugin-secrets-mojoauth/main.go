@@ -1,8 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Command vault-plugin-secrets-mojoauth is the plugin as Vault runs it. Started
-// by hand it does nothing but print its version, with -version.
+// Command vault-plugin-secrets-mojoauth is the plugin that Vault runs. Started by hand,
+// it only prints its version, with -version.
 package main
 
 import (
@@ -38,7 +38,7 @@ func main() {
 	// Multiplexed: the mounts of one plugin version share a process.
 	err := plugin.ServeMultiplex(&plugin.ServeOpts{
 		BackendFactoryFunc: mojoauth.Factory,
-		// Vaults before 1.11 hand TLS over themselves; newer ones ignore it.
+		// Vault before 1.11 passes TLS on its own; newer versions ignore this.
 		TLSProviderFunc: api.VaultPluginTLSProvider(meta.GetTLSConfig()),
 	})
 	if err != nil {
@@ -46,19 +46,19 @@ func main() {
 	}
 }
 
-// silenceStandardLogger keeps what Go's net/http prints out of Vault's log, where all
-// that a plugin writes to stderr ends up: bytes that a token endpoint sends unasked,
-// which may hold the client secret, and with GODEBUG=http2debug=2 whole requests.
-// Nothing of ours is lost: hclog has a writer of its own, through which the plugin
-// and go-plugin tell Vault what there is to tell, and what ends the process (a panic,
-// fatal) is not printed by this logger.
+// silenceStandardLogger keeps the output of Go's net/http out of Vault's log, which
+// receives everything that a plugin writes to stderr: bytes that a token endpoint sends
+// unasked, which may contain the client secret, and with GODEBUG=http2debug=2 whole
+// requests. Nothing of the plugin is lost: the plugin and go-plugin write to Vault
+// through hclog, and what ends the process (a panic, a fatal error) does not pass through
+// this logger.
 func silenceStandardLogger() { log.SetOutput(io.Discard) }
 
-// tuneGC has the garbage collector run rarely while the plugin holds little, when
-// what it collects is what gRPC leaves of each request, and often enough when it
-// holds thousands of tokens not to double them. The operator's own GOGC goes
-// before. It returns what has to be kept alive: memory that counts as held, but is
-// never touched, so that it takes none of the machine's unless Vault locks memory.
+// tuneGC makes the garbage collector run rarely while the plugin holds little, when it
+// only collects what gRPC leaves of each request, and often enough not to double the
+// memory of thousands of tokens. The operator's own GOGC takes precedence. It returns
+// memory that must be kept alive: it counts as held but is never touched, so it takes
+// none of the machine's unless Vault locks memory.
 func tuneGC() []byte {
 	if os.Getenv("GOGC") != "" {
 		return nil
@@ -67,9 +67,9 @@ func tuneGC() []byte {
 	return make([]byte, 16<<20)
 }
 
-// endWithVault ends the process once the one that started it has gone without telling,
-// as by kill -9: what is left would keep secrets in memory, and renew tokens, for
-// nobody. Where a process keeps its parent's id (Windows), nothing happens.
+// endWithVault ends the process after the process that started it died without notice, as
+// after kill -9. Otherwise the plugin would keep secrets in memory and renew tokens for
+// no one. Where a process keeps its parent's ID (Windows), nothing happens.
 func endWithVault(vault int) {
 	for range time.Tick(time.Second) {
 		if os.Getppid() != vault {

@@ -1,24 +1,23 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package gate paces the requests to one token endpoint, and orders those that
-// wait by when their waiting begins to hurt.
+// Package gate paces the requests to one token endpoint, and orders waiting requests by
+// when waiting begins to hurt.
 //
-// A mint takes a [Turn] for its request, waits for it, and tells what came of
-// the request. Whoever waits for the token joins the turn; when the last one
-// has left, the turn leaves the queue:
+// A mint takes a [Turn] for its request, waits for it, and reports the outcome of the
+// request. Everyone who waits for the token joins the turn. When the last one leaves, the
+// turn leaves the queue:
 //
 //	turn := g.Turn("reports", gate.Whole)
 //	waiter, ok := turn.Join(deadline, time.Now())
 //	...
-//	pass, err := turn.Wait(ctx) // in the goroutine of the mint, before each try
+//	pass, err := turn.Wait(ctx) // in the goroutine of the mint, before each attempt
 //	...
-//	pass.Done(gate.Throttled, retryAfter) // then Wait again: the turn has kept its rank
+//	pass.Done(gate.Throttled, retryAfter) // then Wait again: the turn keeps its rank
 //
-// It is own code because no library does both: golang.org/x/time/rate neither
-// orders its waiters nor adapts, and those that adapt and have priorities, such
-// as github.com/failsafe-go/failsafe-go, bound the requests under way, not those
-// in a second.
+// No library does this. golang.org/x/time/rate neither adapts its rate nor orders its
+// waiters. Libraries that adapt and have priorities, such as
+// github.com/failsafe-go/failsafe-go, limit the requests in flight, not those in a second.
 package gate
 
 import (
@@ -28,22 +27,21 @@ import (
 	"time"
 )
 
-// maxInFlight is how many requests are under way at most.
+// maxInFlight is the highest number of requests in flight.
 const maxInFlight = 2000
 
 var (
-	// ErrClosed is for those who wait when the gate is closed for good.
+	// ErrClosed means that the gate was closed for good.
 	ErrClosed = errors.New("the gate is closed")
 
-	// ErrAbandoned is for a turn whose last waiter has left before its request.
+	// ErrAbandoned means that the turn's last waiter left before its request did.
 	ErrAbandoned = errors.New("nobody waits for this request any more")
 )
 
-// Clock is where a gate has its time from.
+// Clock is the source of a gate's time.
 type Clock interface {
 	Now() time.Time
-	// AfterFunc calls f in a goroutine of its own after d, unless stop is called
-	// before.
+	// AfterFunc calls f in its own goroutine after d unless stop is called before.
 	AfterFunc(d time.Duration, f func()) (stop func() bool)
 }
 
@@ -59,21 +57,21 @@ func (systemClock) AfterFunc(d time.Duration, f func()) func() bool {
 type Gate struct {
 	clock Clock
 
-	mu        sync.Mutex // never held while anything blocks
+	mu        sync.Mutex // never held across anything that blocks
 	pace      pace
 	queue     queue
 	inFlight  int
-	turns     uint64           // made so far
-	deadlines ordered[*Waiter] // those with a deadline, the earliest first
-	alarm     func() bool      // stops the timer, nil when it does not run
-	alarmAt   time.Time        // when the timer runs out
+	turns     uint64           // created so far
+	deadlines ordered[*Waiter] // those with a deadline, earliest first
+	alarm     func() bool      // stops the timer; nil if it is not running
+	alarmAt   time.Time        // when the timer fires
 	closed    bool             // for good
 	sent      uint64           // requests that have left
 	peaks     peaks
 }
 
-// New returns a gate that lets at most limit requests leave in a second. A nil
-// clock is the system's.
+// New returns a gate that lets at most limit requests leave in any second. A nil clock is
+// the system's.
 func New(limit int, clock Clock) *Gate {
 	if clock == nil {
 		clock = systemClock{}
@@ -89,8 +87,7 @@ func New(limit int, clock Clock) *Gate {
 	}
 }
 
-// SetLimit changes how many requests leave in a second at most, for those who
-// wait, too.
+// SetLimit changes how many requests may leave in a second, also for those that wait.
 func (g *Gate) SetLimit(limit int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -98,8 +95,7 @@ func (g *Gate) SetLimit(limit int) {
 	g.advance()
 }
 
-// Close turns away all who wait and all who come. Requests under way are not
-// concerned.
+// Close turns away everyone, now and later. It does not affect requests in flight.
 func (g *Gate) Close() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -110,20 +106,20 @@ func (g *Gate) Close() {
 	g.advance()
 }
 
-// Stats is the state of a gate at one time.
+// Stats is the state of a gate at one moment.
 type Stats struct {
 	Waiting     int       // requests that wait
-	InFlight    int       // requests under way
+	InFlight    int       // requests in flight
 	Sent        uint64    // requests that have left since the start
-	Pace        float64   // requests a second, at most, now
-	Limit       int       // requests a second, at most, ever
+	Pace        float64   // requests a second allowed now
+	Limit       int       // requests a second allowed at most
 	Throttled   bool      // the endpoint throttled a short while ago
-	ClosedUntil time.Time // nothing leaves before: a Retry-After; zero when it is over
+	ClosedUntil time.Time // nothing leaves before, because of a Retry-After; zero if it has passed
 	Peak        int       // most requests in a second since the start
 	PeakHour    int       // most requests in a second of the last hour
 }
 
-// Stats tells the state of the gate.
+// Stats returns the state of the gate.
 func (g *Gate) Stats() Stats {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -144,8 +140,8 @@ func (g *Gate) Stats() Stats {
 	return s
 }
 
-// peaks is the most requests that left in any second, ever and in each of the
-// last minutes.
+// peaks is the most requests that left in any second, ever and in each of the last
+// minutes.
 type peaks struct {
 	ever    int
 	minutes [61]struct {
@@ -173,8 +169,8 @@ func (p *peaks) lastHour(now time.Time) (most int) {
 	return most
 }
 
-// advance lets those leave whose turn it is, and sets the timer for the next.
-// The caller holds g.mu.
+// advance lets requests leave whose turn it is, and sets the timer for the next one. The
+// caller holds g.mu.
 func (g *Gate) advance() {
 	now := g.clock.Now()
 	g.pace.recover(now)
@@ -198,7 +194,7 @@ func (g *Gate) advance() {
 	}
 }
 
-// wakeAt sets the timer, or stops it when at is zero. The caller holds g.mu.
+// wakeAt sets the timer, or stops it if at is zero. The caller holds g.mu.
 func (g *Gate) wakeAt(at time.Time) {
 	if g.alarm != nil {
 		if g.alarmAt.Equal(at) {
@@ -219,7 +215,7 @@ func (g *Gate) wakeAt(at time.Time) {
 	})
 }
 
-// turnAway ends the waiting of all turns in p. The caller holds g.mu.
+// turnAway ends the wait of all turns in p. The caller holds g.mu.
 func (g *Gate) turnAway(p *place, err error) {
 	for t := p.turns.first(); t != nil; t = p.turns.first() {
 		g.queue.remove(t)
@@ -228,23 +224,23 @@ func (g *Gate) turnAway(p *place, err error) {
 	}
 }
 
-// Reason is why a request got no turn.
+// Reason says why a request got no turn.
 type Reason string
 
-// The reasons for a NoTurnError.
+// The reasons of a NoTurnError.
 const (
 	OutOfTime  Reason = "its turn did not come in time"
 	RetryAfter Reason = "the endpoint asked for a longer wait than there is time"
 	Crowded    Reason = "too many requests wait that are more urgent"
 )
 
-// NoTurnError is why a request did not leave, and what the gate was like then.
+// NoTurnError says why a request did not leave, and describes the gate at that moment.
 type NoTurnError struct {
 	Reason    Reason
 	Waiting   int           // requests that wait
 	Pace      float64       // requests a second
 	Throttled bool          // the endpoint answers 429, or did a short while ago
-	ComeBack  time.Duration // from when the error was made
+	ComeBack  time.Duration // from when the error was created
 }
 
 func (e *NoTurnError) Error() string {
@@ -256,17 +252,17 @@ func (e *NoTurnError) Error() string {
 		e.Reason, e.Waiting, e.Pace, throttles, e.ComeBack)
 }
 
-// NoTurn is the error for somebody whose time is over and who waited for the turn
-// of another.
+// NoTurn returns the error for someone whose time is up and who waited for the turn of
+// another.
 func (g *Gate) NoTurn() *NoTurnError {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.noTurn(OutOfTime)
 }
 
-// noTurn makes the error. The caller holds g.mu. It does not estimate when the
-// queue is empty: whoever waits keeps a rank, and whoever stays away that long
-// leaves the gate idle.
+// noTurn creates the error. The caller holds g.mu. It does not estimate when the queue
+// will be empty: those that wait keep their rank, and those that stay away that long
+// leave the gate idle.
 func (g *Gate) noTurn(reason Reason) *NoTurnError {
 	now := g.clock.Now()
 	back := max(g.pace.closed.Sub(now), 0) + max(time.Second, time.Duration(float64(time.Second)/g.pace.rate))

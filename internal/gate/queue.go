@@ -8,16 +8,16 @@ import (
 	"time"
 )
 
-// This file decides whose turn is next: order and shares over the turns that
-// wait, without a clock or a lock.
+// This file decides whose turn is next: order and shares of the turns that wait, without
+// a clock or a lock.
 
 const (
-	// maxPlaces is how many places wait at most.
+	// maxPlaces is the highest number of places that wait.
 	maxPlaces = 10_000
 
-	// Of the requests that leave while others wait, at most every urgentShare-th
-	// is a rotation or verification, and at most every narrowedShare-th is for a
-	// narrowed set. So nobody holds up the others by asking often.
+	// Of the requests that leave while others wait, at most every urgentShare-th is a
+	// rotation or verification, and at most every narrowedShare-th is for a scope subset.
+	// So no one can hold up the others by asking often.
 	urgentShare   = 4
 	narrowedShare = 2
 )
@@ -25,11 +25,11 @@ const (
 // Kind is what a turn is for.
 type Kind int
 
-// The kinds of turns. Those of a role that are of one kind share one place.
+// The kinds of turns. The turns of one role and one kind share a place.
 const (
 	Whole        Kind = iota // a token for all scopes of a role
-	Narrowed                 // a token for some of the scopes of a role
-	Rotation                 // a token that replaces the one that the role has
+	Narrowed                 // a token for a scope subset of a role
+	Rotation                 // a token that replaces the role's current one
 	Verification             // a check of a config that is being written
 )
 
@@ -59,20 +59,20 @@ type placeKey struct {
 	kind Kind
 }
 
-// place is where the turns of a role that are of one kind wait. They take turns
-// in it, too: when one of them leaves, the others queue up anew, so that a role
-// with many narrowed sets gets no more than a role with one.
+// place is where the turns of one role and one kind wait. They also take turns within it:
+// when one leaves, the others queue up again, so a role with many scope subsets gets no
+// more than a role with one.
 type place struct {
 	key    placeKey
 	turns  ordered[*Turn]
 	turned time.Time // when the last one left
-	out    *Turn     // the rotation under way
-	since  time.Time // when it began to hurt: the place's rank in its line
+	out    *Turn     // the rotation in flight
+	since  time.Time // when waiting began to hurt: the place's rank in its line
 
-	inLine, inAll int // indexes, -1 when it is not in there
+	inLine, inAll int // indexes, -1 if not in there
 }
 
-// update brings the rank up to date. The first turn must not be nil.
+// update recalculates the rank. The first turn must not be nil.
 func (p *place) update() {
 	first := p.turns.first()
 	if first.rank.IsZero() {
@@ -92,8 +92,8 @@ func moreUrgent(p, q *place) bool {
 	return p.turns.first().number < q.turns.first().number
 }
 
-// goesBefore is the order of the turns in a place. Those that have left before
-// and came back are the first.
+// goesBefore is the order of the turns in a place. Those that left before and came back
+// are first.
 func (t *Turn) goesBefore(u *Turn) bool {
 	switch {
 	case t.rank.IsZero() != u.rank.IsZero():
@@ -111,10 +111,10 @@ func (t *Turn) goesBefore(u *Turn) bool {
 type queue struct {
 	places map[placeKey]*place
 	lines  [lines]ordered[*place] // those whose turn it may be
-	all    ordered[*place]        // those with a turn that waits, the least urgent first
+	all    ordered[*place]        // those with a turn that waits, least urgent first
 	turns  int                    // that wait
 
-	sinceUrgent, sinceNarrowed int // requests that have left since the last of the kind
+	sinceUrgent, sinceNarrowed int // requests that have left since the last one of the kind
 }
 
 func newQueue() queue {
@@ -130,7 +130,7 @@ func newQueue() queue {
 	return q
 }
 
-// add has t wait in its place.
+// add puts t into its place to wait.
 func (q *queue) add(t *Turn) {
 	p := q.places[t.key]
 	if p == nil {
@@ -144,20 +144,20 @@ func (q *queue) add(t *Turn) {
 	q.update(p)
 }
 
-// remove has t wait no longer.
+// remove takes t out of the queue.
 func (q *queue) remove(t *Turn) {
 	t.place.turns.set(t, false)
 	q.turns--
 	q.update(t.place)
 }
 
-// raised is called when t has become more urgent.
+// raised must be called when t has become more urgent.
 func (q *queue) raised(t *Turn) {
 	t.place.turns.set(t, true)
 	q.update(t.place)
 }
 
-// update puts p where it belongs.
+// update moves p to where it belongs.
 func (q *queue) update(p *place) {
 	waits := p.turns.Len() > 0
 	if waits {
@@ -170,7 +170,7 @@ func (q *queue) update(p *place) {
 	}
 }
 
-// overflow is the least urgent place when too many wait, else nil.
+// overflow returns the least urgent place if too many wait, or nil.
 func (q *queue) overflow() *place {
 	if q.all.Len() <= maxPlaces {
 		return nil
@@ -178,7 +178,7 @@ func (q *queue) overflow() *place {
 	return q.all.first()
 }
 
-// next is the turn that comes next, or nil.
+// next returns the turn that comes next, or nil.
 func (q *queue) next() *Turn {
 	p := q.nextPlace()
 	if p == nil {
@@ -201,7 +201,7 @@ func (q *queue) nextPlace() *place {
 	}
 }
 
-// demand is how badly those who wait need their turn.
+// demand is how urgently those that wait need their turn.
 func (q *queue) demand(now time.Time) demand {
 	d := demand{waiting: q.turns}
 	for l := range q.lines {
@@ -212,7 +212,7 @@ func (q *queue) demand(now time.Time) demand {
 	return d
 }
 
-// leave takes t, which was the next, out of the queue: its request leaves now.
+// leave takes t, which must be next, out of the queue: its request leaves now.
 func (q *queue) leave(t *Turn, now time.Time) {
 	p := t.place
 	t.rank = p.since
@@ -232,7 +232,7 @@ func (q *queue) leave(t *Turn, now time.Time) {
 	}
 }
 
-// landed is called when the request of t has been answered.
+// landed must be called when the request of t has been answered.
 func (q *queue) landed(t *Turn) {
 	if p := t.place; p.out == t {
 		p.out = nil
@@ -240,14 +240,14 @@ func (q *queue) landed(t *Turn) {
 	}
 }
 
-// ordered is a heap whose elements know their index, -1 outside of it.
+// ordered is a heap whose elements know their index, which is -1 outside of it.
 type ordered[T any] struct {
 	items  []T
 	before func(a, b T) bool
 	index  func(T) *int
 }
 
-// first is the first element, or the zero value.
+// first returns the first element, or the zero value.
 func (o *ordered[T]) first() (first T) {
 	if len(o.items) > 0 {
 		first = o.items[0]
@@ -255,7 +255,7 @@ func (o *ordered[T]) first() (first T) {
 	return first
 }
 
-// set puts x in, takes it out, or moves it after its order has changed.
+// set inserts x, removes it, or moves it after its order has changed.
 func (o *ordered[T]) set(x T, in bool) {
 	switch i := *o.index(x); {
 	case i < 0 && in:

@@ -9,38 +9,38 @@ import (
 	"time"
 )
 
-// This file is what a mint, and those who wait for its token, see of the gate.
+// This file is the gate as a mint, and those that wait for its token, see it.
 
-// Turn is the turn of one mint. It lasts for all of its tries.
+// Turn is the turn of one mint. It lasts for all of the mint's requests.
 type Turn struct {
 	gate   *Gate
 	key    placeKey
-	number uint64 // turns are numbered as they are made
+	number uint64 // turns are numbered in the order of their creation
 
-	// What follows is under the gate's lock.
-	ended     func(error) // called, under the lock, when the waiting ends
+	// The gate's lock protects the rest.
+	ended     func(error) // called, under the lock, when the wait ends
 	state     turnState
 	ready     time.Time // since when its request could leave
-	hurts     time.Time // since when, or from when on, waiting hurts
-	rank      time.Time // that its place had when its request left last
-	place     *place    // where it waits, or waited last
+	hurts     time.Time // when waiting hurts, or will begin to hurt
+	rank      time.Time // of its place when its request last left
+	place     *place    // where it waits, or last waited
 	inPlace   int       // index
 	joined    bool      // by a waiter, ever
 	waiters   int
-	late      []*Waiter // who have no time left if the request is throttled
+	late      []*Waiter // those that have no time left if the request is throttled
 	departure departure // of the request that left last
 }
 
 type turnState int
 
 const (
-	idle    turnState = iota // not waiting: before the first try, or throttled
+	idle    turnState = iota // not waiting: before the first attempt, or throttled
 	waiting                  // in the queue
-	out                      // its request has left, and was not throttled
+	out                      // its request has left and was not throttled
 	gone                     // abandoned
 )
 
-// Turn makes a turn for a request. It does not wait yet.
+// Turn creates a turn for a request. It does not wait yet.
 func (g *Gate) Turn(role string, kind Kind) *Turn {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -53,7 +53,7 @@ func (g *Gate) Turn(role string, kind Kind) *Turn {
 	}
 }
 
-// Waiter is somebody who waits for what a turn brings.
+// Waiter waits for the result of a turn.
 type Waiter struct {
 	turn     *Turn
 	deadline time.Time
@@ -63,13 +63,12 @@ type Waiter struct {
 	left     bool
 }
 
-// Join adds somebody who waits until the deadline for what the turn brings, or
-// without end when it is zero, as a renewal does. hurts tells since when the
-// waiting hurts, or from when on it will: the turn's rank is the earliest.
+// Join adds a waiter for the turn's result. A waiter with a zero deadline waits without
+// end, as a renewal does. hurts is when waiting began or will begin to hurt: the turn's
+// rank is the earliest of them.
 //
-// It is false when the turn does not take anybody any more, because all who
-// waited have left, or because it is a rotation whose request has left: then
-// the caller needs a new turn.
+// Join returns false if the turn accepts no more waiters, because all of them have left
+// or because it is a rotation whose request has left. The caller then needs a new turn.
 func (t *Turn) Join(deadline, hurts time.Time) (*Waiter, bool) {
 	g := t.gate
 	g.mu.Lock()
@@ -88,22 +87,21 @@ func (t *Turn) Join(deadline, hurts time.Time) (*Waiter, bool) {
 	return g.watch(t, deadline), true
 }
 
-// watch has somebody told when no turn can come before the deadline. The caller
-// holds g.mu.
+// watch notifies w when no turn can come before its deadline. The caller holds g.mu.
 func (g *Gate) watch(t *Turn, deadline time.Time) *Waiter {
 	w := &Waiter{turn: t, deadline: deadline, tooLate: make(chan struct{}), index: -1}
 	if !deadline.IsZero() {
 		g.deadlines.set(w, true)
-		g.tellLate()
+		g.notifyLate()
 	}
 	return w
 }
 
-// TooLate is closed when the endpoint's Retry-After outlasts the waiter's
-// deadline while the request waits: then Err is the reason.
+// TooLate is closed when the request waits and the endpoint's Retry-After outlasts the
+// waiter's deadline. Err is then the reason.
 func (w *Waiter) TooLate() <-chan struct{} { return w.tooLate }
 
-// Err is a *NoTurnError: why the waiter, who waits no longer, got no turn.
+// Err is a *NoTurnError that says why the waiter, which no longer waits, got no turn.
 func (w *Waiter) Err() *NoTurnError {
 	g := w.turn.gate
 	g.mu.Lock()
@@ -114,8 +112,8 @@ func (w *Waiter) Err() *NoTurnError {
 	return g.noTurn(OutOfTime)
 }
 
-// Leave ends the waiting. When nobody else waits, and the request has not left,
-// the turn leaves the queue.
+// Leave ends the wait. If no one else waits and the request has not left, the turn leaves
+// the queue.
 func (w *Waiter) Leave() {
 	t := w.turn
 	g := t.gate
@@ -135,9 +133,9 @@ func (w *Waiter) Leave() {
 	}
 }
 
-// tellLate tells those whose deadline passes before the gate opens again. The
+// notifyLate notifies the waiters whose deadline passes before the gate opens again. The
 // caller holds g.mu.
-func (g *Gate) tellLate() {
+func (g *Gate) notifyLate() {
 	for w := g.deadlines.first(); w != nil && w.deadline.Before(g.pace.closed); w = g.deadlines.first() {
 		g.deadlines.set(w, false)
 		if w.turn.state == out {
@@ -153,13 +151,13 @@ func (w *Waiter) tell(err *NoTurnError) {
 	close(w.tooLate)
 }
 
-// Wait blocks until the turn's request may leave. A request that has to be sent
-// again waits again, and keeps its rank. The error is
+// Wait blocks until the turn's request may leave. A request that must be sent again waits
+// again and keeps its rank. The error is
 //
-//   - a *NoTurnError when the context's deadline passes, or would pass before the
-//     gate opens again, and when too many wait who are more urgent,
-//   - ErrAbandoned when the last waiter has left,
-//   - ErrClosed, or the context's error when it is canceled.
+//   - a *NoTurnError if the context's deadline passes, or would pass before the gate opens
+//     again, or if too many more urgent requests wait,
+//   - ErrAbandoned if the last waiter has left,
+//   - ErrClosed, or the context's error if it is canceled.
 func (t *Turn) Wait(ctx context.Context) (*Pass, error) {
 	g := t.gate
 	if ctx.Err() != nil {
@@ -191,9 +189,8 @@ func (t *Turn) Wait(ctx context.Context) (*Pass, error) {
 	return &Pass{turn: t, departure: t.departure}, nil
 }
 
-// enter has t wait. How that ends is told by ended, which is called under the
-// lock: without an error, the request leaves. The waiter watches the deadline
-// and is none of those who joined.
+// enter makes t wait. ended is called, under the lock, when the wait ends; without an
+// error, the request leaves. w watches the deadline and does not count as joined.
 func (g *Gate) enter(t *Turn, deadline time.Time, ended func(error)) (*Waiter, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -231,8 +228,8 @@ func (g *Gate) unwatch(w *Waiter) {
 	g.deadlines.set(w, false)
 }
 
-// withdraw has t wait no longer. It is false when the waiting has just ended
-// otherwise.
+// withdraw ends the wait of t. It returns false if the wait has just ended in another
+// way.
 func (g *Gate) withdraw(t *Turn, self *Waiter) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -246,7 +243,7 @@ func (g *Gate) withdraw(t *Turn, self *Waiter) bool {
 	return true
 }
 
-// outOf is why a wait has ended whose context is done.
+// outOf is why a wait ended whose context is done.
 func (g *Gate) outOf(ctx context.Context) error {
 	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return ctx.Err()
@@ -256,25 +253,25 @@ func (g *Gate) outOf(ctx context.Context) error {
 	return g.noTurn(OutOfTime)
 }
 
-// Pass is the leave for one request.
+// Pass is permission for one request.
 type Pass struct {
 	turn      *Turn
 	departure departure
 	done      bool // under the gate's lock
 }
 
-// Answer is what came of a request.
+// Answer is the outcome of a request.
 type Answer int
 
-// The answers of an endpoint, as far as they concern its pace.
+// The answers of an endpoint, as far as its pace is concerned.
 const (
-	NoAnswer  Answer = iota // none: a broken connection, no answer in time
-	Answered                // any answer but a 429
+	NoAnswer  Answer = iota // no answer: a broken connection, or a timeout
+	Answered                // any answer except a 429
 	Throttled               // a 429
 )
 
-// Done tells what came of the request, and the Retry-After of its answer if
-// there was one. It has to be called once for each pass.
+// Done reports the outcome of the request, and the Retry-After of its answer if any. It
+// must be called once for each pass.
 func (p *Pass) Done(answer Answer, retryAfter time.Duration) {
 	t := p.turn
 	g := t.gate
@@ -295,6 +292,6 @@ func (p *Pass) Done(answer Answer, retryAfter time.Duration) {
 		g.pace.close(now, retryAfter)
 		g.pace.answered(now, p.departure, g.queue.demand(now))
 	}
-	g.tellLate()
+	g.notifyLate()
 	g.advance()
 }

@@ -13,13 +13,12 @@ import (
 	"unicode/utf8"
 )
 
-// This file undoes encodings, wherever in a text they are, and leaves alone what is
-// not encoded. It is lenient: somebody may be able to read what a strict decoder
-// refuses. Letters count in either case, because an encoded text may have been put
-// in capitals.
+// This file undoes encodings anywhere in a text and leaves everything else as it is. It
+// is lenient: someone may be able to read what a strict decoder refuses. Letters match in
+// either case, because an encoded text may have been converted to upper case.
 
-// undoings returns what text becomes when one encoding is undone, for each encoding
-// there is. Decoded texts shorter than shortest bytes may be left out.
+// undoings returns, for each known encoding, what text becomes when it is undone. Decoded
+// texts shorter than shortest bytes may be omitted.
 func undoings(text string, shortest int) []string {
 	return []string{
 		percent(text, asCharacter),
@@ -31,8 +30,8 @@ func undoings(text string, shortest int) []string {
 	}
 }
 
-// percent undoes RFC 3986 §2.1, where %E4 is a byte of UTF-8, and JavaScript's
-// escape(), where it is a character, and others are %u20AC.
+// percent undoes RFC 3986 §2.1, where %E4 is a byte of UTF-8, and JavaScript's escape(),
+// where %E4 is a character and others are %u20AC.
 func percent(text string, small func(rune) string) string {
 	return undo(text, '%', func(rest string) (string, int) {
 		if r, size := utf16Escape(rest, '%'); size > 0 {
@@ -45,7 +44,7 @@ func percent(text string, small func(rune) string) string {
 	})
 }
 
-// entities undoes HTML's and XML's character references.
+// entities undoes the character references of HTML and XML.
 func entities(text string) string {
 	if !strings.Contains(text, "&") {
 		return text
@@ -61,8 +60,8 @@ func entities(text string) string {
 
 var namedEntity = regexp.MustCompile(`&[A-Za-z]+;`)
 
-// escapes undoes the backslashes of JSON, JavaScript, Python, Go and C. The
-// languages differ in what \xE4 and \344 are: a byte of UTF-8, or a character.
+// escapes undoes the backslashes of JSON, JavaScript, Python, Go, and C. The languages
+// disagree on whether \xE4 and \344 are a byte of UTF-8 or a character.
 func escapes(text string, small func(rune) string) string {
 	return undo(text, '\\', func(rest string) (string, int) {
 		if r, size := wideEscape(rest); size > 0 {
@@ -88,8 +87,8 @@ func escapes(text string, small func(rune) string) string {
 func asByte(r rune) string      { return string([]byte{byte(r & 0xff)}) }
 func asCharacter(r rune) string { return string(r) }
 
-// wideEscape reads what follows a backslash as one of u{2F}, x{2F}, U0000002F and
-// u002F. The size is 0 when it is none.
+// wideEscape reads what follows a backslash as one of u{2F}, x{2F}, U0000002F, and u002F.
+// The size is 0 if it is none of them.
 func wideEscape(rest string) (r rune, size int) {
 	if end := strings.IndexByte(rest[:min(len("u{0010FFFF}"), len(rest))], '}'); end > 2 && rest[1] == '{' {
 		if r, ok := hex(rest, 2, end-2); ok && (startsWith(rest, 'u') || startsWith(rest, 'x')) {
@@ -102,8 +101,8 @@ func wideEscape(rest string) (r rune, size int) {
 	return utf16Escape(rest, '\\')
 }
 
-// utf16Escape reads u002F, which follows a mark, or two of those that are one
-// character (a surrogate pair). The size is 0 when it is neither.
+// utf16Escape reads u002F, which follows a mark, or two of them that form one character
+// (a surrogate pair). The size is 0 if it is neither.
 func utf16Escape(rest string, mark byte) (r rune, size int) {
 	const length = len("u002F")
 	r, ok := hex(rest, 1, 4)
@@ -119,10 +118,10 @@ func utf16Escape(rest string, mark byte) (r rune, size int) {
 	return r, length
 }
 
-// startsWith reports whether text starts with the letter, in either case.
+// startsWith reports whether text starts with the letter in either case.
 func startsWith(text string, letter byte) bool { return text != "" && text[0]|0x20 == letter }
 
-// octal reads up to three octal digits that make a byte.
+// octal reads up to three octal digits that form a byte.
 func octal(rest string) (r rune, size int) {
 	for size < min(3, len(rest)) && '0' <= rest[size] && rest[size] <= '7' && r*8 < 256 {
 		r = r*8 + rune(rest[size]-'0')
@@ -131,10 +130,10 @@ func octal(rest string) (r rune, size int) {
 	return r, size
 }
 
-// base64Runs decodes each stretch of base64's characters, of either alphabet, from
-// each of the four places where a group may begin: what is in front of base64 is
-// often of its alphabet too. The rest of the text is left out, since what was
-// encoded as a whole is in one stretch.
+// base64Runs decodes each stretch of base64 characters, of either alphabet, from each of
+// the four offsets at which a group may begin: what precedes the base64 often belongs to
+// its alphabet too. It omits the rest of the text, because what was encoded as a whole is
+// in one stretch.
 func base64Runs(text string, shortest int) string {
 	var out strings.Builder
 	for stretch := range strings.FieldsFuncSeq(text, func(r rune) bool { return !isBase64(r) }) {
@@ -145,7 +144,7 @@ func base64Runs(text string, shortest int) string {
 		for offset := range 4 {
 			group := stretch[min(offset, len(stretch)):]
 			if len(group)%4 == 1 {
-				group = group[:len(group)-1] // six bits make no byte
+				group = group[:len(group)-1] // six bits are not a byte
 			}
 			decoded, err := base64.RawStdEncoding.DecodeString(group)
 			if err == nil {
@@ -163,8 +162,8 @@ func isBase64(r rune) bool {
 	return 'A' <= r && r <= 'Z' || 'a' <= r && r <= 'z' || '0' <= r && r <= '9' || strings.ContainsRune("+/-_", r)
 }
 
-// undo replaces each mark in text, and as much after it as read says, by what read
-// makes of the rest of the text.
+// undo replaces each mark in text, and as much of what follows as read consumes, with the
+// result of read.
 func undo(text string, mark byte, read func(rest string) (decoded string, size int)) string {
 	if strings.IndexByte(text, mark) < 0 {
 		return text
@@ -183,7 +182,7 @@ func undo(text string, mark byte, read func(rest string) (decoded string, size i
 	}
 }
 
-// hex reads the digits that text has from start on as the number of a character.
+// hex reads the digits of text from start on as the number of a character.
 func hex(text string, start, digits int) (r rune, ok bool) {
 	if len(text) < start+digits {
 		return 0, false
