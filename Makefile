@@ -61,11 +61,13 @@ $(ACTIONLINT): tools/check/go.mod tools/check/go.sum
 lint: $(GOLANGCI) $(ACTIONLINT) ## Check code, modules, scripts and workflows
 	go mod tidy -diff
 	cd e2e && go mod tidy -diff
+	cd e2e/consumers && go mod tidy -diff
 	cd examples/go && go vet .
 	for script in scripts/*.sh examples/curl/*.sh; do sh -n "$$script" || exit; done
 	bash -n .ci/run
 	$(GOLANGCI) run ./...
 	cd e2e && ../$(GOLANGCI) run --config ../.golangci.yaml ./...
+	cd e2e/consumers && ../../$(GOLANGCI) run --config ../../.golangci.yaml ./...
 	cd tools/release && ../../$(GOLANGCI) run --config ../../.golangci.yaml ./sbom
 	$(ACTIONLINT)
 
@@ -78,6 +80,7 @@ vulncheck: $(GOVULNCHECK) ## Look for known vulnerabilities in what the plugin c
 fmt: $(GOLANGCI) ## Format the code
 	$(GOLANGCI) fmt ./...
 	cd e2e && ../$(GOLANGCI) fmt --config ../.golangci.yaml ./...
+	cd e2e/consumers && ../../$(GOLANGCI) fmt --config ../../.golangci.yaml ./...
 	cd tools/release && ../../$(GOLANGCI) fmt --config ../../.golangci.yaml ./sbom
 
 bench: ## Run the benchmarks; through Vault, or SERVER=openbao
