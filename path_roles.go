@@ -72,9 +72,9 @@ func roleFields() map[string]*framework.FieldSchema {
 			Description: "Name of the role, in lower case. Readers get its tokens from creds/<name>.",
 		},
 		"config": {
-			Type:    framework.TypeString,
-			Default: defaultConfigName,
-			Description: `Name of the config to mint tokens with. You may write the config after the role.`,
+			Type:         framework.TypeString,
+			Default:      defaultConfigName,
+			Description:  `Name of the config to mint tokens with. You may write the config after the role.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Config", Value: defaultConfigName},
 		},
 		"audience": {

@@ -33,7 +33,7 @@ const (
 
 // errDemanded is for a reader who wants a newer token than the held one so soon after
 // one was asked for.
-var errDemanded = fmt.Errorf("one was asked for less than %s ago", demandPause)
+var errDemanded = fmt.Errorf("one was requested less than %s ago", demandPause)
 
 // slot has the token of one key: of one role, or one narrowed set of its scopes, in
 // one generation of role and config. What it is for never changes. It mints the next
@@ -293,7 +293,7 @@ func (s *slot) keep(tok *cachedToken, f *flight, now time.Time) (*cachedToken, e
 		failed = repeats(old)
 		old = old.repeatedBy(tok)
 	case old.usable(now) && !f.replaces && !tok.servableUntil().After(old.servableUntil()):
-		failed = &mintError{class: classNothingNewer, reason: fmt.Sprintf("the new one, which expires at %s, may be served no longer than the cached one", formatTime(tok.endsAt))}
+		failed = &mintError{class: classNothingNewer, reason: fmt.Sprintf("the new token, which expires at %s, can be served no longer than the cached one", formatTime(tok.endsAt))}
 	default:
 		s.backoff = backoff{}
 		s.token.Store(tok)
@@ -306,7 +306,7 @@ func (s *slot) keep(tok *cachedToken, f *flight, now time.Time) (*cachedToken, e
 
 // repeats is what is wrong with a token that is the cached one again.
 func repeats(old *cachedToken) *mintError {
-	return &mintError{class: classNothingNewer, reason: "it returned the token again that it gave at " + formatTime(old.mintedAt)}
+	return &mintError{class: classNothingNewer, reason: "it returned the same token as at " + formatTime(old.mintedAt)}
 }
 
 // arrived answers a reader when the mint that it waited for has landed.
