@@ -34,10 +34,11 @@ import (
 //     the type is duration, or <required>.
 //   - In the part "Response", "- `key` `(type)` – Text" at the beginning of a line
 //     is a key of the response's data.
-//   - In the part "Sample payload", a ```json block is an object of parameters.
+//   - In parts whose title begins with "Sample payload", a ```json block is an object of
+//     parameters.
 //   - In parts whose title begins with "Sample response", a ```json block is an
-//     object whose "data" has all keys of the response and no others.
-//   - The text of an error or a warning stands in backquotes, on one line.
+//     object whose "data" has all keys of the response and no others. One with "errors"
+//     is exempt. docs_samples_test.go compares the values.
 //   - A field is required when its schema says so, or when its description holds
 //     the sentence "Required.": the framework knows no field that only a create
 //     needs.
@@ -187,9 +188,9 @@ func (s *docSection) addBlock(part, block string, fail func(string, ...any)) {
 		return
 	}
 	switch {
-	case part == "Sample payload":
+	case strings.HasPrefix(part, "Sample payload"):
 		s.payloads = append(s.payloads, object)
-	case strings.HasPrefix(part, "Sample response"):
+	case strings.HasPrefix(part, "Sample response") && object["errors"] == nil:
 		data, _ := object["data"].(map[string]any)
 		s.samples = append(s.samples, data)
 	}

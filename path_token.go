@@ -236,7 +236,7 @@ func inTime(ctx context.Context, err error) error {
 	if ctx.Err() == nil {
 		return err
 	}
-	return fmt.Errorf("reading the role, config, or token from storage exceeded the request's time limit: %w", err)
+	return fmt.Errorf("reading the role, config, or token from storage took longer than the request may take: %w", err)
 }
 
 // withDeadline bounds the time that a request for a token waits on this node: for its turn,
