@@ -416,7 +416,7 @@ func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, 
 			{"ca_cert", old.entry.CACert, config.CACert},
 		} {
 			if field.was != field.becomes {
-				return nil, fmt.Errorf("changing %s requires the client secret; send client_secret in the same request, so someone who doesn't know the secret can't redirect it", field.name)
+				return nil, fmt.Errorf("%s changes, which requires the client secret; send client_secret in the same request, so someone who doesn't know the secret can't redirect it", field.name)
 			}
 		}
 	}

@@ -73,6 +73,7 @@ func TestTextsOfVault(t *testing.T) {
 		{http.MethodGet, "/v1/mojoauth/rotate-role/app", http.StatusMethodNotAllowed, "unsupported operation"},
 		{http.MethodGet, "/v1/nowhere/creds/app", http.StatusNotFound, "no handler for route"},
 		{http.MethodGet, "/v1/mojoauth/roles/nobody", http.StatusNotFound, `{"errors":[]}`},
+		{http.MethodGet, "/v1/mojoauth/creds/app?scope=x", http.StatusOK, `"warnings":["Endpoint ignored these unrecognized parameters: [scope]"]`},
 		{http.MethodGet, "/v1/mojoauth/creds/nobody", http.StatusBadRequest, `{"errors":["role \"nobody\" does not exist`},
 	} {
 		got := ask(t, w.vault.Client, c.method, c.path, "")
