@@ -17,23 +17,23 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/redact"
 )
 
-// This file says what an answer of the token endpoint means: pure functions
-// from what came back to a token or to a mintError.
+// This file interprets an answer of the token endpoint, that is, an HTTP response read to
+// its end. Its functions are pure: they turn an answer into a token or a mintError.
 
 const (
 	// maxAnswerBytes bounds the body and, separately, the header of an answer.
 	maxAnswerBytes = 64 << 10
 
-	// Bounds of what readers are told of a token, in bytes.
+	// Bounds on what readers get to see of a token, in bytes.
 	maxTokenType = 64
 	maxScope     = 8 << 10
 )
 
-// answer is what came back from the token endpoint: all of it.
+// answer is the complete response of the token endpoint.
 type answer struct {
 	status     int
 	header     http.Header
-	body       []byte // up to maxAnswerBytes+1: one more says that it was longer
+	body       []byte // up to maxAnswerBytes+1: the extra byte shows that it was longer
 	sentAt     time.Time
 	receivedAt time.Time
 }
@@ -42,18 +42,18 @@ type answer struct {
 type token struct {
 	accessToken string
 	tokenType   string
-	scope       string // granted, as MojoAuth said or, when it did not, as asked for
+	scope       string // as granted, or as requested if the answer has no scope
 
-	// mintedAt is when the request that was answered with the token was sent:
-	// its life counts from there, so that a slow answer never lengthens it.
+	// mintedAt is when the request was sent. The lifetime counts from there, so a slow
+	// answer never lengthens it.
 	mintedAt time.Time
-	// told is the lifetime that the answer told, 0 when it told none.
+	// told is the lifetime that the answer reports, 0 if it reports none.
 	told time.Duration
 }
 
-// oauthErrorClass has the OAuth errors of a token endpoint: RFC 6749 §5.2,
-// RFC 8707 §2, and those of §4.1.2.1 that servers send here too. They decide
-// before the HTTP status.
+// oauthErrorClass has the OAuth errors of a token endpoint: RFC 6749 §5.2, RFC 8707 §2, and
+// those of RFC 6749 §4.1.2.1 that servers also send here. They take precedence over the
+// HTTP status.
 var oauthErrorClass = map[string]errorClass{
 	"invalid_client":          classClientRefused,
 	"unauthorized_client":     classClientRefused,
@@ -65,8 +65,8 @@ var oauthErrorClass = map[string]errorClass{
 	"temporarily_unavailable": classServerError,
 }
 
-// readAnswer makes a token or a mintError of an answer. The token has no scope
-// when the answer tells none.
+// readAnswer turns an answer into a token or a mintError. The token has no scope if the
+// answer has none.
 func readAnswer(a *answer, secrets *redact.Redactor) (*token, *mintError) {
 	fields, nonsense := parseFields(a.body)
 	failed := readFailure(a, fields, secrets)
@@ -79,7 +79,8 @@ func readAnswer(a *answer, secrets *redact.Redactor) (*token, *mintError) {
 	return readToken(a, fields)
 }
 
-// readFailure makes a mintError of an answer that says no, nil of another one.
+// readFailure returns a mintError for an answer that reports a failure, and nil for other
+// answers.
 func readFailure(a *answer, fields answerFields, secrets *redact.Redactor) *mintError {
 	code := fields.text("error")
 	class, failed := classify(a.status, code)
@@ -91,18 +92,18 @@ func readFailure(a *answer, fields answerFields, secrets *redact.Redactor) *mint
 	switch {
 	case class != classUnexpected:
 	case a.status >= 300:
-		e.reason = "it redirects, which is not followed because it would send the client secret elsewhere; set token_url to where the endpoint is"
+		e.reason = "it redirects, and the engine does not follow redirects because that would send the client secret elsewhere; set token_url to the endpoint's own URL"
 	default:
 		e.reason = interimStatus
 	}
 	return e
 }
 
-// interimStatus is what is wrong with an answer of 1xx.
-const interimStatus = "its status is an interim one, and no token endpoint has to send it"
+// interimStatus is what is wrong with an answer of status 1xx.
+const interimStatus = "it answered with an interim status, which no token endpoint should send"
 
-// classify says what kind of failure an answer is, by its status and its OAuth
-// error, "" when there is none.
+// classify returns the class of a failure, by the answer's status and its OAuth error code,
+// which is "" if there is none. failed is false if the answer is no failure.
 func classify(status int, code string) (class errorClass, failed bool) {
 	class, known := oauthErrorClass[code]
 	ok := status >= 200 && status <= 299
@@ -111,7 +112,7 @@ func classify(status int, code string) (class errorClass, failed bool) {
 		return class, true
 	case ok && code == "":
 		return "", false
-	case ok: // a refusal under a status that says success
+	case ok: // a refusal with a status of success
 		return classRequestRefused, true
 	case status == http.StatusTooManyRequests:
 		return classThrottled, true
@@ -122,7 +123,7 @@ func classify(status int, code string) (class errorClass, failed bool) {
 	}
 	switch status {
 	case http.StatusBadRequest,
-		// These are about what was sent, and each role sends something else.
+		// These concern the content of the request, which differs from role to role.
 		http.StatusRequestEntityTooLarge,
 		http.StatusRequestURITooLong,
 		http.StatusUnsupportedMediaType,
@@ -134,11 +135,10 @@ func classify(status int, code string) (class errorClass, failed bool) {
 	}
 }
 
-// withheld stands in for words of MojoAuth's that must not be shown.
+// withheld replaces a description by MojoAuth that must not be shown.
 const withheld = "[description withheld]"
 
-// quote makes what an answer says fit to be shown: its OAuth error and the parts of
-// its description.
+// quote redacts what an answer says: its OAuth error and the parts of its description.
 func quote(code string, parts []string, secrets *redact.Redactor) (oauthError, description string) {
 	description = redact.Line(strings.Join(parts, "; "))
 	if secrets.Withholds(append([]string{code}, parts...)...) {
@@ -150,7 +150,7 @@ func quote(code string, parts []string, secrets *redact.Redactor) (oauthError, d
 	return redact.Line(code), description
 }
 
-// readToken makes a token of an answer that says yes.
+// readToken returns the token of an answer that grants one.
 func readToken(a *answer, fields answerFields) (*token, *mintError) {
 	t := &token{
 		accessToken: fields.text("access_token"),
@@ -160,10 +160,10 @@ func readToken(a *answer, fields answerFields) (*token, *mintError) {
 	}
 	switch {
 	case t.accessToken == "":
-		return nil, a.failure(classUnexpected, "the answer has no access_token")
+		return nil, a.failure(classUnexpected, "the response has no access_token")
 	case strings.ContainsFunc(t.accessToken, func(r rune) bool { return r <= ' ' || r > '~' }):
 		// RFC 6749 appendix A.12. Such a token would break out of a header.
-		return nil, a.failure(classUnexpected, "the access_token holds characters that no access token may have")
+		return nil, a.failure(classUnexpected, "the access_token contains characters that are not allowed in an access token")
 	}
 	t.told = lifetime.Told(expiresIn(fields["expires_in"], a.sentAt), t.accessToken, a.sentAt)
 	if t.told < 0 {
@@ -172,27 +172,27 @@ func readToken(a *answer, fields answerFields) (*token, *mintError) {
 	return t, nil
 }
 
-// failure is a mint that failed by this answer. reason may be empty.
+// failure returns a mintError of that class for this answer. reason may be empty.
 func (a *answer) failure(class errorClass, reason string) *mintError {
 	return &mintError{class: class, status: a.status, reason: reason, retryAfter: retryAfter(a.header, a.receivedAt)}
 }
 
-// answerFields are those of the JSON object that an answer holds.
+// answerFields has the fields of an answer's JSON object.
 type answerFields map[string]json.RawMessage
 
-// parseFields reads a body as a JSON object, under any content type. It has no
-// fields when it is none, and nonsense says why.
+// parseFields parses a body as a JSON object, whatever its content type. If it is not one,
+// it returns no fields, and nonsense says what is wrong.
 func parseFields(body []byte) (f answerFields, nonsense string) {
 	switch {
 	case len(body) > maxAnswerBytes:
-		return nil, fmt.Sprintf("the answer is longer than %d KiB", maxAnswerBytes>>10)
+		return nil, fmt.Sprintf("the response is longer than %d KiB", maxAnswerBytes>>10)
 	case json.Unmarshal(body, &f) != nil || f == nil:
-		return nil, "the answer is no JSON object"
+		return nil, "the response is not a JSON object"
 	}
 	return f, ""
 }
 
-// text is a field's value, "" when it is absent or no string.
+// text returns a field's value, or "" if it is absent or not a string.
 func (f answerFields) text(name string) string {
 	var s string
 	if json.Unmarshal(f[name], &s) != nil {
@@ -201,9 +201,9 @@ func (f answerFields) text(name string) string {
 	return s
 }
 
-// describe is what the answer says in words: RFC 6749's error_description, or
-// MojoAuth's message and description. MojoAuth's numbers mean different things
-// in different tables; they are shown, and decide nothing.
+// describe returns the answer's description of a failure: RFC 6749's error_description, or
+// MojoAuth's message and description. MojoAuth's error numbers have different meanings in
+// its different tables, so they are shown but decide nothing.
 func describe(fields answerFields) (parts []string) {
 	if d := fields.text("error_description"); d != "" {
 		return []string{d}
@@ -222,8 +222,8 @@ func describe(fields answerFields) (parts []string) {
 	return parts
 }
 
-// tokenType reads token_type: a type's name or a URI (RFC 6749 appendix A.13).
-// Anything else is dropped, and Bearer taken instead, as it is when there is none.
+// tokenType reads token_type: a type's name or a URI (RFC 6749 appendix A.13). It returns
+// Bearer for anything else and if there is none.
 func tokenType(told string) string {
 	const inURI = "-._~:/?#[]@!$&'()*+,;=%" // RFC 3986 §2, beside letters and digits
 	odd := func(r rune) bool {
@@ -235,8 +235,8 @@ func tokenType(told string) string {
 	return told
 }
 
-// grantedScope reads scope: a string (RFC 6749 §3.3) or, tolerated, a list of
-// strings. What is no scope, or beyond the bound, is dropped.
+// grantedScope reads scope: a string (RFC 6749 §3.3) or, as a tolerance, a list of strings.
+// It drops what is not a scope, and what exceeds the bound.
 func grantedScope(raw json.RawMessage) string {
 	var list []string
 	if json.Unmarshal(raw, &list) != nil {
@@ -263,9 +263,9 @@ func grantedScope(raw json.RawMessage) string {
 	return granted.String()
 }
 
-// expiresIn reads a lifetime in whole seconds from any form seen in MojoAuth's
-// APIs: a number, a number in a string, or an RFC 3339 time. 0 means that the
-// field tells none: absent, null, unreadable, below a second, or past.
+// expiresIn reads a lifetime in whole seconds, in any form seen in MojoAuth's APIs: a
+// number, a number in a string, or an RFC 3339 time. It returns 0 if the field is absent,
+// null, unreadable, less than a second, or in the past.
 func expiresIn(raw json.RawMessage, sentAt time.Time) time.Duration {
 	var value any
 	if json.Unmarshal(raw, &value) != nil {
@@ -293,11 +293,11 @@ func expiresIn(raw json.RawMessage, sentAt time.Time) time.Duration {
 	return time.Duration(min(seconds, lifetime.Longest.Seconds())) * time.Second
 }
 
-// longestRetryAfter caps what Retry-After may ask for.
+// longestRetryAfter caps Retry-After.
 const longestRetryAfter = 10 * time.Minute
 
-// retryAfter reads Retry-After (RFC 9110 §10.2.3), seconds or a date. 0 means
-// that the server asks for no wait.
+// retryAfter reads Retry-After (RFC 9110 §10.2.3), which is a number of seconds or a date.
+// It returns 0 if the server requests no wait.
 func retryAfter(header http.Header, now time.Time) time.Duration {
 	value := strings.TrimSpace(header.Get("Retry-After"))
 	var wait time.Duration

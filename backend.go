@@ -10,11 +10,11 @@
 // cached access token with enough lifetime left. The engine renews it before it
 // expires, and keeps it in Vault's storage too, so that it outlives the process.
 //
-// A read passes path_token.go (request and response), entries.go (role and
-// config, in memory), token_cache.go (which slot), slot.go (its token, and when a
-// new one), restoring.go and token_store.go (the token in storage; standby.go on a
-// node that may not write), upstream.go (whether MojoAuth may be asked), client.go
-// and answer.go (one request to MojoAuth and what comes back).
+// A read passes through path_token.go (request and response), entries.go (role and config
+// in memory), token_cache.go (the slot), slot.go (its token, and when to renew it),
+// restoring.go and token_store.go (the token in storage; standby.go on a node that may not
+// write), upstream.go (whether a token may be requested now), and client.go and answer.go
+// (one token request and its response).
 package mojoauth
 
 import (
@@ -49,24 +49,24 @@ type backend struct {
 	verifications *verifications
 	telemetry     *telemetry
 	random        func() float64         // jitter, uniform in [0, 1)
-	userAgentName atomic.Pointer[string] // nil before Vault has told its version
+	userAgentName atomic.Pointer[string] // nil until Vault has reported its version
 }
 
-// Factory makes the backend of one mount: logical.Factory.
+// Factory returns the backend of one mount. It is a logical.Factory.
 func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
 	b := newBackend(nil)
 	return b, b.Setup(ctx, conf)
 }
 
-// Setup gives the backend its storage and its view of Vault. Whether the node may write is
-// asked here, once: it never changes, and a node that is going down says that it may.
+// Setup gives the backend its storage and its view of Vault. It checks once whether the
+// node may write: that never changes, and a node that is shutting down reports that it may.
 func (b *backend) Setup(ctx context.Context, conf *logical.BackendConfig) error {
 	b.tokens.serveFrom(conf.StorageView, isStandby(conf.System.ReplicationState()))
 	return b.Backend.Setup(ctx, conf)
 }
 
-// newBackend makes a backend that asks for tokens through clients made by
-// newClient, or of the real MojoAuth when that is nil.
+// newBackend returns a backend that requests tokens through clients made by newClient. If
+// newClient is nil, the clients send requests to MojoAuth.
 func newBackend(newClient clientFactory) *backend {
 	b := &backend{
 		configs:       newEntries[configEntry](configPrefix),
@@ -93,11 +93,11 @@ func newBackend(newClient clientFactory) *backend {
 			// The slash makes it a prefix; without it only the key "config"
 			// itself would be wrapped.
 			SealWrapStorage: []string{configPrefix},
-			// Each cluster has tokens of its own.
+			// Each cluster has its own tokens.
 			LocalStorage:      []string{tokenPrefix},
 			AllowSnapshotRead: snapshotPaths,
 		},
-		// The most read path comes first: the framework tries them in order.
+		// The most frequently read path comes first: the framework tries them in order.
 		Paths: framework.PathAppend(
 			b.pathCreds(),
 			b.pathRotateRole(),
@@ -109,19 +109,20 @@ func newBackend(newClient clientFactory) *backend {
 	return b
 }
 
-// newClient makes the client that talks to a config's token endpoint.
+// newClient returns a client for a config's token endpoint.
 func (b *backend) newClient(config *configEntry) (minter, error) {
 	return newTokenClient(config, b.userAgent())
 }
 
-// userAgent names Vault and the plugin. Vault is asked once, and not for each config.
+// userAgent returns a User-Agent that names Vault and the plugin. It asks Vault for its
+// version once, not for each config.
 func (b *backend) userAgent() string {
 	if known := b.userAgentName.Load(); known != nil {
 		return *known
 	}
 	env, err := b.System().PluginEnv(context.Background())
 	if err != nil || env == nil {
-		// Without an environment (an old Vault, a test) the plugin names itself.
+		// Without an environment (an old Vault, a test), the plugin names only itself.
 		return pluginName + "/" + strings.TrimPrefix(runningVersion(), "v")
 	}
 	name := useragent.PluginString(env, pluginName)
@@ -129,7 +130,7 @@ func (b *backend) userAgent() string {
 	return name
 }
 
-// invalidate forgets what another node changed in storage.
+// invalidate forgets an entry that another node changed in storage.
 func (b *backend) invalidate(_ context.Context, key string) {
 	if name, ok := strings.CutPrefix(key, configPrefix); ok {
 		b.configs.forget(name)
@@ -141,7 +142,7 @@ func (b *backend) invalidate(_ context.Context, key string) {
 	}
 }
 
-// periodic is called every minute or so, and must not take long: Vault holds a lock
+// periodic runs about once a minute. It must return quickly, because Vault holds a lock
 // meanwhile.
 func (b *backend) periodic(context.Context, *logical.Request) error {
 	if b.tokens.standby {
@@ -153,12 +154,12 @@ func (b *backend) periodic(context.Context, *logical.Request) error {
 }
 
 const backendHelp = `
-The MojoAuth secrets engine hands out OAuth 2.0 access tokens of MojoAuth
+The MojoAuth secrets engine provides OAuth 2.0 access tokens of MojoAuth
 machine-to-machine applications.
 
-Write an application's token_url, client_id and client_secret to "config", an
-audience and scopes to "roles/<name>", and read tokens from "creds/<name>". The
-client secret goes to MojoAuth and nowhere else. Tokens are cached in memory and in
-Vault's storage, and renewed before they expire. Writing to "rotate-role/<name>"
-replaces one at once.
+Write the application's token_url, client_id, and client_secret to "config", write an
+audience and scopes to "roles/<name>", and read tokens from "creds/<name>". The engine
+sends the client secret to MojoAuth only. It caches tokens in memory and in Vault's
+storage, and renews them before they expire. Write to "rotate-role/<name>" to replace a
+token now.
 `

@@ -40,7 +40,7 @@ func TestFailureOfClientOrServerBacksOffTheConfig(t *testing.T) {
 				for range 10 {
 					for _, role := range []string{"app", "second"} {
 						began := time.Now()
-						if got := m.creds(role, nil); got.err == nil || !strings.Contains(got.err.Error(), "The next try is at") {
+						if got := m.creds(role, nil); got.err == nil || !strings.Contains(got.err.Error(), "The next attempt is at") {
 							t.Errorf("got %v, want the remembered error", got)
 						}
 						if time.Since(began) != 0 {
@@ -792,7 +792,7 @@ func TestMintThatStorageHeldUpObeysTheBackoff(t *testing.T) {
 		go func() { slow <- m.creds("slow", nil) }()
 		synctest.Wait()
 		m.creds("bad", nil)
-		if got := <-slow; got.err == nil || !strings.Contains(got.err.Error(), "The next try is at") {
+		if got := <-slow; got.err == nil || !strings.Contains(got.err.Error(), "The next attempt is at") {
 			t.Errorf("got %v, want the failure of the other mint", got)
 		}
 		m.wantMints(1)

@@ -29,35 +29,35 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/redact"
 )
 
-// This file asks MojoAuth for one token. From the outside in:
+// This file requests one token from MojoAuth. From the outside in:
 //
-//	mint                waits for its turn, and starts again after a 429
-//	tries               until one brings a token or there is no use or time
-//	clientcredentials   the protocol (RFC 6749 §4.4)
-//	try                 one request and its whole, bounded answer
-//	mintTransport       connections that end with the mint
+//	mint                waits for its turn, and starts over after a 429
+//	tries               retries until there is a token, no more hope, or no more time
+//	clientcredentials   speaks the protocol (RFC 6749 §4.4)
+//	try                 sends one request and reads its complete, bounded answer
+//	mintTransport       opens connections that close with the mint
 //
-// answer.go says what an answer means; nothing here knows a cache or Vault.
+// answer.go interprets the answer. Nothing here knows about the cache or Vault.
 
 const (
-	// The pause before a further try within one mint doubles from shortestPause
-	// to longestPause, and is jittered.
+	// The pause before a retry within one mint doubles from shortestPause to
+	// longestPause, with jitter.
 	shortestPause = 250 * time.Millisecond
 	longestPause  = 2 * time.Second
 
-	// maxInterim bounds how many interim answers come before the one that counts.
+	// maxInterim bounds the interim responses before the final one.
 	maxInterim = 5
 )
 
-// tokenRequest is what one token is asked for.
+// tokenRequest has the parameters of a mint.
 type tokenRequest struct {
-	audience string            // omitted when empty
-	scopes   []string          // omitted when empty
-	extra    map[string]string // further form fields
-	retries  int               // tries after the first; 0 for none
+	audience string            // omitted if empty
+	scopes   []string          // omitted if empty
+	extra    map[string]string // additional form parameters
+	retries  int               // retries after the first request
 }
 
-// tokenClient asks the token endpoint of one config for tokens. It is safe for
+// tokenClient requests tokens from the token endpoint of one config. It is safe for
 // concurrent use.
 type tokenClient struct {
 	config    *configEntry
@@ -65,12 +65,12 @@ type tokenClient struct {
 	secrets   *redact.Redactor
 	random    func() float64 // jitter, uniform in [0, 1)
 
-	// transport makes what the requests of one mint go through. What it opens is
+	// transport returns the transport for the requests of one mint. Its connections are
 	// closed when ctx ends.
 	transport func(ctx context.Context) http.RoundTripper
 }
 
-// newTokenClient prepares a client for the config, which must be valid.
+// newTokenClient returns a client for the config, which must be valid.
 func newTokenClient(config *configEntry, userAgent string) (*tokenClient, error) {
 	settings, err := newTransport(config.CACert)
 	if err != nil {
@@ -91,18 +91,18 @@ func newTokenClientOver(config *configEntry, userAgent string, transport func(co
 	}
 }
 
-// departures is where the requests of one mint wait until they may leave.
+// departures decides when the requests of one mint may leave.
 type departures interface {
-	// wait returns when a request may leave, or why none will.
+	// wait waits until a request may leave. Its error says why none will.
 	wait(ctx context.Context) error
-	// answered tells what came of the request that left last, and the Retry-After
-	// of its answer if there was one.
+	// answered reports the result of the request that left last, and the Retry-After of
+	// its answer, or 0.
 	answered(how gate.Answer, retryAfter time.Duration)
 }
 
-// mint asks for one token and waits for it. A request that is throttled waits for its
-// turn again, as if it had not left. The error is a *mintError, one of wait, or the
-// end of ctx, as it is.
+// mint requests one token and waits for it. A throttled request waits for its turn again,
+// as if it had not left. The error is a *mintError, the error of leave.wait, or that of
+// ctx.
 func (c *tokenClient) mint(ctx context.Context, req tokenRequest, leave departures) (*token, error) {
 	for {
 		if err := leave.wait(ctx); err != nil {
@@ -120,15 +120,15 @@ func (c *tokenClient) mint(ctx context.Context, req tokenRequest, leave departur
 	}
 }
 
-// tries asks, now and again after failures that may pass, for at most the config's
-// request_timeout.
+// tries sends a request, and retries it after temporary failures, for request_timeout at
+// most.
 func (c *tokenClient) tries(ctx context.Context, req tokenRequest, leave departures) (*token, *mintError) {
 	deadline := time.Now().Add(c.config.RequestTimeout)
 	timed, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	transport := c.transport(timed)
 
-	var before *mintError // why the last try failed
+	var before *mintError // why the previous try failed
 	for tries := 1; ; tries++ {
 		tok, failed := c.try(timed, transport, req)
 		leave.answered(failed.answer())
@@ -147,8 +147,8 @@ func (c *tokenClient) tries(ctx context.Context, req tokenRequest, leave departu
 	}
 }
 
-// outOfTime is the failure of a mint whose last try was still waiting when the
-// time was over: an answer that came before, or else that there was none.
+// outOfTime returns the failure of a mint that ran out of time during a try: that of the
+// previous try if it got an answer, and a timeout otherwise.
 func (c *tokenClient) outOfTime(before *mintError) *mintError {
 	if before != nil && before.status != 0 {
 		return before
@@ -156,13 +156,13 @@ func (c *tokenClient) outOfTime(before *mintError) *mintError {
 	return &mintError{class: classTimeout, allowed: c.config.RequestTimeout}
 }
 
-// pause waits before the next try, and reports whether there is time for one. The
-// wait doubles, and a random half of it is taken off, so that nodes that failed
-// together do not return together.
+// pause waits before the next try, and reports whether there is time for one. The wait
+// doubles from try to try. A random part, up to half, is subtracted, so nodes that failed
+// together do not retry together.
 func (c *tokenClient) pause(ctx context.Context, tries int) bool {
 	longest := min(longestPause, shortestPause<<min(tries-1, 10))
 	wait := longest/2 + lifetime.Share(longest/2, c.random())
-	// A pause that does not fit would only spend the reader's time.
+	// A pause that does not fit would only waste the reader's time.
 	if deadline, ok := ctx.Deadline(); ok && time.Now().Add(wait).After(deadline) {
 		return false
 	}
@@ -175,7 +175,7 @@ func (c *tokenClient) pause(ctx context.Context, tries int) bool {
 	return true
 }
 
-// try asks once.
+// try sends one request.
 func (c *tokenClient) try(ctx context.Context, transport http.RoundTripper, req tokenRequest) (*token, *mintError) {
 	t := &try{client: c, transport: transport}
 	via := context.WithValue(ctx, oauth2.HTTPClient, &http.Client{Transport: t})
@@ -186,9 +186,8 @@ func (c *tokenClient) try(ctx context.Context, transport http.RoundTripper, req 
 	return t.token, nil
 }
 
-// protocol is the client credentials grant for this request. Credentials sent
-// by client_secret_basic are form-encoded first, as RFC 6749 §2.3.1 wants;
-// x/oauth2 sees to that.
+// protocol returns the client credentials grant for this request. For client_secret_basic,
+// x/oauth2 form-encodes the credentials first, as RFC 6749 §2.3.1 requires.
 func (c *tokenClient) protocol(req tokenRequest) *clientcredentials.Config {
 	params := url.Values{}
 	for name, value := range req.extra {
@@ -211,9 +210,9 @@ func (c *tokenClient) protocol(req tokenRequest) *clientcredentials.Config {
 	}
 }
 
-// try is one request to the token endpoint: the http.RoundTripper that x/oauth2
-// sends it through, and the token that came back. All that leaves it is a token or
-// a *mintError, so that no body and no redirect reaches anybody.
+// try is one request to the token endpoint: the http.RoundTripper that x/oauth2 sends it
+// through, and the token in the answer. It returns only a token or a *mintError, so no
+// response body or redirect leaves it.
 type try struct {
 	client    *tokenClient
 	transport http.RoundTripper
@@ -233,8 +232,8 @@ func (t *try) RoundTrip(req *http.Request) (*http.Response, error) {
 	return plainAnswer(req, tok)
 }
 
-// send sends the request and reads the answer whole, so that a connection lost
-// in the middle of a body counts as a failed request, and can be tried again.
+// send sends the request and reads the complete answer, so a connection that breaks in the
+// middle of the body counts as a failed request and can be retried.
 func (t *try) send(req *http.Request) (*answer, error) {
 	req = req.Clone(httptrace.WithClientTrace(req.Context(), interimTrace()))
 	req.Header.Set("Accept", "application/json")
@@ -248,17 +247,17 @@ func (t *try) send(req *http.Request) (*answer, error) {
 	}
 	defer resp.Body.Close()
 	a := &answer{status: resp.StatusCode, header: resp.Header, sentAt: sentAt}
-	if a.status != http.StatusSwitchingProtocols { // there the body is the bare connection
-		// Go's transport has undone a gzip encoding, so the bound holds for what
-		// the body would be in memory.
+	if a.status != http.StatusSwitchingProtocols { // whose body is the raw connection
+		// Go's transport has already decompressed gzip, so this bounds the size in
+		// memory.
 		a.body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswerBytes+1))
 	}
 	a.receivedAt = time.Now()
 	return a, err
 }
 
-// interimTrace lets interim answers pass that mean nothing (100 Continue and 103
-// Early Hints), a few of them: it is Go's rule that who looks at them counts them.
+// interimTrace allows the interim responses 100 Continue and 103 Early Hints, up to
+// maxInterim of them: Go no longer counts them if there is a trace.
 func interimTrace() *httptrace.ClientTrace {
 	seen := 0
 	return &httptrace.ClientTrace{Got1xxResponse: func(status int, _ textproto.MIMEHeader) error {
@@ -270,8 +269,8 @@ func interimTrace() *httptrace.ClientTrace {
 	}}
 }
 
-// plainAnswer is an answer as x/oauth2 wants it, whatever MojoAuth's looked like.
-// What it holds beside the token has been read already.
+// plainAnswer returns a response in the form that x/oauth2 expects, whatever form
+// MojoAuth's had. The other fields have been read already.
 func plainAnswer(req *http.Request, tok *token) (*http.Response, error) {
 	body, err := json.Marshal(map[string]string{"access_token": tok.accessToken})
 	if err != nil {
@@ -290,11 +289,11 @@ func plainAnswer(req *http.Request, tok *token) (*http.Response, error) {
 	}, nil
 }
 
-// newTransport makes the settings of all connections to one token endpoint, whose
-// certificate may also be signed by the authorities in caCert.
+// newTransport returns the settings for all connections to one token endpoint. It trusts
+// the authorities in caCert in addition to the system's.
 func newTransport(caCert string) (*http.Transport, error) {
-	// One request to a connection: what an endpoint sends unasked while none is
-	// under way, Go's standard logger would print.
+	// Each connection carries one request: Go's standard logger would print what an
+	// endpoint sends on an idle connection.
 	transport := cleanhttp.DefaultTransport()
 	transport.MaxResponseHeaderBytes = maxAnswerBytes
 	transport.Proxy = proxyFor(http.ProxyFromEnvironment)
@@ -308,16 +307,16 @@ func newTransport(caCert string) (*http.Transport, error) {
 		roots.AppendCertsFromPEM([]byte(caCert))
 		transport.TLSClientConfig.RootCAs = roots
 	}
-	// No HTTP/2: with GODEBUG=http2debug=2, Go would print the secret.
+	// HTTP/2 is off: with GODEBUG=http2debug=2, Go would print the secret.
 	transport.ForceAttemptHTTP2 = false
 	transport.Protocols = new(http.Protocols)
 	transport.Protocols.SetHTTP1(true)
 	return transport, nil
 }
 
-// mintTransport makes the transport of one mint, whose connections are closed when
-// ctx ends. Of Go's own transport that is not true: it goes on dialing, and once an
-// endpoint has answered HTTP 101, nothing but a closed connection ends a read.
+// mintTransport returns the transport of one mint. It closes its connections when ctx ends.
+// Go's own transport does not: it continues to dial, and after a 101 response, only closing
+// the connection ends a read.
 func mintTransport(ctx context.Context, settings *http.Transport) *http.Transport {
 	transport := settings.Clone()
 	transport.DialContext = func(_ context.Context, network, address string) (net.Conn, error) {
@@ -331,9 +330,9 @@ func mintTransport(ctx context.Context, settings *http.Transport) *http.Transpor
 	return transport
 }
 
-// proxyFor asks for a proxy where it gets to see nothing but the host's name: for
-// https. Plain http goes to a loopback host and to nobody else; Go's own exception for
-// these does not know LOCALHOST.
+// proxyFor uses a proxy for https only, where it sees nothing but the host's name. Plain
+// http goes to a loopback host, directly. Go's own exception for loopback hosts does not
+// cover LOCALHOST in capitals.
 func proxyFor(proxy func(*http.Request) (*url.URL, error)) func(*http.Request) (*url.URL, error) {
 	return func(req *http.Request) (*url.URL, error) {
 		if req.URL.Scheme != "https" {
@@ -343,11 +342,11 @@ func proxyFor(proxy func(*http.Request) (*url.URL, error)) func(*http.Request) (
 	}
 }
 
-// refusedByProxy says that a proxy opened no tunnel: http.Transport's own error is
-// only the words of the status.
+// refusedByProxy reports that a proxy opened no tunnel. The error of http.Transport has
+// only the text of the status.
 func refusedByProxy(_ context.Context, _ *url.URL, _ *http.Request, answer *http.Response) error {
 	if answer.StatusCode == http.StatusOK {
 		return nil
 	}
-	return &mintError{class: classNetwork, reason: fmt.Sprintf("the proxy of this host answered HTTP %d", answer.StatusCode)}
+	return &mintError{class: classNetwork, reason: fmt.Sprintf("the proxy answered with HTTP %d", answer.StatusCode)}
 }

@@ -247,10 +247,10 @@ func TestMintClassifiesEveryBadAnswer(t *testing.T) {
 		{"599", 599, ``, classServerError, 1, "(HTTP 599)"},
 		{"redirect", 307, ``, classUnexpected, 1, "redirects"},
 		{"304", 304, ``, classUnexpected, 1, "redirects"},
-		{"empty", 200, ``, classUnexpected, 1, "no JSON object"},
-		{"HTML", 200, `<html>`, classUnexpected, 1, "no JSON object"},
-		{"null", 200, `null`, classUnexpected, 1, "no JSON object"},
-		{"list", 200, `[]`, classUnexpected, 1, "no JSON object"},
+		{"empty", 200, ``, classUnexpected, 1, "not a JSON object"},
+		{"HTML", 200, `<html>`, classUnexpected, 1, "not a JSON object"},
+		{"null", 200, `null`, classUnexpected, 1, "not a JSON object"},
+		{"list", 200, `[]`, classUnexpected, 1, "not a JSON object"},
 		{"no token", 200, `{"token_type":"Bearer"}`, classUnexpected, 1, "no access_token"},
 		{"token no string", 200, `{"access_token":5}`, classUnexpected, 1, "no access_token"},
 		{"token with a line end", 200, `{"access_token":"a\r\nX: y"}`, classUnexpected, 1, "no access token may have"},
@@ -258,7 +258,7 @@ func TestMintClassifiesEveryBadAnswer(t *testing.T) {
 		{"error under 200", 200, `{"error":"invalid_client"}`, classClientRefused, 1, "invalid_client (HTTP 200)"},
 		{"error beside a token", 200, `{"access_token":"t","error":"invalid_scope"}`, classRequestRefused, 1, "invalid_scope (HTTP 200)"},
 		{"unknown error under 200", 200, `{"error":"whatever"}`, classRequestRefused, 1, "whatever (HTTP 200)"},
-		{"204", 204, ``, classUnexpected, 1, "no JSON object"},
+		{"204", 204, ``, classUnexpected, 1, "not a JSON object"},
 		{"too long", 200, `{"access_token":"t","x":"` + strings.Repeat("x", maxAnswerBytes) + `"}`, classUnexpected, 1, "longer than 64 KiB"},
 	}
 	for _, c := range cases {
@@ -621,7 +621,7 @@ func TestProxyThatRefusesIsANetworkError(t *testing.T) {
 		}
 		w.WriteHeader(http.StatusProxyAuthRequired)
 	})
-	if failed == nil || failed.class != classNetwork || !strings.Contains(failed.Error(), "the proxy of this host answered HTTP 407") {
+	if failed == nil || failed.class != classNetwork || !strings.Contains(failed.Error(), "the proxy answered with HTTP 407") {
 		t.Errorf("got %v, want a network error that says what the proxy answered", failed)
 	}
 	if asked != 1 {

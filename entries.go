@@ -200,7 +200,7 @@ type unreadable struct {
 }
 
 func (u *unreadable) Error() string {
-	return fmt.Sprintf("the stored entry %s can't be decoded: %s. Delete %s and write it again", u.key, u.err, u.key)
+	return fmt.Sprintf("the stored entry %s cannot be decoded: %s. Delete %s and write it again", u.key, u.err, u.key)
 }
 
 func (u *unreadable) Unwrap() error { return u.err }

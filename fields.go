@@ -14,29 +14,29 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file reads the fields of a request before the framework does. The
-// framework's errors repeat a value that it cannot read, and Vault writes errors
-// into its log and, in the clear, into the audit: a client secret that was sent
-// twice, and so as a list, would be there. And the framework takes apart whatever
-// was sent, all 32 MiB of it, before a handler can say that it is too much.
+// This file reads the fields of a request before the framework does, for two reasons.
+// The framework's errors repeat a value that it cannot parse, and Vault writes errors to
+// its log and, in the clear, to its audit log: a client secret sent twice, and so as a
+// list, would end up there. And the framework parses all that was sent, up to 32 MiB,
+// before a handler can refuse it.
 
 const (
-	// maxUnknownFields is how many parameters a request may have that its path
-	// does not: a warning tells them all.
+	// maxUnknownFields bounds the parameters that the path does not know, because a
+	// warning lists them all.
 	maxUnknownFields = 100
 	// longestUnknownField is in bytes.
 	longestUnknownField = 128
 )
 
-// bound is the most that a field may hold.
+// bound limits the size of a field.
 type bound struct {
-	bytes   int    // of the text, or of all entries together without what separates them
-	entries int    // 0 for a field that is one text
-	what    string // the entries are called
+	bytes   int    // of the string, or of all entries without separators
+	entries int    // 0 for a field that is one string
+	what    string // plural noun for the entries
 }
 
-// bounds are the bounds of the fields that have their own, by name. A field means
-// the same in every path.
+// bounds has the fields with a bound of their own, by name. A field means the same in
+// every path.
 var bounds = map[string]bound{
 	"token_url":     {bytes: 2 << 10},
 	"client_id":     {bytes: 1 << 10},
@@ -48,8 +48,8 @@ var bounds = map[string]bound{
 	"config":        {bytes: longestName},
 }
 
-// boundOf is the bound of a field. Those without their own are names, numbers,
-// durations and the like.
+// boundOf returns the bound of a field. Fields without a bound of their own are names,
+// numbers, durations, and the like.
 func boundOf(field string) bound {
 	if own, ok := bounds[field]; ok {
 		return own
@@ -57,16 +57,15 @@ func boundOf(field string) bound {
 	return bound{bytes: 256}
 }
 
-// exceeded is the error of a field with that many bytes and entries, nil when it is
-// within its bound.
+// exceeded returns an error if a field with that many bytes and entries exceeds its bound.
 func (b bound) exceeded(field string, bytes, entries int) error {
 	switch {
 	case b.entries > 0 && entries > b.entries:
-		return fmt.Errorf("%s holds more than %d %s: send fewer", field, b.entries, b.what)
+		return fmt.Errorf("%s has more than %d %s; send fewer", field, b.entries, b.what)
 	case b.entries > 0 && bytes > b.bytes:
-		return fmt.Errorf("%s holds more than %s: send fewer or shorter %s", field, inBytes(b.bytes), b.what)
+		return fmt.Errorf("%s is longer than %s in total; send fewer or shorter %s", field, inBytes(b.bytes), b.what)
 	case bytes > b.bytes:
-		return fmt.Errorf("%s is longer than %s: send a shorter one", field, inBytes(b.bytes))
+		return fmt.Errorf("%s is longer than %s; send a shorter value", field, inBytes(b.bytes))
 	}
 	return nil
 }
@@ -78,14 +77,14 @@ func inBytes(n int) string {
 	return fmt.Sprintf("%d bytes", n)
 }
 
-// checkText checks a field that is one text.
+// checkText checks the size of a field that is one string.
 func checkText(field, text string) error {
 	return boundOf(field).exceeded(field, len(text), 0)
 }
 
-// HandleExistenceCheck tells Vault whether a write is a create or an update. That
-// depends on the path alone: the fields are left to HandleRequest, since Vault asks
-// this before it asks the policies, and logs what it fails with.
+// HandleExistenceCheck reports to Vault whether a write is a create or an update. That
+// depends on the path alone. It leaves the fields to HandleRequest, because Vault calls it
+// before it checks policies, and logs its errors.
 func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request) (checkFound, exists bool, err error) {
 	if problem, checked := checkName(req); problem != "" {
 		return checked, false, nil // HandleRequest refuses it
@@ -95,7 +94,7 @@ func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request
 	return b.Backend.HandleExistenceCheck(ctx, &bare)
 }
 
-// HandleRequest carries a request out.
+// HandleRequest handles a request.
 func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*logical.Response, error) {
 	if !mayUseSnapshot(req) {
 		return nil, logical.ErrUnsupportedOperation
@@ -111,8 +110,8 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*log
 	return withoutForwarding(resp, err)
 }
 
-// readFields is the request without the fields that are null, which count as not
-// sent. problem is what is wrong with one of the others.
+// readFields returns the request without the fields that are null, which count as omitted.
+// problem says what is wrong with one of the other fields.
 func (b *backend) readFields(req *logical.Request) (_ *logical.Request, problem string) {
 	if len(req.Data) == 0 || req.Operation == logical.RevokeOperation || req.Operation == logical.RenewOperation {
 		return req, ""
@@ -130,7 +129,8 @@ func (b *backend) readFields(req *logical.Request) (_ *logical.Request, problem 
 		}
 		if value == nil {
 			if sent && name == "client_secret" {
-				return nil, "client_secret is null, which would keep the stored secret and yet pass a policy that requires the parameter: send the secret, or leave it out to keep the stored one"
+				// A policy's required_parameters would let null pass.
+				return nil, "client_secret is null; send the secret, or omit the field to keep the stored secret"
 			}
 			continue
 		}
@@ -139,18 +139,18 @@ func (b *backend) readFields(req *logical.Request) (_ *logical.Request, problem 
 		}
 		data.Raw[name] = value
 		if _, _, err := data.GetOkErr(name); err != nil {
-			return nil, name + " cannot be read: " + remedyOf(path.Fields[name].Type)
+			return nil, invalidType(name, path.Fields[name].Type)
 		}
 	}
 	if unknown := len(req.Data) - known; unknown > maxUnknownFields {
-		return nil, fmt.Sprintf("the request has %d parameters that %s does not take: send at most %d of them", unknown, req.Path, maxUnknownFields)
+		return nil, fmt.Sprintf("the request has %d parameters that %s does not have; send at most %d", unknown, req.Path, maxUnknownFields)
 	}
 	for name, value := range req.Data {
 		if path.Fields[name] != nil {
 			continue
 		}
 		if len(name) > longestUnknownField {
-			return nil, fmt.Sprintf("the request has a parameter whose name is longer than %d bytes, and which %s does not take: leave it out", longestUnknownField, req.Path)
+			return nil, fmt.Sprintf("the request has a parameter that %s does not have, with a name longer than %d bytes; remove it", req.Path, longestUnknownField)
 		}
 		data.Raw[name] = value
 	}
@@ -159,12 +159,12 @@ func (b *backend) readFields(req *logical.Request) (_ *logical.Request, problem 
 	return &sent, ""
 }
 
-// checkSize checks the size of a value as it was sent, in a time that depends on the
-// bound and not on the value. It may be twice what the field may hold, for
-// separators, duplicates and white space do not count once they are gone.
+// checkSize checks the size of a value as sent, in a time that depends on the bound and not
+// on the value. It allows twice the field's bound, because separators, duplicates, and
+// white space do not count once they are removed.
 func checkSize(field string, value any) error {
 	limit := boundOf(field)
-	// A text that was sent as a list is refused for that, unless it is a long one.
+	// A string sent as a short list is refused later, for its type.
 	left := room{bytes: 2 * limit.bytes, entries: 2 * max(limit.entries, 32)}
 	left.take(value)
 	switch {
@@ -176,11 +176,11 @@ func checkSize(field string, value any) error {
 	return nil
 }
 
-// room is what there still is room for. It is used up when one is negative.
+// room is the size that is still allowed. It is exhausted when one of its values is
+// negative.
 type room struct{ bytes, entries int }
 
-// take takes the room that a value decoded from JSON needs, and stops when it is
-// used up.
+// take subtracts the size of a value decoded from JSON, and stops when room is exhausted.
 func (r *room) take(value any) {
 	switch value := value.(type) {
 	case string:
@@ -211,20 +211,20 @@ func (r *room) take(value any) {
 	}
 }
 
-// remedyOf says how a field of that type is sent.
-func remedyOf(t framework.FieldType) string {
+// invalidType returns the error for a field whose value does not have that type.
+func invalidType(field string, t framework.FieldType) string {
 	switch t {
 	case framework.TypeBool:
-		return "send true or false"
+		return field + " is not valid; send true or false"
 	case framework.TypeInt:
-		return "send a whole number"
+		return field + " is not valid; send a whole number"
 	case framework.TypeDurationSecond:
-		return "send seconds, or a duration like 10m, that is not negative"
+		return field + " is not valid; send a number of seconds or a duration such as 10m, not negative"
 	case framework.TypeCommaStringSlice:
-		return "send a list of strings, or one string with commas"
+		return field + " is not valid; send a list of strings or one comma-separated string"
 	case framework.TypeKVPairs:
-		return "send an object of strings, or name=value"
+		return field + " is not valid; send an object with string values, or name=value pairs"
 	default:
-		return "send it once, as one string"
+		return field + " is not valid; send it once, as one string"
 	}
 }

@@ -112,7 +112,7 @@ func TestNullForTheSecretIsRefused(t *testing.T) {
 	for _, path := range []string{"config", "config/new"} {
 		for range 2 { // a create, then an update
 			text := m.refused(logical.UpdateOperation, path, testConfig(map[string]any{"client_secret": nil}))
-			if !strings.Contains(text, "client_secret is null") || !strings.Contains(text, "leave it out") {
+			if !strings.Contains(text, "client_secret is null") || !strings.Contains(text, "omit the field") {
 				t.Errorf("%s: got %q, want why and the remedy", path, text)
 			}
 			m.write(path, testConfig(nil))

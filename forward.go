@@ -11,10 +11,10 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// forwardingTexts are the errors on which Vault and OpenBao have another node
-// answer a request. Both recognize them by their text, anywhere in an error: an
-// error that quotes one by accident, or because somebody had MojoAuth say so, turns
-// a request into a redirect to the node that just answered it.
+// forwardingTexts has the errors that make Vault and OpenBao forward a request to another
+// node. Both recognize them by their text, anywhere in an error. An error that quotes one,
+// by accident or because someone made MojoAuth return it, would turn the request into a
+// redirect to the node that just answered it.
 var forwardingTexts = []string{
 	"cannot write to readonly storage",  // logical.ErrReadOnly
 	"please forward to the active node", // logical.ErrPerfStandbyPleaseForward
@@ -22,22 +22,21 @@ var forwardingTexts = []string{
 	"vault is in standby mode",          // consts.ErrStandby
 }
 
-// forwardsElsewhere reports whether Vault or OpenBao would have another node answer
-// a request, because its error has this text. Case does not count here, though it
-// does to them.
+// forwardsElsewhere reports whether Vault or OpenBao would forward a request because of an
+// error with this text. Unlike theirs, the comparison ignores case.
 func forwardsElsewhere(text string) bool {
 	text = strings.ToLower(text)
 	return slices.ContainsFunc(forwardingTexts, func(forwarding string) bool { return strings.Contains(text, forwarding) })
 }
 
-// withoutForwarding is the answer to a request, without an error on which Vault or
-// OpenBao would have another node answer. Its status stays.
+// withoutForwarding returns the response to a request, without an error that would make
+// Vault or OpenBao forward it. The status stays the same.
 func withoutForwarding(resp *logical.Response, err error) (*logical.Response, error) {
-	const withheldError = "the error is withheld, because Vault would take its text for one of its own"
+	const withheldError = "error withheld, because Vault would mistake its text for one of its own errors"
 	if resp.IsError() && forwardsElsewhere(resp.Error().Error()) {
 		resp = logical.ErrorResponse(withheldError)
 	}
-	// The bare error is meant: the SDK answers it where this node may not write.
+	// Only the bare error forwards: the SDK returns it where this node may not write.
 	if err == nil || err == logical.ErrReadOnly || !forwardsElsewhere(err.Error()) { //nolint:errorlint // see above
 		return resp, err
 	}

@@ -397,7 +397,7 @@ func TestConnectionErrorsQuoteNothing(t *testing.T) {
 		tls  bool
 		want string
 	}{
-		{"another name", x509.HostnameError{Certificate: names, Host: "h"}, true, "another host"},
+		{"another name", x509.HostnameError{Certificate: names, Host: "h"}, true, "a different host"},
 		{"expired", invalid(x509.Expired), true, "expired"},
 		{"name constraints", invalid(x509.CANotAuthorizedForThisName), true, "not allowed to issue"},
 		{"another usage", invalid(x509.IncompatibleUsage), true, "not issued for servers"},

@@ -17,57 +17,57 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
-// This file says why a mint gave no token: what kind of trouble it was, whom it
-// concerns, whether trying again may help, and how it is told.
+// This file describes why a mint failed: the class of the failure, whom it concerns,
+// whether a retry may help, and its text.
 
-// errorClass says what kind of trouble a mint had. The classes are few and
-// fixed: they are label values in metrics and keys in status.
+// errorClass is the class of a mint's failure. The classes are few and fixed: they are
+// label values in metrics and keys in status.
 type errorClass string
 
 const (
-	// classClientRefused: MojoAuth refused the client, or the endpoint is not
-	// one. Concerns the whole config.
+	// classClientRefused: MojoAuth refused the client, or token_url is not a token
+	// endpoint. Concerns the entire config.
 	classClientRefused errorClass = "client_refused"
-	// classRequestRefused: MojoAuth accepted the client but not what it asked
-	// for. Concerns one role, or one caller's scopes.
+	// classRequestRefused: MojoAuth accepted the client but refused this request.
+	// Concerns one role or one scope subset.
 	classRequestRefused errorClass = "request_refused"
-	// classThrottled: HTTP 429. No mint ends with it: its request goes back to its
+	// classThrottled: HTTP 429. No mint fails with it: its request goes back to its
 	// place at the gate.
 	classThrottled errorClass = "throttled"
-	// classServerError: HTTP 5xx, or an OAuth error that says the same.
+	// classServerError: HTTP 5xx, or an OAuth error that means the same.
 	classServerError errorClass = "server_error"
-	// classUnexpected: an answer that is no answer of a token endpoint.
+	// classUnexpected: a response that no token endpoint sends.
 	classUnexpected errorClass = "unexpected_answer"
-	// classExpiredOnArrival: a token that may not be served any more when it
-	// arrives. Concerns one role, or one caller's scopes.
+	// classExpiredOnArrival: a token that was at or below its floor on arrival. Concerns
+	// one role or one scope subset.
 	classExpiredOnArrival errorClass = "expired_on_arrival"
-	// classTLS: the endpoint's certificate or TLS was not acceptable.
+	// classTLS: the endpoint's certificate is not trusted, or TLS failed.
 	classTLS errorClass = "tls"
-	// classNetwork: no connection, or one that broke.
+	// classNetwork: no connection, or a broken one.
 	classNetwork errorClass = "network"
-	// classTimeout: no answer within request_timeout.
+	// classTimeout: no response within request_timeout.
 	classTimeout errorClass = "timeout"
-	// classInternal: the engine could not make a request. Concerns the whole config.
+	// classInternal: the engine could not make a request. Concerns the entire config.
 	classInternal errorClass = "internal"
 	// classNothingNewer: a token that expires no later than the cached one. The mint
-	// counts as one that succeeded; only its key is backed off.
+	// counts as a success; only its key backs off.
 	classNothingNewer errorClass = "nothing_newer"
 )
 
-// mintError is why a token could not be had. It holds nothing of the answer
-// but its status and what passed a redactor, so that it may be logged and shown.
+// mintError is why a mint failed. Of the response, it has only the status and what passed
+// the redactor, so it is safe to log and show.
 type mintError struct {
 	class       errorClass
-	status      int    // HTTP status, 0 when there was no answer
-	oauthError  string // RFC 6749 error code, "" when there was none
-	description string // by MojoAuth, fit to be shown
-	reason      string // by this engine: what was wrong, when status and error do not say it
+	status      int    // HTTP status, 0 if there was no response
+	oauthError  string // RFC 6749 error code, "" if there was none
+	description string // by MojoAuth, redacted
+	reason      string // by this engine, if status and error code do not say what is wrong
 
-	retryAfter time.Duration // asked for by Retry-After, 0 when it was not
-	allowed    time.Duration // for classTimeout: the time that was allowed
+	retryAfter time.Duration // from Retry-After, 0 if there was none
+	allowed    time.Duration // for classTimeout: the time limit
 }
 
-// Error says what happened, without a config's or role's name.
+// Error says what happened, without the name of the config or role.
 func (e *mintError) Error() string {
 	var what string
 	switch e.class {
@@ -76,23 +76,23 @@ func (e *mintError) Error() string {
 	case classRequestRefused:
 		what = "MojoAuth refused the request"
 	case classThrottled:
-		what = "MojoAuth throttles"
+		what = "MojoAuth is throttling"
 	case classServerError:
 		what = "MojoAuth failed"
 	case classUnexpected:
-		what = "the token endpoint gave an answer that holds no token"
+		what = "the token endpoint returned no usable token"
 	case classExpiredOnArrival:
-		what = "the token from MojoAuth had expired, or nearly, when it arrived"
+		what = "the token from MojoAuth had expired, or almost expired, on arrival"
 	case classTLS:
 		what = "no trusted TLS connection to the token endpoint"
 	case classNetwork:
 		what = "the token endpoint could not be reached"
 	case classInternal:
-		what = "no request could be made"
+		what = "the token request could not be made"
 	case classNothingNewer:
-		what = "MojoAuth gave no token that lasts longer"
+		what = "MojoAuth returned no token that expires later"
 	case classTimeout:
-		return fmt.Sprintf("the token endpoint gave no answer within the %s that request_timeout allows", e.allowed)
+		return fmt.Sprintf("the token endpoint did not answer within the request_timeout of %s", e.allowed)
 	}
 	for _, detail := range []string{e.oauthError, e.description, e.reason} {
 		if detail != "" {
@@ -105,18 +105,18 @@ func (e *mintError) Error() string {
 	return what
 }
 
-// remedy says what whoever manages the config can do about it: the beginning of
-// a sentence.
+// remedy says what an operator can do about the failure. The result is a clause without a
+// period.
 func (e *mintError) remedy() string {
 	switch {
 	case e.class == classExpiredOnArrival:
-		return "Check max_ttl of the role, how long the token endpoint takes, and the clocks of this host and MojoAuth"
+		return "Check the role's max_ttl, the response time of the token endpoint, and the clocks of this host and MojoAuth"
 	case e.status == http.StatusNotFound, e.class == classUnexpected:
 		return "Check token_url"
 	case e.class == classClientRefused:
 		return "Check client_id, client_secret and token_endpoint_auth_method"
 	case e.class == classRequestRefused:
-		return "Check what the application may ask for in MojoAuth"
+		return "Check which audience and scopes the application may request in MojoAuth"
 	case e.class == classTLS:
 		return "Check token_url and ca_cert"
 	case e.class == classNetwork, e.class == classTimeout:
@@ -126,25 +126,25 @@ func (e *mintError) remedy() string {
 	}
 }
 
-// refused reports whether MojoAuth understood and said no. The caller, or whoever
-// configured the role, can mend that; everything else is an upstream fault.
+// refused reports whether MojoAuth understood the request and refused it. The caller or the
+// operator can fix that. Everything else is a fault of the endpoint or the network.
 func (e *mintError) refused() bool {
 	return e.class == classClientRefused || e.class == classRequestRefused
 }
 
-// concernsRequest reports whether only this request failed, so that others under
-// the same config may well succeed.
+// concernsRequest reports whether the failure concerns only this request, so others with
+// the same config may succeed.
 func (e *mintError) concernsRequest() bool {
 	return e.class == classRequestRefused || e.class == classExpiredOnArrival
 }
 
-// acceptsClient reports whether the error shows that the credentials are good: it
-// is about scope, audience or the like.
+// acceptsClient reports whether the error shows that the credentials are good, because it
+// concerns the scope, the audience, or the like.
 func (e *mintError) acceptsClient() bool {
 	return e.class == classRequestRefused && oauthErrorClass[e.oauthError] == classRequestRefused
 }
 
-// retryable reports whether the same request may succeed within moments.
+// retryable reports whether the same request may succeed moments later.
 func (e *mintError) retryable() bool {
 	switch e.class {
 	case classNetwork:
@@ -158,12 +158,11 @@ func (e *mintError) retryable() bool {
 	return false
 }
 
-// throttled reports whether MojoAuth wants to be asked more slowly, which says
-// nothing of the request.
+// throttled reports whether MojoAuth refused the request only because of the pace.
 func (e *mintError) throttled() bool { return e.class == classThrottled }
 
-// answer is what a try that ended so, without an error if e is nil, says of the pace
-// of requests.
+// answer returns what a request that ended with e means for the pace. e is nil for a
+// request that succeeded.
 func (e *mintError) answer() (how gate.Answer, retryAfter time.Duration) {
 	switch {
 	case e == nil:
@@ -174,14 +173,14 @@ func (e *mintError) answer() (how gate.Answer, retryAfter time.Duration) {
 		return gate.NoAnswer, 0
 	case e.status >= http.StatusInternalServerError:
 		return gate.Answered, e.retryAfter
-	default: // a refusal concerns one request, whatever it asks for
+	default: // a refusal concerns one request, so its Retry-After does not count
 		return gate.Answered, 0
 	}
 }
 
-// withoutDescription is the error as it is told to readers of other roles than
-// the one whose request failed: MojoAuth's own words may name what that role asks
-// for. So may an error code of its own making.
+// withoutDescription returns the error for readers of other roles than the one whose
+// request failed. MojoAuth's description, or an error code of its own, may reveal what
+// that role requests.
 func (e *mintError) withoutDescription() *mintError {
 	told := *e
 	told.description = ""
@@ -191,17 +190,17 @@ func (e *mintError) withoutDescription() *mintError {
 	return &told
 }
 
-// isErrorCode reports whether text looks like an error code, as those of RFC 6749
-// and of IANA's registry of OAuth Extensions Errors do: no sentence, no URL.
+// isErrorCode reports whether text looks like an error code of RFC 6749 or of IANA's
+// registry of OAuth Extensions Errors, and not like a sentence or a URL.
 func isErrorCode(text string) bool {
 	return len(text) <= 64 && !strings.ContainsFunc(text, func(r rune) bool {
 		return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '_'
 	})
 }
 
-// noConnection makes a mintError of a failure to get any answer, in words of the
-// engine's own: what Go says may hold the URL, or texts that the server chose, such
-// as the names in its certificate.
+// noConnection returns a mintError for a request without a response. It uses the engine's
+// own words, because Go's may contain the URL, or texts that the server chose, such as the
+// names in its certificate.
 func noConnection(err error) *mintError {
 	var failed *mintError
 	if errors.As(err, &failed) {
@@ -213,7 +212,7 @@ func noConnection(err error) *mintError {
 	return &mintError{class: classNetwork, reason: networkTrouble(err)}
 }
 
-// tlsTrouble says what is wrong with TLS, "" when it is something else.
+// tlsTrouble says what is wrong with TLS. It returns "" for other errors.
 func tlsTrouble(err error) string {
 	var (
 		unknownAuthority x509.UnknownAuthorityError
@@ -225,20 +224,20 @@ func tlsTrouble(err error) string {
 	)
 	switch {
 	case errors.As(err, &unknownAuthority):
-		return "its certificate is signed by an authority that is not trusted here; set ca_cert if it is your own"
+		return "its certificate is signed by an authority that this host does not trust; if it is your own authority, set ca_cert"
 	case errors.As(err, &hostname):
-		return "its certificate is for another host than token_url names"
+		return "its certificate is for a different host than token_url names"
 	case errors.As(err, &invalid):
 		return "its certificate is not valid: " + invalidCertificate(invalid.Reason)
 	case errors.As(err, &verification):
 		return "its certificate could not be verified"
 	case errors.As(err, &recordHeader) && string(recordHeader.RecordHeader[:]) == "HTTP/":
-		return "the endpoint speaks plain HTTP on that port, not TLS"
+		return "the endpoint speaks plain HTTP on this port, not TLS"
 	case errors.As(err, &recordHeader):
 		return "the endpoint does not speak TLS"
 	case errors.As(err, &op) && (op.Op == "remote error" || op.Op == "local error"):
-		// crypto/tls reports an alert so, in either direction. Its text is one of a
-		// table of Go's.
+		// This is how crypto/tls reports an alert, in either direction. Its text comes
+		// from a table in Go.
 		return "the handshake failed: " + rootCause(op).Error()
 	case strings.HasPrefix(rootCause(err).Error(), "tls: "):
 		return "the handshake failed"
@@ -246,22 +245,22 @@ func tlsTrouble(err error) string {
 	return ""
 }
 
-// invalidCertificate tells a reason without the detail that comes with it, in which
-// names of the certificate are quoted.
+// invalidCertificate describes the reason without Go's details, which quote names from the
+// certificate.
 func invalidCertificate(reason x509.InvalidReason) string {
 	switch reason {
 	case x509.Expired:
-		return "it has expired, or is not valid yet by the clock of this host"
+		return "it has expired or is not valid yet, according to the clock of this host"
 	case x509.IncompatibleUsage, x509.CANotAuthorizedForExtKeyUsage:
-		return "it was not issued for servers"
+		return "it was not issued for a server"
 	case x509.NotAuthorizedToSign, x509.TooManyIntermediates, x509.CANotAuthorizedForThisName, x509.NameMismatch:
-		return "an authority in its chain was not allowed to issue it"
+		return "an authority in its chain may not issue it"
 	default:
-		return "its chain does not add up"
+		return "its chain is not valid"
 	}
 }
 
-// networkTrouble says why there is no connection, or none any more.
+// networkTrouble says why there is no connection, or why it broke.
 func networkTrouble(err error) string {
 	var (
 		dns   *net.DNSError
@@ -276,7 +275,7 @@ func networkTrouble(err error) string {
 	case errors.As(err, &op) && op.Timeout():
 		return op.Op + ": no answer in time"
 	default:
-		return "the connection broke before the answer was whole"
+		return "the connection broke before the response was complete"
 	}
 }
 

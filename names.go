@@ -11,16 +11,16 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file says what configs and roles may be called, and looks at the name in
-// every path before a handler does.
+// This file defines the names that configs and roles may have, and checks the name in every
+// path before a handler runs.
 
 // longestName is in characters.
 const longestName = 128
 
-// namedPaths are the paths that end in a name.
+// namedPaths has the paths that end with a name.
 var namedPaths = []struct {
 	prefix string
-	field  string // what the path's pattern calls the name
+	field  string // the name's field in the path's pattern
 	exists bool   // whether the path has an existence check
 }{
 	{credsPrefix, "role", false},
@@ -29,13 +29,13 @@ var namedPaths = []struct {
 	{configPrefix, "name", true},
 }
 
-// checkName looks at the name in the path of a request. problem is what is wrong
-// with it. exists tells whether the path has an existence check.
+// checkName checks the name in the path of a request. problem says what is wrong with it.
+// exists reports whether the path has an existence check.
 func checkName(req *logical.Request) (problem string, exists bool) {
 	switch req.Operation {
-	case logical.HelpOperation: // "roles/:name" is described, too
+	case logical.HelpOperation: // which also takes "roles/:name"
 		return "", false
-	case logical.RenewOperation, logical.RevokeOperation: // of a lease that may be older than the rules
+	case logical.RenewOperation, logical.RevokeOperation: // of a lease that may predate these rules
 		return "", false
 	}
 	for _, path := range namedPaths {
@@ -50,28 +50,28 @@ func checkName(req *logical.Request) (problem string, exists bool) {
 	return "", false
 }
 
-// validateName checks the name of a config or role, which was sent in that field.
+// validateName checks the name of a config or role, sent in that field.
 //
-// Capitals are refused and not folded: Vault's policies compare paths as they are
-// sent, so creds/Reports would pass a deny on creds/reports.
+// Capital letters are refused and not folded: Vault's policies compare paths as sent, so
+// creds/Reports would pass a deny on creds/reports.
 func validateName(field, name string) error {
 	switch {
 	case isName(name):
 		return nil
 	case utf8.RuneCountInString(name) > longestName:
-		return fmt.Errorf("%s is longer than %d characters: use a shorter one", field, longestName)
+		return fmt.Errorf("%s is longer than %d characters; use a shorter name", field, longestName)
 	case strings.Contains(name, ".."):
-		return fmt.Errorf(`%s %q contains "..", which Vault's storage does not accept: use a name without it`, field, name)
+		return fmt.Errorf(`%s %q contains "..", which Vault's storage does not accept; use a name without it`, field, name)
 	case isName(strings.ToLower(name)):
-		return fmt.Errorf("%s %q contains a capital letter: use %q, since names are in lower case", field, name, strings.ToLower(name))
+		return fmt.Errorf("%s %q contains a capital letter; use %q, because names are in lower case", field, name, strings.ToLower(name))
 	default:
-		return fmt.Errorf("%s %q is not a valid name: use lower-case letters, digits, _, - and dots, and begin and end with a letter, a digit or _", field, name)
+		return fmt.Errorf("%s %q is not a valid name; use lowercase letters, digits, _, -, and dots, and start and end with a letter, a digit, or _", field, name)
 	}
 }
 
-// isName tells whether a config or role may have that name: what the framework
-// matches in a path (framework.GenericNameRegex), but for capitals and "..". Each
-// cached read comes through here.
+// isName reports whether a config or role may have that name: one that the framework
+// matches in a path (framework.GenericNameRegex), without capital letters and "..". It is
+// hand-written because each cached read calls it.
 func isName(name string) bool {
 	if len(name) == 0 || len(name) > longestName {
 		return false

@@ -41,7 +41,7 @@ func TestNarrowedScopesHaveATokenForEachSet(t *testing.T) {
 			t.Errorf("asked for the scopes %q", got)
 		}
 		text := m.refused(logical.ReadOperation, "creds/app", map[string]any{"scopes": "a,d"})
-		if !strings.Contains(text, `scopes holds "d", which role "app" does not have`) {
+		if !strings.Contains(text, `scopes contains "d", which role "app" does not have`) {
 			t.Errorf("got %q", text)
 		}
 		m.wantMints(2)

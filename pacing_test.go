@@ -147,7 +147,7 @@ func TestReaderWithoutATurn(t *testing.T) {
 		})
 		m.write("roles/cold", nil)
 		got, took := m.patiently("cold", nil)
-		wantStatus(t, got.err, http.StatusTooManyRequests, `role "cold"`, `config "default"`, "waiting", "a second", "MojoAuth throttles", "Try again in")
+		wantStatus(t, got.err, http.StatusTooManyRequests, `role "cold"`, `config "default"`, "waiting", "per second", "MojoAuth is throttling", "Try again in")
 		resp, _ := m.HandleRequest(context.Background(), &logical.Request{Operation: logical.ReadOperation, Path: "creds/cold", Storage: m.storage})
 		if resp == nil || len(resp.Headers["Retry-After"]) != 1 || resp.IsError() || resp.Data != nil {
 			t.Fatalf("got the response %v with the error, want a header Retry-After and nothing else", resp)
@@ -162,7 +162,7 @@ func TestReaderWithoutATurn(t *testing.T) {
 		got, took = m.patiently("warm", nil)
 		if !strings.HasPrefix(got.token, "token-1-") || took > 2*time.Second || len(got.warnings) != 1 {
 			t.Errorf("after %s a reader of a due token got %v, want that token with a warning within 2s", took, got)
-		} else if !strings.Contains(got.warnings[0], "MojoAuth throttles") {
+		} else if !strings.Contains(got.warnings[0], "MojoAuth is throttling") {
 			t.Errorf("got the warning %q, want it to say that MojoAuth throttles", got.warnings[0])
 		}
 	})
@@ -211,7 +211,7 @@ func TestVerificationWithoutATurn(t *testing.T) {
 		m.write("config", testConfig(nil))
 		m.mojo.set(func(s *standIn) { s.fail = &mintError{class: classThrottled, status: 429} })
 		text := m.refused(logical.UpdateOperation, "config", map[string]any{"max_retries": 3})
-		for _, part := range []string{"no turn", "MojoAuth throttles", "verify_connection=false"} {
+		for _, part := range []string{"no turn", "MojoAuth is throttling", "verify_connection=false"} {
 			if !strings.Contains(text, part) {
 				t.Errorf("got %q, want it to hold %q", text, part)
 			}
@@ -228,7 +228,7 @@ func TestVerificationOfAConfigThatGoes(t *testing.T) {
 			time.Sleep(5 * time.Second)
 			m.do(logical.DeleteOperation, "config", nil)
 		}()
-		if text := m.refused(logical.UpdateOperation, "config", map[string]any{"max_retries": 3}); !strings.Contains(text, "changed by somebody else") {
+		if text := m.refused(logical.UpdateOperation, "config", map[string]any{"max_retries": 3}); !strings.Contains(text, "changed during this request") {
 			t.Errorf("got %q", text)
 		}
 	})

@@ -39,7 +39,7 @@ const (
 
 	defaultRequestTimeout = 10 * time.Second
 	minRequestTimeout     = time.Second
-	// maxRequestTimeout keeps a mint within the 90 s that Vault gives a request.
+	// maxRequestTimeout keeps a mint within the 90 s that Vault allows a request.
 	maxRequestTimeout = 60 * time.Second
 
 	defaultMaxRetries = 2
@@ -49,7 +49,7 @@ const (
 	maxMaxRequestsPerSecond     = 1000
 )
 
-// configEntry is a config as it is stored.
+// configEntry is a config as stored.
 type configEntry struct {
 	TokenURL                string        `json:"token_url"`
 	ClientID                string        `json:"client_id"`
@@ -61,9 +61,9 @@ type configEntry struct {
 	MaxRequestsPerSecond    int           `json:"max_requests_per_second"`
 	PersistTokens           *bool         `json:"persist_tokens,omitempty"` // nil is true
 
-	// TokenGeneration is random and changes with what tokens depend on: who
-	// the client is, and where. Every node serves only tokens that were minted
-	// under the generation that storage has.
+	// TokenGeneration is random. It changes when the client or its token endpoint
+	// changes, because tokens depend on both. A node serves only tokens minted under
+	// the generation in storage.
 	TokenGeneration string `json:"token_generation"`
 }
 
@@ -72,7 +72,7 @@ func (b *backend) pathConfig() []*framework.Path {
 		"name": {
 			Type:        framework.TypeString,
 			Required:    true,
-			Description: `Name of the config, in lower case, as roles name it in their field "config".`,
+			Description: `Name of the config, in lower case. Roles refer to it in their "config" field.`,
 		},
 	}
 	for name, schema := range configFields() {
@@ -87,7 +87,7 @@ func (b *backend) pathConfig() []*framework.Path {
 			Fields:          named,
 			ExistenceCheck:  b.configExists,
 			Operations:      b.configOperations("config"),
-			HelpSynopsis:    "Configure a named MojoAuth application that tokens are minted with.",
+			HelpSynopsis:    "Configure a MojoAuth application to mint tokens with.",
 			HelpDescription: strings.TrimSpace(configHelp),
 		},
 		{
@@ -98,10 +98,10 @@ func (b *backend) pathConfig() []*framework.Path {
 			Fields:          configFields(),
 			ExistenceCheck:  b.configExists,
 			Operations:      b.configOperations("default-config"),
-			HelpSynopsis:    `Configure the MojoAuth application of roles that name no other: "config/default".`,
+			HelpSynopsis:    `Configure the default MojoAuth application, "config/default".`,
 			HelpDescription: strings.TrimSpace(configHelp),
 		},
-		listPath("config/$", "configs", "Each config is one MojoAuth application; read one at config/<name>.", b.configs.list),
+		listPath("config/$", "configs", "Each config holds one MojoAuth application. Read a config at config/<name>.", b.configs.list),
 	}
 }
 
@@ -110,10 +110,10 @@ func configFields() map[string]*framework.FieldSchema {
 		"token_url": {
 			Type: framework.TypeString,
 			Description: `URL of the token endpoint, for example
-https://your-app.mojoauth.com/oauth2/token. A query string such as ?env=test is
-kept. It must be https; http only for a loopback host. Its host is in ASCII: send
-the xn-- form of another. Required. At most 2 KiB. To change it, send client_secret
-in the same request.`,
+https://your-app.mojoauth.com/oauth2/token. It may include a query string such as
+?env=test. The scheme must be https; http is allowed for a loopback host only. The
+host must be ASCII: send an internationalized name in its xn-- form. Required. At
+most 2 KiB. To change it, send client_secret in the same request.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Token URL"},
 		},
 		"client_id": {
@@ -123,61 +123,64 @@ in the same request.`,
 		},
 		"client_secret": {
 			Type: framework.TypeString,
-			Description: `Client secret of the application. Required. At most 4 KiB. It is stored in Vault
-and never returned. When it is not sent, an update keeps it; null is refused. One
-line end after it is cut off.`,
+			Description: `Client secret of the application. Required. At most 4 KiB. Vault stores it and
+never returns it. An update without this field keeps the stored secret; null is
+refused. One trailing newline is removed.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Client secret", Sensitive: true},
 		},
 		"token_endpoint_auth_method": {
 			Type:          framework.TypeString,
 			Default:       authMethodPost,
 			AllowedValues: []any{authMethodPost, authMethodBasic},
-			Description: `How the client authenticates: client_secret_post (in the form) or
-client_secret_basic (in the Authorization header).`,
+			Description: `How the client authenticates to the token endpoint: client_secret_post
+(credentials in the form) or client_secret_basic (credentials in the Authorization
+header).`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Token endpoint auth method", Value: authMethodPost},
 		},
 		"ca_cert": {
 			Type: framework.TypeString,
-			Description: `PEM certificates of authorities to trust for this endpoint, in addition to
-the system's. Send an empty value to remove them. Verification cannot be
-switched off. At most 64 KiB. To change it, send client_secret in the same request.`,
+			Description: `PEM-encoded CA certificates to trust for this endpoint, in addition to the
+system's. Send an empty value to remove them. You cannot turn off certificate
+verification. At most 64 KiB. To change it, send client_secret in the same request.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "CA certificate", EditType: "file"},
 		},
 		"request_timeout": {
 			Type:    framework.TypeDurationSecond,
 			Default: int(defaultRequestTimeout / time.Second),
-			Description: `Longest time that getting one token may take, all tries included, from when its
-first request leaves: 1s to 60s, in seconds or as a duration like 10s.`,
+			Description: `Time limit for minting one token, including all retries, counted from its first
+request: 1s to 60s. A number of seconds or a duration such as 10s.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Request timeout", Value: "10s"},
 		},
 		"max_retries": {
 			Type:    framework.TypeInt,
 			Default: defaultMaxRetries,
-			Description: `How often a try that failed is repeated within request_timeout when the failure
-may pass (network, 500, 502, 503, 504): 0 to 10. A 429 costs none of these.`,
+			Description: `How many times to retry a token request within request_timeout after a temporary
+failure (a network error, or HTTP 500, 502, 503, or 504): 0 to 10. Repeating a request
+after HTTP 429 does not count.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Max retries", Value: defaultMaxRetries},
 		},
 		"max_requests_per_second": {
 			Type:    framework.TypeInt,
 			Default: defaultMaxRequestsPerSecond,
-			Description: `The most requests in a second to this token endpoint, retries, rotations and
-verifications included: 1 to 1000. Choose it by what MojoAuth's plan allows this
-host, less what others ask from the same address. It applies at once.`,
+			Description: `Maximum number of requests per second to this token endpoint, including retries,
+rotations, and verifications: 1 to 1000. Set it to what your MojoAuth plan allows,
+less the requests that others send from the same IP address. A new value takes
+effect immediately.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Max requests per second", Value: defaultMaxRequestsPerSecond},
 		},
 		"persist_tokens": {
 			Type:    framework.TypeBool,
 			Default: true,
-			Description: `Keep each role's token in Vault's storage too, encrypted like everything there, so
-that it outlives the plugin's process and all nodes of the cluster share it. false
-deletes what is stored; each node then mints tokens of its own.`,
+			Description: `Whether to also keep each role's token in Vault's storage, encrypted like all data
+there. Stored tokens survive a restart of the plugin, and all nodes of the cluster
+share them. false deletes the stored tokens; each node then mints its own.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Persist tokens", Value: true},
 		},
 		"verify_connection": {
 			Type:    framework.TypeBool,
 			Default: true,
-			Description: `Ask for one token before saving, and save only when MojoAuth accepts the client.
-false saves without asking. Not stored.`,
+			Description: `Whether to request one token before saving, and save only if MojoAuth accepts the
+client. false saves without verification. Not stored.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Verify connection", Value: true},
 		},
 	}
@@ -189,7 +192,7 @@ func (b *backend) configOperations(suffix string) map[logical.Operation]framewor
 	}
 	write := &framework.PathOperation{
 		Callback:                    b.configWrite,
-		Summary:                     "Write a config. Fields that are not sent keep their values.",
+		Summary:                     "Write a config. Omitted fields keep their values.",
 		DisplayAttrs:                attrs("write"),
 		Responses:                   writeResponse,
 		ForwardPerformanceStandby:   true,
@@ -200,25 +203,25 @@ func (b *backend) configOperations(suffix string) map[logical.Operation]framewor
 		logical.UpdateOperation: write,
 		logical.ReadOperation: &framework.PathOperation{
 			Callback:     b.configRead,
-			Summary:      "Read a config, without its client secret.",
+			Summary:      "Read a config without its client secret.",
 			DisplayAttrs: attrs("read"),
 			Responses: map[int][]framework.Response{http.StatusOK: {{
 				Description: "OK",
 				Fields: map[string]*framework.FieldSchema{
 					"token_url":                  {Type: framework.TypeString, Required: true, Description: "URL of the token endpoint."},
 					"client_id":                  {Type: framework.TypeString, Required: true, Description: "Client ID of the application."},
-					"token_endpoint_auth_method": {Type: framework.TypeString, Required: true, Description: "client_secret_post or client_secret_basic."},
-					"ca_cert":                    {Type: framework.TypeString, Required: true, Description: "PEM certificates trusted in addition to the system's."},
-					"request_timeout":            {Type: framework.TypeInt64, Required: true, Description: "Longest time, in seconds, that getting one token may take."},
-					"max_retries":                {Type: framework.TypeInt, Required: true, Description: "How often a failed try is repeated."},
-					"max_requests_per_second":    {Type: framework.TypeInt, Required: true, Description: "The most requests in a second to the token endpoint."},
-					"persist_tokens":             {Type: framework.TypeBool, Required: true, Description: "Whether tokens are kept in Vault's storage too."},
+					"token_endpoint_auth_method": {Type: framework.TypeString, Required: true, Description: "How the client authenticates: client_secret_post or client_secret_basic."},
+					"ca_cert":                    {Type: framework.TypeString, Required: true, Description: "PEM-encoded CA certificates that are trusted in addition to the system's."},
+					"request_timeout":            {Type: framework.TypeInt64, Required: true, Description: "Time limit for minting one token, in seconds."},
+					"max_retries":                {Type: framework.TypeInt, Required: true, Description: "How many times a token request is retried after a temporary failure."},
+					"max_requests_per_second":    {Type: framework.TypeInt, Required: true, Description: "Maximum number of requests per second to the token endpoint."},
+					"persist_tokens":             {Type: framework.TypeBool, Required: true, Description: "Whether tokens are also kept in Vault's storage."},
 				},
 			}}},
 		},
 		logical.RecoverOperation: &framework.PathOperation{
 			Callback:                    b.configRecover,
-			Summary:                     "Recover a config from a loaded snapshot, with its client secret.",
+			Summary:                     "Recover a config, including its client secret, from a loaded snapshot.",
 			DisplayAttrs:                attrs("recover"),
 			Responses:                   writeResponse,
 			ForwardPerformanceStandby:   true,
@@ -226,7 +229,7 @@ func (b *backend) configOperations(suffix string) map[logical.Operation]framewor
 		},
 		logical.DeleteOperation: &framework.PathOperation{
 			Callback:                    b.configDelete,
-			Summary:                     "Delete a config and drop its tokens, cached and stored.",
+			Summary:                     "Delete a config and drop its cached and stored tokens.",
 			DisplayAttrs:                attrs("delete"),
 			Responses:                   deleteResponse,
 			ForwardPerformanceStandby:   true,
@@ -235,7 +238,7 @@ func (b *backend) configOperations(suffix string) map[logical.Operation]framewor
 	}
 }
 
-// configName is the config that a request is about.
+// configName returns the name of the config that a request addresses.
 func configName(d *framework.FieldData) string {
 	if _, named := d.Schema["name"]; named {
 		return d.Get("name").(string)
@@ -256,7 +259,7 @@ func (b *backend) configRead(ctx context.Context, req *logical.Request, d *frame
 	return &logical.Response{Data: config.entry.toResponseData()}, nil
 }
 
-// toResponseData is what a read may show: all but the client secret.
+// toResponseData returns what a read shows: everything except the client secret.
 func (c *configEntry) toResponseData() map[string]any {
 	return map[string]any{
 		"token_url":                  c.TokenURL,
@@ -270,16 +273,16 @@ func (c *configEntry) toResponseData() map[string]any {
 	}
 }
 
-// persistsTokens reports whether the config's tokens are kept in storage. They are when the
-// entry was stored before it could say so.
+// persistsTokens reports whether the config's tokens are kept in storage. They are for an
+// entry that was stored before the field existed.
 func (c *configEntry) persistsTokens() bool { return c.PersistTokens == nil || *c.PersistTokens }
 
-// longest is how long a request to this engine waits for a token: request_timeout and a
-// little less than a second, so that it is answered within that.
+// longest is how long a request to this engine waits for a token. It is a little less than
+// request_timeout plus a second, which leaves time to answer within that limit.
 func (c *configEntry) longest() time.Duration { return c.RequestTimeout + 990*time.Millisecond }
 
-// requestsPerSecond is the limit of the config's gate. An entry that was stored before
-// there was one has the default.
+// requestsPerSecond is the limit of the config's gate. An entry that was stored before the
+// field existed has the default.
 func (c *configEntry) requestsPerSecond() int {
 	return cmp.Or(c.MaxRequestsPerSecond, defaultMaxRequestsPerSecond)
 }
@@ -294,11 +297,11 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, d *fra
 	return unlessEmpty(resp), nil
 }
 
-// pruneConfig deletes the stored tokens of a config that was written, but those that
-// stand. A failure is a warning: such tokens are never served.
+// pruneConfig deletes the stored tokens of a config that was written, except those that are
+// still valid. A failure is a warning only, because such tokens are never served.
 func (b *backend) pruneConfig(ctx context.Context, name string, resp *logical.Response) {
 	if b.tokens.pruneConfig(ctx, name) != nil {
-		resp.AddWarning(fmt.Sprintf("Not all older tokens of config %q could be deleted from storage. They are not served any more, and the hourly sweep deletes them.", name))
+		resp.AddWarning(fmt.Sprintf("Some older tokens of config %q could not be deleted from storage. They are no longer served, and the hourly sweep deletes them.", name))
 	}
 }
 
@@ -311,8 +314,8 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 	return resp, err
 }
 
-// writeConfig verifies a config and saves it. The error is a problem when the user can
-// solve it, and says nothing of which config it is.
+// writeConfig verifies a config and saves it. The error is a problem if the user can fix
+// it, and does not name the config.
 func (b *backend) writeConfig(ctx context.Context, req *logical.Request, name string, d *framework.FieldData) (*logical.Response, error) {
 	old, err := b.configs.load(ctx, req.Storage, name)
 	if err != nil {
@@ -324,7 +327,7 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, name st
 	}
 	resp := &logical.Response{}
 	if d.Get("verify_connection").(bool) {
-		// Before update takes its lock, so that no other write waits for MojoAuth.
+		// This comes before update takes its lock, so no other write waits for MojoAuth.
 		warning, err := b.verifyConnection(ctx, name, config)
 		if err != nil {
 			return nil, err
@@ -335,7 +338,7 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, name st
 	}
 	_, err = b.configs.update(ctx, req.Storage, name, func(current *held[configEntry]) (*configEntry, error) {
 		if !current.same(old) || !allowed(req.Operation, current != nil) {
-			return nil, problem("it was changed by somebody else at the same time. Read it and write again")
+			return nil, errChanged
 		}
 		return config, nil
 	})
@@ -346,7 +349,7 @@ func (b *backend) writeConfig(ctx context.Context, req *logical.Request, name st
 	return unlessEmpty(resp), nil
 }
 
-// configSaved does what follows a write of a config that is in storage.
+// configSaved does what remains after a config was saved.
 func (b *backend) configSaved(ctx context.Context, name string, old *held[configEntry], config *configEntry, resp *logical.Response) {
 	b.telemetry.configSeen(name)
 	if old != nil && (config.TokenGeneration != old.entry.TokenGeneration || old.entry.persistsTokens() && !config.persistsTokens()) {
@@ -354,13 +357,13 @@ func (b *backend) configSaved(ctx context.Context, name string, old *held[config
 	}
 }
 
-// sameClient reports whether both configs' tokens belong to the same client.
+// sameClient reports whether tokens of both configs belong to the same client.
 func (c *configEntry) sameClient(other *configEntry) bool {
 	return c.TokenURL == other.TokenURL && c.ClientID == other.ClientID
 }
 
-// mergeConfig makes the config that old becomes with the fields that were sent,
-// and checks the whole. Its error names the field and says how to mend it.
+// mergeConfig returns old with the fields of the request merged in, and validates the
+// result. Its error names the field and says how to fix it.
 func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, error) {
 	config := configEntry{
 		TokenEndpointAuthMethod: authMethodPost,
@@ -407,13 +410,13 @@ func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, 
 		return nil, err
 	}
 	if old != nil && !secretSent {
-		// Compared as they are: two spellings of one host may turn out to be two.
+		// These are compared verbatim: two spellings of one host may resolve differently.
 		for _, field := range []struct{ name, was, becomes string }{
 			{"token_url", old.entry.TokenURL, config.TokenURL},
 			{"ca_cert", old.entry.CACert, config.CACert},
 		} {
 			if field.was != field.becomes {
-				return nil, fmt.Errorf("%s changes: send client_secret in the same request, so someone who doesn't know the secret can't redirect it", field.name)
+				return nil, fmt.Errorf("%s changes, which requires the client secret; send client_secret in the same request, so someone who doesn't know the secret can't redirect it", field.name)
 			}
 		}
 	}
@@ -423,7 +426,7 @@ func mergeConfig(old *held[configEntry], d *framework.FieldData) (*configEntry, 
 	return &config, nil
 }
 
-// cutLineEnd takes away the line end of what was typed or is the last line of a file.
+// cutLineEnd removes the trailing newline that a terminal or a file adds.
 func cutLineEnd(text string) string {
 	if line, ok := strings.CutSuffix(text, "\n"); ok {
 		return strings.TrimSuffix(line, "\r")
@@ -431,7 +434,7 @@ func cutLineEnd(text string) string {
 	return text
 }
 
-// validate checks the whole config.
+// validate checks the entire config.
 func (c *configEntry) validate() error {
 	for _, field := range []struct{ name, value string }{
 		{"token_url", c.TokenURL},
@@ -451,72 +454,72 @@ func (c *configEntry) validate() error {
 		{"client_secret", c.ClientSecret},
 	} {
 		if field.value == "" {
-			return fmt.Errorf("%s is required: send the one that MojoAuth shows for the application", field.name)
+			return fmt.Errorf("%s is required; send the value that MojoAuth shows for the application", field.name)
 		}
 		if strings.ContainsFunc(field.value, isControl) {
-			return fmt.Errorf("%s holds a control character, often the line end of a file it was read from: send it without", field.name)
+			return fmt.Errorf("%s contains a control character (often a trailing newline); remove it", field.name)
 		}
 	}
 	switch c.TokenEndpointAuthMethod {
 	case authMethodPost, authMethodBasic:
 	default:
-		return fmt.Errorf("token_endpoint_auth_method %q is not known: send %s or %s", c.TokenEndpointAuthMethod, authMethodPost, authMethodBasic)
+		return fmt.Errorf("token_endpoint_auth_method %q is not supported; send %s or %s", c.TokenEndpointAuthMethod, authMethodPost, authMethodBasic)
 	}
 	if err := validateCACert(c.CACert); err != nil {
 		return err
 	}
 	if c.RequestTimeout < minRequestTimeout || c.RequestTimeout > maxRequestTimeout {
-		return fmt.Errorf("request_timeout %s is out of range: send %s to %s", c.RequestTimeout, minRequestTimeout, maxRequestTimeout)
+		return fmt.Errorf("request_timeout %ds is out of range; send %ds to %ds", c.RequestTimeout/time.Second, minRequestTimeout/time.Second, maxRequestTimeout/time.Second)
 	}
 	if c.MaxRetries < 0 || c.MaxRetries > maxMaxRetries {
-		return fmt.Errorf("max_retries %d is out of range: send 0 to %d", c.MaxRetries, maxMaxRetries)
+		return fmt.Errorf("max_retries %d is out of range; send 0 to %d", c.MaxRetries, maxMaxRetries)
 	}
 	if n := c.MaxRequestsPerSecond; n < 1 || n > maxMaxRequestsPerSecond {
-		return fmt.Errorf("max_requests_per_second %d is out of range: send 1 to %d", n, maxMaxRequestsPerSecond)
+		return fmt.Errorf("max_requests_per_second %d is out of range; send 1 to %d", n, maxMaxRequestsPerSecond)
 	}
 	return nil
 }
 
 func isControl(r rune) bool { return r < 0x20 || r == 0x7f }
 
-// validateTokenURL accepts an https URL of any host, and http of a loopback
-// host. The URL itself is not repeated in errors: it may hold a password.
+// validateTokenURL accepts an https URL with any host, and an http URL with a loopback
+// host. Errors do not repeat the URL, because it may contain a password.
 func validateTokenURL(raw string) error {
 	const example = "for example https://your-app.mojoauth.com/oauth2/token"
 	if raw == "" {
-		return errors.New("token_url is required: send the token endpoint's full URL, " + example)
+		return errors.New("token_url is required; send the full URL of the token endpoint, " + example)
 	}
 	if strings.ContainsFunc(hostIn(raw), func(r rune) bool { return r >= utf8.RuneSelf || r == '%' }) {
-		return errors.New("token_url has a host that is not plain ASCII: send the host's ASCII form, in which each label beyond ASCII begins with xn--, and nothing percent-encoded")
+		return errors.New("token_url has a host with non-ASCII or percent-encoded characters; send the ASCII form of the host, in which internationalized labels begin with xn--")
 	}
 	u, err := url.Parse(raw)
 	if err != nil || u.Hostname() == "" || u.Opaque != "" || strings.ContainsFunc(raw, func(r rune) bool { return r == ' ' || isControl(r) }) {
-		return errors.New("token_url is not a full URL: send one without spaces, " + example)
+		return errors.New("token_url is not a full URL; send a full URL without spaces, " + example)
 	}
 	switch {
 	case !isHost(u):
-		return errors.New("token_url has a host that is neither a name (letters, digits, -, _ and dots) nor an IP address: send the token endpoint's, " + example)
+		return errors.New("token_url has a host that is neither a name (letters, digits, -, _, and dots) nor an IP address; send the full URL of the token endpoint, " + example)
 	case u.User != nil:
-		return errors.New("token_url holds user information before an @: send it without; credentials belong in client_id and client_secret")
+		return errors.New("token_url contains user information before an @; remove it, and send credentials in client_id and client_secret")
 	case strings.Contains(raw, "#"):
-		return errors.New("token_url holds a fragment (#): send it without")
+		return errors.New("token_url contains a fragment (#); remove it")
 	case u.Scheme == "https":
 	case u.Scheme == "http" && isLoopback(u.Hostname()):
 	case u.Scheme == "http":
-		return errors.New("token_url is http, which would send the client secret unencrypted: send an https URL (http is accepted for a loopback host only)")
+		return errors.New("token_url is an http URL, which would send the client secret unencrypted; send an https URL (http is allowed for a loopback host only)")
 	default:
-		return fmt.Errorf("token_url has the scheme %q: send an https URL, %s", u.Scheme, example)
+		return fmt.Errorf("token_url has the scheme %q; send an https URL, %s", u.Scheme, example)
 	}
 	if port := u.Port(); port != "" {
 		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-			return fmt.Errorf("token_url has the port %q: send one from 1 to 65535, or none", port)
+			return fmt.Errorf("token_url has the port %q; send a port from 1 to 65535, or none", port)
 		}
 	}
 	return nil
 }
 
-// isHost tells whether a URL's host is a name or an IP address. url.Parse also takes
-// hosts that nothing can be dialed at.
+// isHost reports whether a URL's host is a name or an IP address. url.Parse also accepts
+// hosts that cannot be dialed.
 func isHost(u *url.URL) bool {
 	if strings.HasPrefix(u.Host, "[") {
 		ip, err := netip.ParseAddr(u.Hostname())
@@ -535,8 +538,7 @@ func isLoopback(host string) bool {
 	return ip != nil && ip.IsLoopback()
 }
 
-// hostIn is the host of a URL, with its port, as it is written there: url.Parse
-// decodes it.
+// hostIn returns the host and port of a URL verbatim. url.Parse would decode them.
 func hostIn(raw string) string {
 	_, host, _ := strings.Cut(raw, "//")
 	if end := strings.IndexAny(host, "/?#"); end >= 0 {
@@ -554,22 +556,22 @@ func validateCACert(bundle string) error {
 			break
 		}
 		if block.Type != "CERTIFICATE" {
-			return fmt.Errorf("ca_cert holds a PEM block of type %q: send certificates only", block.Type)
+			return fmt.Errorf("ca_cert contains a PEM block of type %q; send certificates only", block.Type)
 		}
 		if _, err := x509.ParseCertificate(block.Bytes); err != nil {
-			return fmt.Errorf("ca_cert holds a certificate that cannot be read: %w", err)
+			return fmt.Errorf("ca_cert contains a certificate that cannot be parsed: %w", err)
 		}
 		found++
 	}
 	if len(strings.TrimSpace(string(rest))) != 0 || (bundle != "" && found == 0) {
-		return errors.New("ca_cert is not PEM: send certificates between BEGIN CERTIFICATE and END CERTIFICATE lines, from the CLI as ca_cert=@file.pem")
+		return errors.New("ca_cert is not PEM; send certificates with their BEGIN CERTIFICATE and END CERTIFICATE lines, from the CLI as ca_cert=@file.pem")
 	}
 	return nil
 }
 
-// verifyConnection asks for a token with the config and throws it away. A refusal
-// that is about the request only, such as a scope being needed, shows that the
-// credentials are good: that is a warning. The error is a problem, or the end of ctx.
+// verifyConnection requests a token with the config and discards it. A refusal that
+// concerns only the request, such as a missing scope, shows that the credentials are good,
+// so it is a warning. The error is a problem, or reports that ctx ended.
 func (b *backend) verifyConnection(ctx context.Context, name string, config *configEntry) (warning string, err error) {
 	leave, err := b.verifications.enter(ctx, config.RequestTimeout)
 	if err != nil {
@@ -577,7 +579,8 @@ func (b *backend) verifyConnection(ctx context.Context, name string, config *con
 	}
 	ctx, cancel := context.WithTimeout(ctx, config.longest())
 	defer cancel()
-	waiting, cancel := context.WithTimeout(ctx, config.longest()-100*time.Millisecond) // to be told why
+	// Waiting for a turn ends earlier than ctx, so its error can still be reported.
+	waiting, cancel := context.WithTimeout(ctx, config.longest()-100*time.Millisecond)
 	defer cancel()
 	ended := make(chan error, 1)
 	go func() {
@@ -586,7 +589,7 @@ func (b *backend) verifyConnection(ctx context.Context, name string, config *con
 	}()
 	select {
 	case err = <-ended:
-	case <-ctx.Done(): // a client that is not well either
+	case <-ctx.Done(): // the client did not honor its own deadline
 		err = ctx.Err()
 	}
 	var (
@@ -595,21 +598,21 @@ func (b *backend) verifyConnection(ctx context.Context, name string, config *con
 	)
 	switch {
 	case errors.As(err, &late):
-		return "", problemf("trying it failed: %s, or send verify_connection=false to save it without asking MojoAuth", late.reason())
+		return "", problemf("verification failed: %s, or send verify_connection=false to save it without verification", late.reason())
 	case errors.Is(err, gate.ErrClosed):
-		return "", problem("it was changed by somebody else at the same time. Read it and write again")
+		return "", errChanged
 	case errors.Is(err, context.DeadlineExceeded):
 		failed = &mintError{class: classTimeout, allowed: config.RequestTimeout}
 	case !errors.As(err, &failed):
 		return "", err
 	case failed.acceptsClient():
-		return fmt.Sprintf("MojoAuth accepted the client, but gave no token without audience and scopes: %s. Roles have to request what it allows.", failed), nil
+		return fmt.Sprintf("MojoAuth accepted the client, but issued no token for a request without audience and scopes: %s. Roles must request what it allows.", failed), nil
 	}
-	return "", problemf("trying it failed: %s. %s, or send verify_connection=false to save it without asking MojoAuth", failed, failed.remedy())
+	return "", problemf("verification failed: %s. %s, or send verify_connection=false to save it without verification", failed, failed.remedy())
 }
 
-// tryOut mints a token with a config that may be saved under that name, and throws it
-// away. The error is that of minter.mint, or a *noTurnError when time is over.
+// tryOut mints a token with a config that may later be saved under that name, and discards
+// the token. The error is that of minter.mint, or a *noTurnError if time ran out.
 func (c *tokenCache) tryOut(ctx context.Context, name string, config *configEntry) error {
 	client, err := c.newClient(config)
 	if err != nil {
@@ -628,21 +631,21 @@ func (c *tokenCache) tryOut(ctx context.Context, name string, config *configEntr
 	return err
 }
 
-// verificationPause is the least time between two verifications' beginnings.
+// verificationPause is the minimum time between the starts of two verifications.
 const verificationPause = time.Second
 
-// verifications go one at a time, and not faster than verificationPause: they may ask
-// any host, with any secret, and leave no trace in storage.
+// verifications run one at a time, at intervals of at least verificationPause: they may
+// contact any host, with any secret, and leave no trace in storage.
 type verifications struct {
-	turn chan struct{} // has one place
-	next time.Time     // when the next may begin; belongs to who holds the turn
+	turn chan struct{} // holds one token
+	next time.Time     // when the next may start; guarded by turn
 }
 
 func newVerifications() *verifications { return &verifications{turn: make(chan struct{}, 1)} }
 
-// enter waits for a turn, at most for patience. leave has to be called after it.
+// enter waits for a turn, for patience at most. The caller must call leave afterward.
 func (v *verifications) enter(ctx context.Context, patience time.Duration) (leave func(), err error) {
-	busy := problem("other configs are being tried, one at a time. Write again in a few seconds, or send verify_connection=false to save it without asking MojoAuth")
+	busy := problem("other configs are being verified, one at a time. Try again in a few seconds, or send verify_connection=false to save it without verification")
 	late := time.NewTimer(patience)
 	defer late.Stop()
 	select {
@@ -667,17 +670,18 @@ func (v *verifications) enter(ctx context.Context, patience time.Duration) (leav
 
 const configHelp = `
 A config holds one MojoAuth machine-to-machine application: its token endpoint,
-client ID and client secret. It is tried before it is saved, unless
-verify_connection=false is sent.
+client ID, and client secret. The engine verifies a config before saving it, unless you
+send verify_connection=false.
 
-Updates merge: a field that is not sent keeps its value. Changing token_url or
-client_id, or deleting the config, drops every token cached or stored under it.
-Changing anything else keeps them, so you can replace a client secret while tokens
-go on being served. Any write ends a back-off after failures.
+Updates merge: omitted fields keep their values. Changing token_url or client_id, or
+deleting the config, drops all of its cached and stored tokens. Other changes keep
+them, so you can replace a client secret without interrupting reads. A successful
+write ends the config's back-off.
 
-Each role's token is in Vault's storage too, so that it outlives the plugin's process.
-persist_tokens=false deletes what is stored and keeps tokens in memory only; each node
-then mints tokens of its own.
+Each role's token is also kept in Vault's storage, so it survives a restart of the
+plugin. persist_tokens=false deletes the stored tokens and keeps tokens in memory only;
+each node then mints its own.
 
-Bare "config" is "config/default". Listing "config/" gives the names of all.
+"config" is short for "config/default". Listing "config/" returns the names of all
+configs.
 `

@@ -18,11 +18,11 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file is the path roles/<name>: what the tokens of a role are asked for.
+// This file is the path roles/<name>: which tokens a role's readers get.
 
 const rolePrefix = "roles/"
 
-// roleEntry is a role as it is stored.
+// roleEntry is a role as stored.
 type roleEntry struct {
 	Config        string            `json:"config"`
 	Audience      string            `json:"audience,omitempty"`
@@ -32,13 +32,12 @@ type roleEntry struct {
 	MaxTTL        time.Duration     `json:"max_ttl,omitempty"` // nanoseconds
 	GenerateLease bool              `json:"generate_lease,omitempty"`
 
-	// TokenGeneration is random and changes with what tokens are asked for,
-	// and when the role is rotated. Every node serves only tokens that were
-	// minted under the generation that storage has.
+	// TokenGeneration is random. It changes with the token request and when the role is
+	// rotated. A node serves only tokens minted under the generation in storage.
 	TokenGeneration string `json:"token_generation"`
 }
 
-// asksSameAs tells whether both roles' tokens are asked for in the same words.
+// asksSameAs reports whether both roles make the same token request.
 func (r *roleEntry) asksSameAs(other *roleEntry) bool {
 	return r.Config == other.Config &&
 		r.Audience == other.Audience &&
@@ -57,11 +56,11 @@ func (b *backend) pathRoles() []*framework.Path {
 			Fields:          roleFields(),
 			ExistenceCheck:  b.roleExists,
 			Operations:      b.roleOperations(),
-			HelpSynopsis:    "Define what the tokens of a role are asked for.",
+			HelpSynopsis:    "Define the tokens that a role's readers get.",
 			HelpDescription: strings.TrimSpace(roleHelp),
 		},
-		// path-help takes the slash away.
-		listPath(rolePrefix+"?$", "roles", "Read a role at roles/<name>, and a token of it at creds/<name>.", b.roles.list),
+		// path-help removes the slash.
+		listPath(rolePrefix+"?$", "roles", "Read a role at roles/<name>, and its access token at creds/<name>.", b.roles.list),
 	}
 }
 
@@ -70,53 +69,52 @@ func roleFields() map[string]*framework.FieldSchema {
 		"name": {
 			Type:        framework.TypeString,
 			Required:    true,
-			Description: "Name of the role, in lower case; its tokens are read from creds/<name>.",
+			Description: "Name of the role, in lower case. Readers get its tokens from creds/<name>.",
 		},
 		"config": {
-			Type:    framework.TypeString,
-			Default: defaultConfigName,
-			Description: `Name of the config whose application the tokens are for. It may be written
-after the role.`,
+			Type:         framework.TypeString,
+			Default:      defaultConfigName,
+			Description:  `Name of the config to mint tokens with. You may write the config after the role.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Config", Value: defaultConfigName},
 		},
 		"audience": {
 			Type: framework.TypeString,
-			Description: `Audience (the API) that tokens are asked for, sent to MojoAuth as it is. None is
-sent when it is empty. At most 2 KiB.`,
+			Description: `Audience to request tokens for, usually the API's identifier. Sent to MojoAuth
+unchanged; omitted if empty. At most 2 KiB.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Audience"},
 		},
 		"scopes": {
 			Type: framework.TypeCommaStringSlice,
-			Description: `Scopes that tokens are asked for, separated by commas or spaces. Give a role no
-more than its readers need. At most 100, and at most 4 KiB together.`,
+			Description: `Scopes to request, separated by commas or spaces. Give a role only the scopes that
+its readers need. At most 100 scopes, and at most 4 KiB in total.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Scopes"},
 		},
 		"extra_params": {
 			Type: framework.TypeKVPairs,
-			Description: `Further form fields to send to the token endpoint, as name=value. They are not
-secret: whoever may read the role sees them. At most 32, and at most 4 KiB
-together, names and values.`,
+			Description: `Additional form parameters to send to the token endpoint, as name=value. They are
+not secret: reading the role shows them. At most 32 parameters, and at most 4 KiB of
+names and values in total.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Extra parameters"},
 		},
 		"min_ttl": {
 			Type: framework.TypeDurationSecond,
-			Description: `A read gets a token with at least this much life left, as far as the lifetime
-that MojoAuth gives tokens allows (0.8 of it). In seconds or as a duration like
-10m. 0, the default, leaves it to the engine: a quarter of the lifetime.`,
+			Description: `Minimum time left of a token when it is read, honored up to 0.8 of the token's
+lifetime. A number of seconds or a duration such as 10m. With 0, the default, the
+engine renews a token when a quarter of its lifetime is left.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Minimum TTL"},
 		},
 		"max_ttl": {
 			Type: framework.TypeDurationSecond,
-			Description: `A token is served for at most this long after it was minted. It is also taken
-as the lifetime of tokens that MojoAuth gives without one. In seconds or as a
-duration like 1h. 0, the default, sets no limit.`,
+			Description: `Maximum time to serve a token after it was minted. Also the lifetime of a token
+for which MojoAuth reports none. A number of seconds or a duration such as 1h. 0, the
+default, sets no limit.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Maximum TTL"},
 		},
 		"generate_lease": {
 			Type: framework.TypeBool,
-			Description: `Give every read of the role a lease. A lease costs Vault storage writes and
-revokes nothing, since MojoAuth cannot revoke a token; leave it off unless a
-consumer needs one.`,
+			Description: `Whether each read of the role creates a lease. A lease costs Vault storage writes,
+and revoking it does not revoke the token, because MojoAuth cannot. Leave this off
+unless a consumer requires leases.`,
 			DisplayAttrs: &framework.DisplayAttributes{Name: "Generate lease"},
 		},
 	}
@@ -125,7 +123,7 @@ consumer needs one.`,
 func (b *backend) roleOperations() map[logical.Operation]framework.OperationHandler {
 	write := &framework.PathOperation{
 		Callback:                    b.roleWrite,
-		Summary:                     "Write a role. Fields that are not sent keep their values.",
+		Summary:                     "Write a role. Omitted fields keep their values.",
 		DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "write"},
 		Responses:                   writeResponse,
 		ForwardPerformanceStandby:   true,
@@ -141,19 +139,19 @@ func (b *backend) roleOperations() map[logical.Operation]framework.OperationHand
 			Responses: map[int][]framework.Response{http.StatusOK: {{
 				Description: "OK",
 				Fields: map[string]*framework.FieldSchema{
-					"config":         {Type: framework.TypeString, Required: true, Description: "Name of the config that tokens are minted with."},
-					"audience":       {Type: framework.TypeString, Required: true, Description: "Audience that tokens are asked for."},
-					"scopes":         {Type: framework.TypeStringSlice, Required: true, Description: "Scopes that tokens are asked for."},
-					"extra_params":   {Type: framework.TypeKVPairs, Required: true, Description: "Further form fields that are sent."},
-					"min_ttl":        {Type: framework.TypeInt64, Required: true, Description: "Least life, in seconds, of a token that is read."},
-					"max_ttl":        {Type: framework.TypeInt64, Required: true, Description: "Longest time, in seconds, that a token is served."},
-					"generate_lease": {Type: framework.TypeBool, Required: true, Description: "Whether reads get a lease."},
+					"config":         {Type: framework.TypeString, Required: true, Description: "Name of the config to mint tokens with."},
+					"audience":       {Type: framework.TypeString, Required: true, Description: "Audience to request tokens for."},
+					"scopes":         {Type: framework.TypeStringSlice, Required: true, Description: "Scopes to request."},
+					"extra_params":   {Type: framework.TypeKVPairs, Required: true, Description: "Additional form parameters to send."},
+					"min_ttl":        {Type: framework.TypeInt64, Required: true, Description: "Minimum time left of a token when it is read, in seconds."},
+					"max_ttl":        {Type: framework.TypeInt64, Required: true, Description: "Maximum time to serve a token, in seconds."},
+					"generate_lease": {Type: framework.TypeBool, Required: true, Description: "Whether each read creates a lease."},
 				},
 			}}},
 		},
 		logical.RecoverOperation: &framework.PathOperation{
 			Callback:                    b.roleWrite,
-			Summary:                     "Recover a role from a loaded snapshot, and drop its cached tokens.",
+			Summary:                     "Recover a role from a loaded snapshot and drop its tokens.",
 			DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "recover"},
 			Responses:                   writeResponse,
 			ForwardPerformanceStandby:   true,
@@ -161,7 +159,7 @@ func (b *backend) roleOperations() map[logical.Operation]framework.OperationHand
 		},
 		logical.DeleteOperation: &framework.PathOperation{
 			Callback:                    b.roleDelete,
-			Summary:                     "Delete a role and drop its tokens, cached and stored.",
+			Summary:                     "Delete a role and drop its cached and stored tokens.",
 			DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "delete"},
 			Responses:                   deleteResponse,
 			ForwardPerformanceStandby:   true,
@@ -184,8 +182,8 @@ func (b *backend) roleRead(ctx context.Context, req *logical.Request, d *framewo
 }
 
 func (r *roleEntry) toResponseData() map[string]any {
-	// Copies, since what is held in memory must not be changed; and never nil,
-	// since a list reads better as [] than as null.
+	// These are copies because entries in memory must not change. They are never nil
+	// because an empty list should be [], not null.
 	scopes := append([]string{}, r.Scopes...)
 	extra := make(map[string]string, len(r.ExtraParams))
 	maps.Copy(extra, r.ExtraParams)
@@ -211,23 +209,23 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *frame
 	return unlessEmpty(resp), nil
 }
 
-// pruneRole deletes the stored token that a role had with a config before it was written.
-// A failure is a warning: such a token is never served.
+// pruneRole deletes the stored token that a role had with a config before a write. A
+// failure is a warning only, because such a token is never served.
 func (b *backend) pruneRole(ctx context.Context, config, role string, resp *logical.Response) {
 	if b.tokens.pruneRole(ctx, config, role) != nil {
-		resp.AddWarning(fmt.Sprintf("The older token of role %q could not be deleted from storage. It is not served any more, and the hourly sweep deletes it.", role))
+		resp.AddWarning(fmt.Sprintf("The older token of role %q could not be deleted from storage. It is no longer served, and the hourly sweep deletes it.", role))
 	}
 }
 
-// roleWrite saves a role with the fields that were sent. When a role is recovered, these
-// are all that the snapshot has of it, and nothing of the present one stays.
+// roleWrite saves a role with the fields of the request. For a recovery, these are all the
+// fields of the snapshot's role, and they replace the current role entirely.
 func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
 	resp := &logical.Response{}
 	dropped := false
 	old, err := b.roles.update(ctx, req.Storage, name, func(old *held[roleEntry]) (*roleEntry, error) {
 		if !allowed(req.Operation, old != nil) {
-			return nil, problem("it was changed by somebody else at the same time. Read it and write again")
+			return nil, errChanged
 		}
 		base := old
 		if req.Operation == logical.RecoverOperation {
@@ -242,10 +240,10 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 			return nil, err
 		}
 		if config == nil {
-			resp.AddWarning(fmt.Sprintf("config %q does not exist yet: write it at config/%s before reading creds/%s", role.Config, role.Config, name))
+			resp.AddWarning(fmt.Sprintf("The config %q does not exist yet. Write config/%s before you read creds/%s.", role.Config, role.Config, name))
 		}
 		if role.MaxTTL > 0 && role.MinTTL > role.MaxTTL {
-			resp.AddWarning(fmt.Sprintf("min_ttl %s is longer than max_ttl %s: no token can have that much life left", role.MinTTL, role.MaxTTL))
+			resp.AddWarning(fmt.Sprintf("The min_ttl of %s is longer than the max_ttl of %s. No token can have that much time left.", role.MinTTL, role.MaxTTL))
 		}
 		dropped = old != nil && role.TokenGeneration != old.entry.TokenGeneration
 		return role, nil
@@ -263,8 +261,8 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 	return unlessEmpty(resp), nil
 }
 
-// mergeRole makes the role that old becomes with the fields that were sent, and
-// checks the whole. Its error names the field and says how to mend it.
+// mergeRole returns old with the fields of the request merged in, and validates the
+// result. Its error names the field and says how to fix it.
 func mergeRole(old *held[roleEntry], d *framework.FieldData) (*roleEntry, error) {
 	role := roleEntry{Config: defaultConfigName}
 	if old != nil {
@@ -316,7 +314,7 @@ func (r *roleEntry) validate() error {
 		return err
 	}
 	if strings.ContainsFunc(r.Audience, isControl) {
-		return errors.New("audience holds a control character, often the line end of a file it was read from: send it without")
+		return errors.New("audience contains a control character (often a trailing newline); remove it")
 	}
 	size := 0
 	for name, value := range r.ExtraParams {
@@ -329,24 +327,24 @@ func (r *roleEntry) validate() error {
 		lower := strings.ToLower(name)
 		switch {
 		case name == "":
-			return errors.New("extra_params holds a parameter without a name: send name=value")
+			return errors.New("extra_params contains a parameter without a name; send name=value")
 		case slices.Contains([]string{"grant_type", "client_id", "client_secret"}, lower), strings.HasPrefix(lower, "client_assertion"):
-			return fmt.Errorf("extra_params may not name %q: the config says who the client is and how tokens are asked for", name)
+			return fmt.Errorf("extra_params must not contain %q, which the config determines; remove it", name)
 		case slices.Contains([]string{"scope", "audience"}, lower):
-			return fmt.Errorf("extra_params may not name %q: send the field %s", name, map[string]string{"scope": "scopes", "audience": "audience"}[lower])
+			return fmt.Errorf("extra_params must not contain %q; use the field %s", name, map[string]string{"scope": "scopes", "audience": "audience"}[lower])
 		}
 	}
 	return nil
 }
 
-// parseScopes reads scopes as they were sent, by a role's writer or in a query.
+// parseScopes parses and validates the scopes of a role or a query.
 func parseScopes(sent []string) ([]string, error) {
 	scopes := splitScopes(sent)
 	return scopes, validateScopes(scopes)
 }
 
-// splitScopes takes scopes apart at commas and white space, and drops empty
-// ones and duplicates. The order is kept.
+// splitScopes splits scopes at commas and white space, and drops empty scopes and
+// duplicates. It keeps the order.
 func splitScopes(given []string) []string {
 	var scopes []string
 	seen := make(map[string]struct{})
@@ -361,14 +359,14 @@ func splitScopes(given []string) []string {
 	return scopes
 }
 
-// subsetOf tells whether all that are asked for are among the scopes. outside is the
+// subsetOf reports whether all requested scopes are among the scopes. outside is the
 // first that is not.
-func subsetOf(scopes, asked []string) (outside string, ok bool) {
+func subsetOf(scopes, requested []string) (outside string, ok bool) {
 	have := make(map[string]struct{}, len(scopes))
 	for _, scope := range scopes {
 		have[scope] = struct{}{}
 	}
-	for _, scope := range asked {
+	for _, scope := range requested {
 		if _, ok := have[scope]; !ok {
 			return scope, false
 		}
@@ -376,8 +374,8 @@ func subsetOf(scopes, asked []string) (outside string, ok bool) {
 	return "", true
 }
 
-// validateScopes checks how many scopes there are, and the characters that one may
-// have (RFC 6749 §3.3).
+// validateScopes checks the number of scopes, their total size, and their characters
+// (RFC 6749 §3.3).
 func validateScopes(scopes []string) error {
 	size := 0
 	for _, scope := range scopes {
@@ -388,22 +386,21 @@ func validateScopes(scopes []string) error {
 	}
 	for _, scope := range scopes {
 		if strings.ContainsFunc(scope, func(r rune) bool { return r < 0x21 || r > 0x7e || r == '"' || r == '\\' }) {
-			return fmt.Errorf("scopes holds %q, which no scope may be: use visible ASCII characters without \" and \\", scope)
+			return fmt.Errorf("scopes contains %q, which is not a valid scope; use visible ASCII characters except \" and \\", scope)
 		}
 	}
 	return nil
 }
 
-// joinScopes makes the scope parameter of scopes (RFC 6749 §3.3).
+// joinScopes returns the value of the scope parameter (RFC 6749 §3.3).
 func joinScopes(scopes []string) string { return strings.Join(scopes, " ") }
 
 const roleHelp = `
-A role says what its tokens are asked for: the config (the MojoAuth
-application), the audience and the scopes. Whoever may read creds/<name> gets
-such a token.
+A role defines a token request: the config (the MojoAuth application), the audience,
+and the scopes. Clients that may read creds/<name> get such a token.
 
-Updates merge: a field that is not sent keeps its value. Changing config,
-audience, scopes or extra_params, or deleting the role, drops its tokens, in memory
-and in storage. The other fields apply to tokens that are cached already. Writing the
-same values again changes nothing.
+Updates merge: omitted fields keep their values. Changing config, audience, scopes, or
+extra_params, or deleting the role, drops its cached and stored tokens. The other fields
+also apply to tokens that are already cached. Writing the same values again changes
+nothing.
 `

@@ -69,16 +69,16 @@ func TestRoleRefusesBadFields(t *testing.T) {
 		want  string
 	}{
 		{"config", "config", "a/b", `config "a/b" is not a valid name`},
-		{"scope with a quote", "scopes", `read:"a"`, "no scope may be"},
-		{"scope with a backslash", "scopes", `read\a`, "no scope may be"},
-		{"scope beyond ASCII", "scopes", "läsen", "no scope may be"},
-		{"audience with line end", "audience", "https://api/\n", "audience holds a control character"},
-		{"extra grant_type", "extra_params", map[string]any{"grant_type": "x"}, `may not name "grant_type"`},
-		{"extra client_id", "extra_params", map[string]any{"client_id": "x"}, `may not name "client_id"`},
-		{"extra client_secret", "extra_params", map[string]any{"Client_Secret": "x"}, `may not name "Client_Secret"`},
-		{"extra assertion", "extra_params", map[string]any{"client_assertion_type": "x"}, `may not name "client_assertion_type"`},
-		{"extra scope", "extra_params", map[string]any{"scope": "x"}, "send the field scopes"},
-		{"extra audience", "extra_params", map[string]any{"audience": "x"}, "send the field audience"},
+		{"scope with a quote", "scopes", `read:"a"`, "not a valid scope"},
+		{"scope with a backslash", "scopes", `read\a`, "not a valid scope"},
+		{"scope beyond ASCII", "scopes", "läsen", "not a valid scope"},
+		{"audience with line end", "audience", "https://api/\n", "audience contains a control character"},
+		{"extra grant_type", "extra_params", map[string]any{"grant_type": "x"}, `must not contain "grant_type"`},
+		{"extra client_id", "extra_params", map[string]any{"client_id": "x"}, `must not contain "client_id"`},
+		{"extra client_secret", "extra_params", map[string]any{"Client_Secret": "x"}, `must not contain "Client_Secret"`},
+		{"extra assertion", "extra_params", map[string]any{"client_assertion_type": "x"}, `must not contain "client_assertion_type"`},
+		{"extra scope", "extra_params", map[string]any{"scope": "x"}, "use the field scopes"},
+		{"extra audience", "extra_params", map[string]any{"audience": "x"}, "use the field audience"},
 		{"extra nameless", "extra_params", map[string]any{"": "x"}, "without a name"},
 		{"min_ttl", "min_ttl", "-5s", "min_ttl"},
 		{"max_ttl", "max_ttl", "soon", "max_ttl"},
@@ -102,7 +102,7 @@ func TestRoleWarnsOfImpossibleMinTTL(t *testing.T) {
 	m := newTestMount(t)
 	m.write("config", testConfig(nil))
 	resp := m.write("roles/app", map[string]any{"min_ttl": "2h", "max_ttl": "1h"})
-	if resp == nil || len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "min_ttl 2h0m0s is longer than max_ttl") {
+	if resp == nil || len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "min_ttl of 2h0m0s is longer than the max_ttl") {
 		t.Errorf("got %v, want a warning", resp)
 	}
 }

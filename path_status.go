@@ -16,8 +16,8 @@ import (
 	"github.com/prometheus/common/expfmt"
 )
 
-// This file is where an operator sees what a node does: the paths status, to be
-// read, and metrics, to be scraped.
+// This file has the paths that show operators what a node does: status, for people, and
+// metrics, for Prometheus.
 
 func (b *backend) pathStatus() []*framework.Path {
 	return []*framework.Path{
@@ -27,24 +27,24 @@ func (b *backend) pathStatus() []*framework.Path {
 			Operations: map[logical.Operation]framework.OperationHandler{
 				logical.ReadOperation: &framework.PathOperation{
 					Callback:     b.statusRead,
-					Summary:      "Read what this node does: version, cache, mints and failures.",
+					Summary:      "Read this node's status: version, cached tokens, mints, and failures.",
 					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "read"},
 					Responses: map[int][]framework.Response{http.StatusOK: {{
 						Description: "OK",
 						Fields: map[string]*framework.FieldSchema{
 							"version":       {Type: framework.TypeString, Required: true, Description: "Version of the plugin."},
-							"commit":        {Type: framework.TypeString, Required: true, Description: "Commit the plugin was built from."},
-							"started_at":    {Type: framework.TypeString, Required: true, Description: "When this node began to serve the mount: RFC 3339, UTC."},
-							"cached_tokens": {Type: framework.TypeInt64, Required: true, Description: "Tokens in memory that may be served."},
-							"reads":         {Type: framework.TypeMap, Required: true, Description: "Reads of creds by how they were answered: hit, refreshed, minted, restored, forwarded, stale, error."},
-							"mints":         {Type: framework.TypeInt64, Required: true, Description: "Tokens that MojoAuth gave for reads, refreshes and rotations."},
-							"mint_failures": {Type: framework.TypeMap, Required: true, Description: "Failed mints by the class of the failure."},
-							"configs":       {Type: framework.TypeMap, Required: true, Description: "Per config: last_mint_at, last_error, last_error_class, last_error_at, next_attempt_at, requests_waiting, requests_per_second (the pace in force), peak_requests_per_second (since started_at, or since token_url changed), peak_requests_per_second_last_hour, where there is one. Times are RFC 3339, UTC."},
+							"commit":        {Type: framework.TypeString, Required: true, Description: "Commit that the plugin was built from."},
+							"started_at":    {Type: framework.TypeString, Required: true, Description: "When this node started to serve the mount, as an RFC 3339 time in UTC."},
+							"cached_tokens": {Type: framework.TypeInt64, Required: true, Description: "Number of cached tokens that may be served."},
+							"reads":         {Type: framework.TypeMap, Required: true, Description: "Number of reads of creds/<role> by outcome: hit, refreshed, minted, restored, forwarded, stale, or error."},
+							"mints":         {Type: framework.TypeInt64, Required: true, Description: "Number of tokens minted for reads, renewals, and rotations."},
+							"mint_failures": {Type: framework.TypeMap, Required: true, Description: "Number of failed mints by error class."},
+							"configs":       {Type: framework.TypeMap, Required: true, Description: "State of each config, by name. Has those of these keys that apply: last_mint_at, last_error, last_error_class, last_error_at, next_attempt_at, requests_waiting, requests_per_second (the current pace), peak_requests_per_second (since started_at, or since token_url changed), peak_requests_per_second_last_hour. Times are RFC 3339 times in UTC."},
 						},
 					}}},
 				},
 			},
-			HelpSynopsis:    "See what this node does.",
+			HelpSynopsis:    "Read this node's status.",
 			HelpDescription: strings.TrimSpace(statusHelp),
 		},
 		{
@@ -61,7 +61,7 @@ func (b *backend) pathStatus() []*framework.Path {
 					}}},
 				},
 			},
-			HelpSynopsis:    "Scrape this node's metrics.",
+			HelpSynopsis:    "Read this node's metrics.",
 			HelpDescription: strings.TrimSpace(metricsHelp),
 		},
 	}
@@ -130,7 +130,7 @@ func (b *backend) metricsRead(ctx context.Context, req *logical.Request, _ *fram
 	for _, c := range []prometheus.Collector{
 		collector{b.telemetry, b.tokens, names},
 		b.telemetry.duration,
-		// Vault's own metrics know nothing of a plugin's process.
+		// Vault's own metrics do not cover a plugin's process.
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	} {
@@ -153,28 +153,32 @@ func (b *backend) metricsRead(ctx context.Context, req *logical.Request, _ *fram
 	return &logical.Response{Data: map[string]any{
 		logical.HTTPContentType: string(format),
 		logical.HTTPStatusCode:  http.StatusOK,
-		// A string: over the plugin's gRPC, bytes may arrive as something else.
+		// This must be a string: an empty []byte does not survive the plugin's gRPC.
 		logical.HTTPRawBody: text.String(),
 	}}, nil
 }
 
 const statusHelp = `
-What this node has done for the mount since it began to serve it, and how each
-config fares: when it last gave a token (last_mint_at), what failed last
-(last_error, last_error_class, last_error_at), when MojoAuth is asked again
-(next_attempt_at), how many requests wait for their turn (requests_waiting), at what
-pace they leave (requests_per_second), and the most that left in a second
-(peak_requests_per_second, peak_requests_per_second_last_hour). Other nodes of a cluster
-have their own numbers. No token and no secret is shown.
+Shows what this node has done since it started to serve the mount. Other nodes of the
+cluster have their own numbers. No token or secret is shown.
 
-Reads are counted by how they were answered: hit (from memory), restored (from storage),
-refreshed and minted (a new token), stale (the old token), forwarded (to the active node,
-which counts them too), error.
+For each config, it shows when a token was last minted (last_mint_at), the last failure
+(last_error, last_error_class, last_error_at), when the next token request is allowed
+(next_attempt_at), how many token requests wait for a turn (requests_waiting), the
+current pace (requests_per_second), and the peaks (peak_requests_per_second,
+peak_requests_per_second_last_hour).
+
+Reads are counted by outcome: hit (a fresh token from memory), restored (from storage),
+minted (a new token), refreshed (a new token, though the old one was still usable),
+stale (the old token), forwarded (to the active node, which counts the read too), and
+error.
 `
 
 const metricsHelp = `
-The same numbers as in "status", as Prometheus scrapes them: text, not JSON, at
-/v1/<mount>/metrics with a Vault token. Read with curl; "vault read" expects JSON.
-Beside them are memory, goroutines and open files of the plugin's process, which all
-mounts of this version on the node share.
+Returns the numbers of "status" in the Prometheus text format. Scrape
+/v1/<mount>/metrics with a Vault token, or read it with curl: "vault read" fails because
+it expects JSON.
+
+The metrics also cover memory, goroutines, and open files of the plugin process, which
+all mounts of this plugin version on the node share.
 `

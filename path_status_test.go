@@ -192,7 +192,7 @@ func TestLogTellsOfChanges(t *testing.T) {
 			m.creds("app", nil)
 			time.Sleep(time.Second)
 		}
-		if lines("[WARN]") != 1 || lines("no token could be minted: config=default role=app class=server_error") != 1 {
+		if lines("[WARN]") != 1 || lines("failed to mint a token: config=default role=app class=server_error") != 1 {
 			t.Errorf("want one line for the outage:\n%s", log.String())
 		}
 		m.mojo.set(func(s *standIn) { s.fail = &mintError{class: classTimeout, allowed: time.Second} })
@@ -219,11 +219,11 @@ func TestLogTellsOfChanges(t *testing.T) {
 			}
 		})
 		m.creds("app", map[string]any{"scopes": "a"})
-		if lines("[WARN]") != 2 || lines("[DEBUG] no token could be minted: config=default role=app class=request_refused") != 1 {
+		if lines("[WARN]") != 2 || lines("[DEBUG] failed to mint a token: config=default role=app class=request_refused") != 1 {
 			t.Errorf("want a refusal of narrowed scopes at debug level:\n%s", log.String())
 		}
 		m.mojo.set(func(s *standIn) { s.failFor = nil })
-		if lines("[INFO]  tokens are minted again: config=default role=app") != 1 {
+		if lines("[INFO]  minting succeeds again: config=default role=app") != 1 {
 			t.Errorf("want one line when it is over:\n%s", log.String())
 		}
 

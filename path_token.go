@@ -20,14 +20,14 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
-// This file is where tokens are read, creds/<role>, and replaced before their
-// time, rotate-role/<role>; and the type of the leases on them.
+// This file has the paths that read tokens, creds/<role>, and that replace them on
+// request, rotate-role/<role>, and the secret type of their leases.
 
 const (
 	credsPrefix  = "creds/"
 	rotatePrefix = "rotate-role/"
 
-	// secretType is kept in every lease: it must not change.
+	// secretType must not change: Vault stores it in every lease.
 	secretType = "mojoauth_access_token"
 )
 
@@ -43,34 +43,34 @@ func (b *backend) pathCreds() []*framework.Path {
 				"role": {
 					Type:        framework.TypeString,
 					Required:    true,
-					Description: "Name of the role to read an access token of.",
+					Description: "Name of the role to read an access token for.",
 				},
 				"scopes": {
 					Type:  framework.TypeCommaStringSlice,
 					Query: true,
-					Description: `Some of the role's scopes, separated by commas or spaces, to get a token that
-may do less. All of them when it is empty.`,
+					Description: `A subset of the role's scopes, separated by commas or spaces, for a token with
+fewer permissions. If empty, the token has all of the role's scopes.`,
 				},
 				"min_ttl": {
 					Type:  framework.TypeDurationSecond,
 					Query: true,
-					Description: `Life that the token should have left, when that is more than the role's min_ttl:
-a new one is minted if need be. As far as the lifetime that MojoAuth gives
-tokens allows (0.8 of it). In seconds or as a duration like 10m.`,
+					Description: `Minimum time left of the token, if longer than the role's min_ttl. The engine
+mints a new token if necessary. Honored up to 0.8 of the token's lifetime. A number of
+seconds or a duration such as 10m.`,
 				},
 				"minted_after": {
 					Type:  framework.TypeString,
 					Query: true,
-					Description: `The last_vault_rotation of a token that the API refused: a token that was minted
-later is wanted. A new one is minted if need be, at most every 30 s; if there is none
-within 2 s, the answer is the token there is, with a warning.`,
+					Description: `The last_vault_rotation of a token that an API refused, to get a token that was
+minted later. The engine mints a new token if necessary, at most once every 30 seconds.
+If there is none within 2 seconds, the read returns the cached token with a warning.`,
 				},
 			},
 			Operations: map[logical.Operation]framework.OperationHandler{
-				// Not forwarded: any node that may read serves from its own cache.
+				// This is not forwarded: each node serves reads from its own cache.
 				logical.ReadOperation: &framework.PathOperation{
 					Callback:     b.credsRead,
-					Summary:      "Read an access token of a role.",
+					Summary:      "Read an access token for a role.",
 					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "read"},
 					Responses: map[int][]framework.Response{http.StatusOK: {{
 						Description: "OK",
@@ -78,7 +78,7 @@ within 2 s, the answer is the token there is, with a warning.`,
 					}}},
 				},
 			},
-			HelpSynopsis:    "Read an access token of a role.",
+			HelpSynopsis:    "Read an access token for a role.",
 			HelpDescription: strings.TrimSpace(credsHelp),
 		},
 	}
@@ -96,13 +96,13 @@ func (b *backend) pathRotateRole() []*framework.Path {
 				"role": {
 					Type:        framework.TypeString,
 					Required:    true,
-					Description: "Name of the role whose token is to be replaced.",
+					Description: "Name of the role whose token to replace.",
 				},
 			},
 			Operations: map[logical.Operation]framework.OperationHandler{
 				logical.UpdateOperation: &framework.PathOperation{
 					Callback:     b.rotateRole,
-					Summary:      "Mint a new token of a role now, and drop the older ones on every node.",
+					Summary:      "Mint a new token for a role now, and drop its older tokens on every node.",
 					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "rotate"},
 					Responses: map[int][]framework.Response{http.StatusOK: {{
 						Description: "OK",
@@ -112,69 +112,69 @@ func (b *backend) pathRotateRole() []*framework.Path {
 					ForwardPerformanceSecondary: true,
 				},
 			},
-			HelpSynopsis:    "Replace the token of a role before its time.",
+			HelpSynopsis:    "Replace the token of a role now.",
 			HelpDescription: strings.TrimSpace(rotateHelp),
 		},
 	}
 }
 
-// secretToken is the type of leases on tokens, for roles with generate_lease. It
-// stays known whatever roles say, so that every lease there is can be revoked.
+// secretToken is the secret type of leases, for roles with generate_lease. It is always
+// registered, so every existing lease can be revoked.
 func (b *backend) secretToken() *framework.Secret {
 	return &framework.Secret{
 		Type:   secretType,
 		Fields: tokenFields(),
-		// Nothing to do: MojoAuth cannot revoke a token, and the cached one
-		// belongs to other readers too.
+		// There is nothing to do: MojoAuth cannot revoke a token, and other readers
+		// share the cached one.
 		Revoke: func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
 			return nil, nil
 		},
 	}
 }
 
-// tokenFields describes what a read of creds/<role> answers.
+// tokenFields describes the response to a read of creds/<role>.
 func tokenFields() map[string]*framework.FieldSchema {
 	return map[string]*framework.FieldSchema{
 		"access_token": {
 			Type:         framework.TypeString,
 			Required:     true,
-			Description:  "The access token, to be sent as a bearer token (RFC 6750).",
+			Description:  "The access token, to send as a bearer token (RFC 6750).",
 			DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
 		},
 		"token_type": {
 			Type:        framework.TypeString,
 			Required:    true,
-			Description: "Type of the token, as MojoAuth tells it: Bearer, also when it tells none.",
+			Description: "Type of the token as MojoAuth reports it, or Bearer if it reports none.",
 		},
 		"scope": {
 			Type:        framework.TypeString,
 			Required:    true,
-			Description: "Scopes that were granted, separated by spaces.",
+			Description: "Granted scopes, separated by spaces.",
 		},
 		"expires_at": {
 			Type:        framework.TypeString,
 			Required:    true,
-			Description: "When to stop using the token: RFC 3339, UTC.",
+			Description: "When to stop using the token, as an RFC 3339 time in UTC.",
 		},
 		"expires_at_seconds": {
 			Type:        framework.TypeInt64,
 			Required:    true,
-			Description: "When to stop using the token: Unix time in seconds.",
+			Description: "When to stop using the token, as Unix time in seconds.",
 		},
 		"ttl": {
 			Type:        framework.TypeInt64,
 			Required:    true,
-			Description: "Seconds until the token should be read again. Not the token's life.",
+			Description: "Seconds after which to read again. This is not the token's lifetime.",
 		},
 		"rotation_period": {
 			Type:        framework.TypeInt64,
 			Required:    true,
-			Description: "Seconds between two rotations of the token.",
+			Description: "Seconds after which the engine replaces a token in use.",
 		},
 		"last_vault_rotation": {
 			Type:        framework.TypeString,
 			Required:    true,
-			Description: "When the token was minted: RFC 3339, UTC.",
+			Description: "When the token was minted, as an RFC 3339 time in UTC.",
 		},
 	}
 }
@@ -209,8 +209,8 @@ func (b *backend) readToken(ctx context.Context, req *logical.Request, d *framew
 	}
 }
 
-// awaitToken waits for a token, and looks role and config up again when they are
-// written meanwhile.
+// awaitToken waits for a token. If the role or config is written meanwhile, it looks both
+// up again.
 func (b *backend) awaitToken(ctx context.Context, s logical.Storage, q *query, d *framework.FieldData) (*query, served, error) {
 	arrived := time.Now()
 	if err := b.checkMintedAfter(q, arrived); err != nil {
@@ -230,33 +230,33 @@ func (b *backend) awaitToken(ctx context.Context, s logical.Storage, q *query, d
 	}
 }
 
-// inTime is the error of a look-up in storage, told as what it is when the deadline has
-// passed meanwhile.
+// inTime returns the error of a storage lookup. If the deadline has passed, the error says
+// so.
 func inTime(ctx context.Context, err error) error {
 	if ctx.Err() == nil {
 		return err
 	}
-	return fmt.Errorf("reading role, config and token from storage took longer than a request may: %w", err)
+	return fmt.Errorf("reading the role, config, or token from storage took longer than the request may take: %w", err)
 }
 
-// withDeadline bounds all that a request for a token waits for on this node: its turn,
-// another mint, a mint of its own.
+// withDeadline bounds the time that a request for a token waits on this node: for its turn,
+// another mint, or its own mint.
 func withDeadline(ctx context.Context, q *query) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, q.config.entry.longest())
 }
 
-// query looks up what a role's token is requested for. d has the query of a read, and
-// is nil where there is none. The error is a problem when the user can solve it.
+// query looks up the role and its config. d has the query of a read, and is nil for other
+// requests. The error is a problem if the user can fix it.
 func (b *backend) query(ctx context.Context, s logical.Storage, name string, d *framework.FieldData) (*query, error) {
 	role, err := b.roles.get(ctx, s, name)
 	if err != nil {
 		return nil, err
 	}
-	if role == nil && b.tokens.standby { // it may just have been written
+	if role == nil && b.tokens.standby { // the role may just have been written
 		return nil, errForward
 	}
 	if role == nil {
-		return nil, problemf("role %q does not exist: create it by writing roles/%s, or list the roles there are at roles/", name, name)
+		return nil, problemf("role %q does not exist; write roles/%s to create it, or list roles/ for the existing roles", name, name)
 	}
 	config, err := b.configs.get(ctx, s, role.entry.Config)
 	if err != nil {
@@ -266,7 +266,7 @@ func (b *backend) query(ctx context.Context, s logical.Storage, name string, d *
 		return nil, errForward
 	}
 	if config == nil {
-		return nil, problemf("config %q, which role %q names, does not exist: create it by writing config/%s, or change the role's field config", role.entry.Config, name, role.entry.Config)
+		return nil, problemf("config %q of role %q does not exist; write config/%s to create it, or change the role's config", role.entry.Config, name, role.entry.Config)
 	}
 	q := &query{spec: spec{role: role, config: config, scopes: role.entry.Scopes}, minTTL: role.entry.MinTTL}
 	if d == nil {
@@ -275,15 +275,15 @@ func (b *backend) query(ctx context.Context, s logical.Storage, name string, d *
 	return q, q.narrow(d)
 }
 
-// narrow takes in the query fields of a read. The error is what is wrong with them.
+// narrow applies the query fields of a read. The error says what is wrong with them.
 func (q *query) narrow(d *framework.FieldData) error {
-	if asked, ok := d.GetOk("min_ttl"); ok {
-		q.minTTL = max(q.minTTL, time.Duration(asked.(int))*time.Second)
+	if requested, ok := d.GetOk("min_ttl"); ok {
+		q.minTTL = max(q.minTTL, time.Duration(requested.(int))*time.Second)
 	}
 	if after, ok := d.GetOk("minted_after"); ok && after.(string) != "" {
 		at, err := time.Parse(time.RFC3339, after.(string))
 		if err != nil {
-			return problem("minted_after cannot be read: send the last_vault_rotation of the token that was refused, a time like 2026-03-02T09:00:00Z")
+			return problem("minted_after is not an RFC 3339 time; send the last_vault_rotation of the refused token, such as 2026-03-02T09:00:00Z")
 		}
 		q.mintedAfter = at
 	}
@@ -291,23 +291,23 @@ func (q *query) narrow(d *framework.FieldData) error {
 	if !ok {
 		return nil
 	}
-	asked, err := parseScopes(sent.([]string))
+	requested, err := parseScopes(sent.([]string))
 	if err != nil {
 		return problem(err.Error())
 	}
-	if outside, ok := subsetOf(q.role.entry.Scopes, asked); !ok {
-		return problemf("scopes holds %q, which role %q does not have: request a subset of %q, or omit scopes", outside, q.role.name, q.role.entry.Scopes)
+	if outside, ok := subsetOf(q.role.entry.Scopes, requested); !ok {
+		return problemf("scopes contains %q, which role %q does not have; request a subset of %q, or omit scopes", outside, q.role.name, q.role.entry.Scopes)
 	}
-	if len(asked) == 0 || len(asked) == len(q.role.entry.Scopes) {
-		return nil // all of them, since neither holds one twice
+	if len(requested) == 0 || len(requested) == len(q.role.entry.Scopes) {
+		return nil // all scopes, because neither list has duplicates
 	}
-	slices.Sort(asked)
-	q.scopes, q.narrowed = asked, joinScopes(asked)
+	slices.Sort(requested)
+	q.scopes, q.narrowed = requested, joinScopes(requested)
 	return nil
 }
 
-// checkMintedAfter refuses a minted_after that no token has been refused for: it is
-// ahead of the clock, and of the token that is held.
+// checkMintedAfter refuses a minted_after that no token can have: one that is later than
+// both the clock and the cached token.
 func (b *backend) checkMintedAfter(q *query, now time.Time) error {
 	if q.mintedAfter.Unix() <= now.Unix() {
 		return nil
@@ -317,10 +317,10 @@ func (b *backend) checkMintedAfter(q *query, now time.Time) error {
 			return nil
 		}
 	}
-	return problem("minted_after is ahead of the clock and of the cached token: send the last_vault_rotation of the token that was refused")
+	return problem("minted_after is later than both the current time and the cached token; send the last_vault_rotation of the refused token")
 }
 
-// tokenResponse is the answer to a read of creds/<role>.
+// tokenResponse returns the response to a read of creds/<role>.
 func (b *backend) tokenResponse(q *query, answer *served) *logical.Response {
 	same := &answer.common
 	data := map[string]any{
@@ -333,7 +333,7 @@ func (b *backend) tokenResponse(q *query, answer *served) *logical.Response {
 		"rotation_period":     same.rotationPeriod,
 		"last_vault_rotation": same.lastVaultRotation,
 	}
-	if answer.schedule != answer.cachedToken.schedule { // the reader's min_ttl counts
+	if answer.schedule != answer.cachedToken.schedule { // because of the reader's min_ttl
 		data["rotation_period"] = answer.schedule.RotationPeriod()
 	}
 	resp := &logical.Response{Data: data}
@@ -344,28 +344,28 @@ func (b *backend) tokenResponse(q *query, answer *served) *logical.Response {
 	if answer.left < q.minTTL {
 		why := whyNot(answer)
 		if answer.failure != nil {
-			why = "no new one could be had: " + why
+			why = "no new token is available: " + why
 		}
 		resp.AddWarning(fmt.Sprintf("The token has %s left, less than the min_ttl of %s: %s.", answer.left.Round(time.Second), q.minTTL, why))
 	}
 	if !answer.isAfter(q.mintedAfter) && answer.outcome == outcomeStale {
-		resp.AddWarning(fmt.Sprintf("No token minted after %s could be had: %s.", formatTime(q.mintedAfter), whyNot(answer)))
+		resp.AddWarning(fmt.Sprintf("No token minted after %s is available: %s.", formatTime(q.mintedAfter), whyNot(answer)))
 	}
 	if answer.repeated() && answer.left <= lifetime.New(answer.schedule.Lifetime, 0).Floor {
-		resp.AddWarning(fmt.Sprintf("The token has %s left, and MojoAuth returns the same one when asked for another.", answer.left.Round(time.Second)))
+		resp.AddWarning(fmt.Sprintf("The token has %s left, and MojoAuth keeps returning the same token.", answer.left.Round(time.Second)))
 	}
 	if answer.assumed {
 		resp.AddWarning(fmt.Sprintf("MojoAuth reported no lifetime; assuming %dm. Set max_ttl of role %q to the lifetime of its tokens.", lifetime.Assumed/time.Minute, q.role.name))
 	} else if answer.schedule.Lifetime < shortestKeepable {
-		resp.AddWarning(fmt.Sprintf("The token's lifetime is %s: no reader can keep up with that. Have MojoAuth issue tokens that live longer, or raise max_ttl of role %q.", answer.schedule.Lifetime, q.role.name))
+		resp.AddWarning(fmt.Sprintf("The token's lifetime of %s is too short for readers to keep up with. Configure a longer token lifetime in MojoAuth, or raise max_ttl of role %q.", answer.schedule.Lifetime, q.role.name))
 	}
 	if len(answer.missing) > 0 {
-		resp.AddWarning(fmt.Sprintf("MojoAuth granted fewer scopes than requested for role %q: %s missing.", q.role.name, joinScopes(answer.missing)))
+		resp.AddWarning(fmt.Sprintf("MojoAuth granted fewer scopes than requested for role %q. Missing: %s.", q.role.name, joinScopes(answer.missing)))
 	}
 	return resp
 }
 
-// shortestKeepable is the shortest lifetime that readers can keep up with.
+// shortestKeepable is the shortest token lifetime that readers can keep up with.
 const shortestKeepable = 10 * time.Second
 
 // whyNot says why a reader did not get a newer token.
@@ -374,21 +374,21 @@ func whyNot(answer *served) string {
 	case answer.failure != nil:
 		return answer.failure.Error()
 	case answer.outcome == outcomeStale:
-		return "a new one is being minted, which takes longer than a read waits"
+		return "a new token is being minted, which takes longer than a read waits"
 	case answer.outcome == outcomeHit, answer.outcome == outcomeRestored:
-		return fmt.Sprintf("its whole lifetime is %s, and one that has more than %s left is not replaced", answer.schedule.Lifetime, answer.schedule.Refresh)
+		return fmt.Sprintf("its lifetime is %s, and a token with more than %s left is not replaced", answer.schedule.Lifetime, answer.schedule.Refresh)
 	default:
-		return fmt.Sprintf("this one is new, and its whole lifetime is %s", answer.schedule.Lifetime)
+		return fmt.Sprintf("the token is new, but its lifetime is only %s", answer.schedule.Lifetime)
 	}
 }
 
-// missingScopes are those asked for that were not granted.
-func missingScopes(asked []string, granted string) []string {
-	if granted == joinScopes(asked) {
+// missingScopes returns the requested scopes that were not granted.
+func missingScopes(requested []string, granted string) []string {
+	if granted == joinScopes(requested) {
 		return nil
 	}
 	have := strings.Fields(granted)
-	return slices.DeleteFunc(slices.Clone(asked), func(scope string) bool { return slices.Contains(have, scope) })
+	return slices.DeleteFunc(slices.Clone(requested), func(scope string) bool { return slices.Contains(have, scope) })
 }
 
 func (b *backend) rotateRole(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
@@ -404,8 +404,8 @@ func (b *backend) rotateRole(ctx context.Context, req *logical.Request, d *frame
 	}}, nil
 }
 
-// rotate mints a token and makes it the role's on every node. When that fails,
-// nothing is dropped.
+// rotate mints a token and makes it the role's token on every node. If that fails, it drops
+// nothing.
 func (b *backend) rotate(ctx context.Context, s logical.Storage, name string) (*cachedToken, error) {
 	arrived := time.Now()
 	q, err := b.query(ctx, s, name, nil)
@@ -426,9 +426,8 @@ func (b *backend) rotate(ctx context.Context, s logical.Storage, name string) (*
 	}
 }
 
-// rotateTo makes tok, which was minted for a spec, the token of its role. The new
-// generation in the role's entry has all nodes drop the older tokens, as any write
-// does.
+// rotateTo makes tok, minted for a spec, the token of its role. The new generation in the
+// role's entry makes all nodes drop the older tokens.
 func (b *backend) rotateTo(ctx context.Context, minted *spec, tok *cachedToken) (*cachedToken, error) {
 	name, s := minted.role.name, b.tokens.storage
 	var (
@@ -437,14 +436,14 @@ func (b *backend) rotateTo(ctx context.Context, minted *spec, tok *cachedToken) 
 	)
 	_, err := b.roles.update(ctx, s, name, func(role *held[roleEntry]) (*roleEntry, error) {
 		if role == nil || !role.entry.asksSameAs(&minted.role.entry) {
-			return nil, problemf("role %q was written while its new token was minted, which dropped the older tokens: rotate again if that is not enough", name)
+			return nil, problemf("role %q changed while its new token was being minted, which dropped its older tokens; rotate it again if you still need to", name)
 		}
 		config, err := b.configs.get(ctx, s, role.entry.Config)
 		if err != nil {
 			return nil, err
 		}
 		if config == nil || config.entry.TokenGeneration != minted.config.entry.TokenGeneration {
-			return nil, problemf("config %q was written while role %q got its new token, which dropped the older tokens: rotate again if that is not enough", role.entry.Config, name)
+			return nil, problemf("config %q changed while the new token of role %q was being minted, which dropped its older tokens; rotate the role again if you still need to", role.entry.Config, name)
 		}
 		current := &spec{role: role, config: config, scopes: role.entry.Scopes}
 		if next, err = b.tokens.successor(current, tok); err != nil {
@@ -452,7 +451,8 @@ func (b *backend) rotateTo(ctx context.Context, minted *spec, tok *cachedToken) 
 		}
 		entry := role.entry
 		entry.TokenGeneration = rand.Text()
-		// Before readers can look for it: they find the token, and mint none.
+		// This comes before readers can look for the slot, so they find the token and
+		// do not mint another.
 		rotated := &spec{role: &held[roleEntry]{name: name, entry: entry}, config: config, scopes: entry.Scopes}
 		next = next.view(rotated)
 		prepared, err = b.tokens.prepare(rotated, next)
@@ -461,7 +461,7 @@ func (b *backend) rotateTo(ctx context.Context, minted *spec, tok *cachedToken) 
 	if err != nil && prepared != nil {
 		b.tokens.unprepare(prepared)
 	}
-	if err == nil { // before the answer, so that no node serves the old one after it
+	if err == nil { // before the response, so no node serves the old token after it
 		ctx, cancel := b.tokens.background()
 		defer cancel()
 		b.tokens.save(ctx, prepared)
@@ -469,12 +469,11 @@ func (b *backend) rotateTo(ctx context.Context, minted *spec, tok *cachedToken) 
 	return next, err
 }
 
-// mintFailure is how a request that got no token is answered: 400 for a user's mistake
-// and for what MojoAuth refused, 504 when it gave no answer in time, 429 when the
-// request had no turn at the gate or no time to be made anew, and 502 for other faults
-// of MojoAuth's.
+// mintFailure returns the response to a request that got no token: 400 for a user's mistake
+// or a refusal by MojoAuth, 504 if MojoAuth did not answer in time, 429 if the request got
+// no turn at the gate or had no time to start over, and 502 for other failures of MojoAuth.
 //
-// A CodedError has to be the outermost error: wrapped, it reaches Vault as 500.
+// A CodedError must be the outermost error: a wrapped one reaches Vault as 500.
 func mintFailure(role string, err error) (*logical.Response, error) {
 	var (
 		mistake problem
@@ -484,8 +483,8 @@ func mintFailure(role string, err error) (*logical.Response, error) {
 	switch {
 	case errors.As(err, &mistake):
 		return logical.ErrorResponse(string(mistake)), nil
-	case errors.Is(err, errOutdated): // until the time was over
-		return retryAfterHeader(time.Second), logical.CodedError(http.StatusTooManyRequests, fmt.Sprintf("no token for role %q: the role or its config was written meanwhile, and there is no time left to look again. Try again.", role))
+	case errors.Is(err, errOutdated): // until time ran out
+		return retryAfterHeader(time.Second), logical.CodedError(http.StatusTooManyRequests, fmt.Sprintf("no token for role %q: the role or its config changed during the request, and no time was left to start over. Try again.", role))
 	case errors.As(err, &late):
 		return retryAfterHeader(late.ComeBack), logical.CodedError(http.StatusTooManyRequests, fmt.Sprintf("no token for role %q: %s.", role, late))
 	case !errors.As(err, &failure):
@@ -504,38 +503,38 @@ func mintFailure(role string, err error) (*logical.Response, error) {
 	}
 }
 
-// longestRetryAfterTold keeps Vault's own client, which sleeps for as long as the header
-// says, from sleeping through the minute that it has for a request.
+// longestRetryAfterTold bounds the header Retry-After. Vault's Go client sleeps for as long
+// as the header says, and allows a minute for the entire request.
 const longestRetryAfterTold = 30 * time.Second
 
-// retryAfterHeader is what goes with a 429: an answer of headers only, which Vault hands
-// on if the mount's allowed_response_headers has Retry-After, and which leaves the status
-// of the error alone.
+// retryAfterHeader returns the response that accompanies a 429. It has headers only, which
+// do not change the error's status. Vault passes the header on if the mount's
+// allowed_response_headers has Retry-After.
 func retryAfterHeader(wait time.Duration) *logical.Response {
 	seconds := lifetime.WholeSeconds(min(wait, longestRetryAfterTold))
 	return &logical.Response{Headers: map[string][]string{"Retry-After": {strconv.FormatInt(seconds, 10)}}}
 }
 
 const credsHelp = `
-The token is valid for a while yet: at least a tenth of its lifetime or a
-minute, whichever is less, and usually a quarter or more. It comes from memory or
-from Vault's storage, or is new when neither has one.
+Returns an access token from memory or from Vault's storage, or mints a new one. The
+token has more than a tenth of its lifetime or a minute left, whichever is less, and
+usually a quarter of its lifetime or more.
 
-When there is no token that may be served and none can be had, the answer is 400
-if MojoAuth refused, 504 if it gave no answer in time, 429 if the request for one had
-no turn in time, and else 502; it says what failed and when to come back.
+Read again after "ttl" seconds. By then the engine has renewed the token.
 
-Read again after "ttl" seconds. The engine has the next token ready by then.
+If no token is available, the read fails: with HTTP 400 if MojoAuth refused, 504 if
+it did not answer in time, 429 if the token request got no turn in time, and 502 if
+MojoAuth failed in another way. The error says what failed and when to try again.
 
-The answer has a lease only when the role says generate_lease. Revoking it does
-not end the token, which MojoAuth cannot do: it stays valid until "expires_at".
+The response has a lease only if the role sets generate_lease. Revoking the lease does
+not revoke the token, because MojoAuth cannot: it stays valid until "expires_at".
 `
 
 const rotateHelp = `
-A new token is minted, whatever is cached and whatever failed before; its request
-waits for a turn at the config's gate like any other, and comes early there. Then the
-role's older tokens are dropped on every node and in storage, and reads get the new
-one. When no new token can be had, nothing is dropped and the error is told.
+Mints a new token now, even if a cached token is fresh and even during a back-off. The
+token request waits for a turn at the config's gate, ahead of most other requests. Then
+the role's older tokens are dropped on every node and in storage, and reads return the
+new token. If the mint fails, nothing is dropped, and the error says why.
 
-The older tokens stay valid until they end: MojoAuth cannot revoke them.
+The older tokens stay valid until they expire, because MojoAuth cannot revoke them.
 `

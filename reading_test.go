@@ -55,7 +55,7 @@ func TestCredsErrorNamesWhatIsMissing(t *testing.T) {
 		t.Errorf("got %q", text)
 	}
 	m.write("roles/app", map[string]any{"config": "prod"})
-	if text := m.refused(logical.ReadOperation, "creds/app", nil); !strings.Contains(text, `config "prod", which role "app" names, does not exist`) {
+	if text := m.refused(logical.ReadOperation, "creds/app", nil); !strings.Contains(text, `config "prod" of role "app" does not exist`) {
 		t.Errorf("got %q", text)
 	}
 	m.wantMints(0)
@@ -199,7 +199,7 @@ func TestSpentTokenIsNeverServed(t *testing.T) {
 		m.wantToken("app", 1) // F and a moment left
 		time.Sleep(time.Nanosecond)
 		got := m.creds("app", nil)
-		wantStatus(t, got.err, http.StatusBadGateway, `role "app"`, `config "default"`, "HTTP 503", "The next try is at")
+		wantStatus(t, got.err, http.StatusBadGateway, `role "app"`, `config "default"`, "HTTP 503", "The next attempt is at")
 
 		m.mojo.set(func(s *standIn) { s.fail, s.latency = nil, 5*time.Second })
 		time.Sleep(time.Minute)
@@ -269,7 +269,7 @@ func TestTimeoutIsAGatewayTimeout(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.mojo.set(func(s *standIn) { s.fail = &mintError{class: classTimeout, allowed: 10 * time.Second} })
-		wantStatus(t, m.creds("app", nil).err, http.StatusGatewayTimeout, "within the 10s", "The next try is at")
+		wantStatus(t, m.creds("app", nil).err, http.StatusGatewayTimeout, "request_timeout of 10s", "The next attempt is at")
 	})
 }
 
@@ -310,7 +310,7 @@ func TestMinTTLOfAReaderOnlyRaises(t *testing.T) {
 		}
 		m.wantToken("app", 2) // it is everybody's
 		got := m.creds("app", map[string]any{"min_ttl": "2h"})
-		if !strings.HasPrefix(got.token, "token-2-") || len(got.warnings) != 1 || !strings.Contains(got.warnings[0], "its whole lifetime is 1h0m0s") {
+		if !strings.HasPrefix(got.token, "token-2-") || len(got.warnings) != 1 || !strings.Contains(got.warnings[0], "its lifetime is 1h0m0s") {
 			t.Errorf("got %v, want a warning that no token lives that long", got)
 		}
 		m.wantMints(2)
@@ -408,7 +408,7 @@ func TestTokenThatHasExpiredOnArrivalIsAnError(t *testing.T) {
 		m.configure("app", map[string]any{"max_ttl": "1s"})
 		m.mojo.set(func(s *standIn) { s.latency = 1500 * time.Millisecond })
 		for range 5 {
-			wantStatus(t, m.creds("app", nil).err, http.StatusBadGateway, "had expired, or nearly", "Check max_ttl")
+			wantStatus(t, m.creds("app", nil).err, http.StatusBadGateway, "had expired, or almost", "Check the role's max_ttl")
 		}
 		m.wantMints(1) // and a back-off
 		time.Sleep(5 * time.Second)
@@ -529,7 +529,7 @@ func TestTokenOverOnArrivalIsCountedAsAFailure(t *testing.T) {
 				m.mojo.set(func(s *standIn) { s.latency = latency })
 				got := m.creds("app", nil)
 				wantStatus(t, got.err, http.StatusBadGateway, `role "app"`, "max_ttl")
-				if got.err != nil && strings.Contains(got.err.Error(), "holds no token") {
+				if got.err != nil && strings.Contains(got.err.Error(), "returned no usable token") {
 					t.Errorf("the error contradicts itself: %v", got.err)
 				}
 

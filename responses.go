@@ -12,9 +12,9 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// listPath is the path where the names of all that is called so are listed.
+// listPath is the path that lists the names of all configs or all roles.
 func listPath(pattern, plural, help string, list func(context.Context, logical.Storage) ([]string, error)) *framework.Path {
-	summary := "List the names of the " + plural + "."
+	summary := "List the names of all " + plural + "."
 	return &framework.Path{
 		Pattern: pattern,
 		DisplayAttrs: &framework.DisplayAttributes{
@@ -34,7 +34,7 @@ func listPath(pattern, plural, help string, list func(context.Context, logical.S
 				Responses: map[int][]framework.Response{http.StatusOK: {{
 					Description: "OK",
 					Fields: map[string]*framework.FieldSchema{
-						"keys": {Type: framework.TypeStringSlice, Required: true, Description: "The names."},
+						"keys": {Type: framework.TypeStringSlice, Required: true, Description: "The names of all " + plural + "."},
 					},
 				}}},
 			},
@@ -44,22 +44,22 @@ func listPath(pattern, plural, help string, list func(context.Context, logical.S
 	}
 }
 
-// Responses, for the OpenAPI document, that several paths share.
+// Responses for the OpenAPI document that several paths share.
 var (
-	// A write answers 204, or 200 when there are warnings.
+	// A write returns 204, or 200 if there are warnings.
 	writeResponse = map[int][]framework.Response{
 		http.StatusNoContent: {{Description: "Saved."}},
 		http.StatusOK:        {{Description: "Saved, with warnings."}},
 	}
 
-	// So does a deletion.
+	// So does a delete.
 	deleteResponse = map[int][]framework.Response{
 		http.StatusNoContent: {{Description: "Deleted."}},
 		http.StatusOK:        {{Description: "Deleted, with warnings."}},
 	}
 )
 
-// pick takes some of the fields.
+// pick returns the fields with these names.
 func pick(fields map[string]*framework.FieldSchema, names ...string) map[string]*framework.FieldSchema {
 	picked := make(map[string]*framework.FieldSchema, len(names))
 	for _, name := range names {
@@ -68,14 +68,17 @@ func pick(fields map[string]*framework.FieldSchema, names ...string) map[string]
 	return picked
 }
 
-// problem is a mistake that a user can correct: its text is the answer, a 400.
+// problem is an error that the user can fix. The engine returns its text with status 400.
 type problem string
 
 func (p problem) Error() string { return string(p) }
 
 func problemf(format string, args ...any) error { return problem(fmt.Sprintf(format, args...)) }
 
-// unlessEmpty is the answer to a write: nothing, a 204, when there is no warning.
+// errChanged is for a write that another write of the same config or role overtook.
+var errChanged error = problem("it changed during this request. Read it and write it again")
+
+// unlessEmpty returns the response to a write: nil, for a 204, if there is no warning.
 func unlessEmpty(resp *logical.Response) *logical.Response {
 	if len(resp.Warnings) == 0 {
 		return nil
@@ -83,9 +86,9 @@ func unlessEmpty(resp *logical.Response) *logical.Response {
 	return resp
 }
 
-// allowed reports whether a write is still what the caller's policy was asked about.
-// Vault decides between create and update before the request comes here, and somebody
-// may have created or deleted the entry since.
+// allowed reports whether a write is still the operation that Vault checked the caller's
+// policy for. Vault chooses between create and update before the request arrives here,
+// and another request may have created or deleted the entry since.
 func allowed(op logical.Operation, exists bool) bool {
 	switch op {
 	case logical.CreateOperation:

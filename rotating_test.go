@@ -108,7 +108,7 @@ func TestRotateRole(t *testing.T) {
 			go func() { resp, _ := rotate(m); done <- resp }()
 			time.Sleep(time.Second)
 			m.write("roles/app", map[string]any{"audience": "x"})
-			if resp := <-done; !resp.IsError() || !strings.Contains(resp.Error().Error(), "was written while") {
+			if resp := <-done; !resp.IsError() || !strings.Contains(resp.Error().Error(), "changed while") {
 				t.Errorf("got %v", resp)
 			}
 		})
@@ -182,7 +182,7 @@ func TestRotateRoleKeepsTheTokenWhenTheNewOneIsOver(t *testing.T) {
 		}()
 		time.Sleep(time.Second)
 		m.write("roles/app", map[string]any{"max_ttl": "2s"})
-		wantStatus(t, <-done, http.StatusBadGateway, `role "app"`, "had expired, or nearly", "Check max_ttl")
+		wantStatus(t, <-done, http.StatusBadGateway, `role "app"`, "had expired, or almost", "Check the role's max_ttl")
 		if got := m.storedRole("app"); got.TokenGeneration != stored.TokenGeneration {
 			t.Error("the older tokens were dropped")
 		}

@@ -73,7 +73,7 @@ func TestSimulationRepeats(t *testing.T) {
 	}
 }
 
-var simVaries = regexp.MustCompile(` The next try is at \S+, in \S+|\d+ waiting`)
+var simVaries = regexp.MustCompile(` The next attempt is at \S+, in \S+|\d+ waiting`)
 
 // trace is all that happened, in an order that does not depend on which of two things
 // of the same moment came first.

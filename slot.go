@@ -32,7 +32,7 @@ const (
 
 // errDemanded is for a reader that wants a newer token than the cached one too soon after
 // another reader demanded one.
-var errDemanded = fmt.Errorf("one was asked for less than %s ago", demandPause)
+var errDemanded = fmt.Errorf("one was requested less than %s ago", demandPause)
 
 // slot holds the token of one key: one role, or one scope subset of it, in one generation
 // of role and config. Its key never changes. A slot mints the next token, one mint at a
@@ -292,7 +292,7 @@ func (s *slot) keep(tok *cachedToken, f *flight, now time.Time) (*cachedToken, e
 		failed = repeats(old)
 		old = old.repeatedBy(tok)
 	case old.usable(now) && !f.replaces && !tok.servableUntil().After(old.servableUntil()):
-		failed = &mintError{class: classNothingNewer, reason: fmt.Sprintf("the new one, which expires at %s, may be served no longer than the cached one", formatTime(tok.endsAt))}
+		failed = &mintError{class: classNothingNewer, reason: fmt.Sprintf("the new token, which expires at %s, can be served no longer than the cached one", formatTime(tok.endsAt))}
 	default:
 		s.backoff = backoff{}
 		s.token.Store(tok)
@@ -305,7 +305,7 @@ func (s *slot) keep(tok *cachedToken, f *flight, now time.Time) (*cachedToken, e
 
 // repeats is the failure of a mint that returned the cached token again.
 func repeats(old *cachedToken) *mintError {
-	return &mintError{class: classNothingNewer, reason: "it returned the token again that it gave at " + formatTime(old.mintedAt)}
+	return &mintError{class: classNothingNewer, reason: "it returned the same token as at " + formatTime(old.mintedAt)}
 }
 
 // arrived answers a reader after the mint that it waited for.

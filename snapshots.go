@@ -13,23 +13,22 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// Vault Enterprise can load a snapshot beside its storage, and have a plugin read, list
-// and recover single entries of it. This file is what the engine does then: configs and
-// roles can be read and recovered, tokens cannot.
+// Vault Enterprise can load a snapshot beside its storage, and let a plugin read, list, and
+// recover single entries of it. This file supports that for configs and roles. Tokens
+// cannot be read or recovered.
 
-// snapshotPaths are the paths that may be read from a loaded snapshot.
+// snapshotPaths has the paths that may be read from a loaded snapshot.
 var snapshotPaths = []string{"config", configPrefix + "*", rolePrefix + "*"}
 
-// mayUseSnapshot reports whether a request stays away from snapshots, or uses one where
-// that is allowed. Vault checks that too. A path that serves from memory must not load a
-// snapshot's entry into it.
+// mayUseSnapshot reports whether a request does not use a snapshot, or uses one where that
+// is allowed. Vault checks that too. A path that serves from memory must not load a
+// snapshot's entry into memory.
 func mayUseSnapshot(req *logical.Request) bool {
 	return req.RequiresSnapshotID == "" || req.Path == "config" ||
 		strings.HasPrefix(req.Path, configPrefix) || strings.HasPrefix(req.Path, rolePrefix)
 }
 
-// shown returns the entry that a read of it answers with. A snapshot's is not held in
-// memory.
+// shown returns the entry for a read of it. An entry of a snapshot is not kept in memory.
 func (e *entries[T]) shown(ctx context.Context, req *logical.Request, name string) (*held[T], error) {
 	if req.IsSnapshotReadOrList() {
 		return e.load(ctx, req.Storage, name)
@@ -37,9 +36,9 @@ func (e *entries[T]) shown(ctx context.Context, req *logical.Request, name strin
 	return e.get(ctx, req.Storage, name)
 }
 
-// configRecover saves a config as the snapshot has it. Its client secret comes from there,
-// like all else: one of now must not go to the token_url of then. It is not tried, since a
-// recovery has no field that could switch that off.
+// configRecover saves a config as the snapshot has it. The client secret comes from the
+// snapshot too: the current secret must not go to the snapshot's token_url. There is no
+// verification, because a recovery has no field to turn it off.
 func (b *backend) configRecover(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := configName(d)
 	source := name
@@ -67,8 +66,8 @@ func (b *backend) configRecover(ctx context.Context, req *logical.Request, d *fr
 		return logical.ErrorResponse("config %q was not recovered: %s", name, err), nil
 	}
 	resp := &logical.Response{}
-	resp.AddWarning(fmt.Sprintf("The client secret of config %q is the snapshot's, and was not tried. If it was regenerated since, write the present one to config/%s.", name, name))
-	// The generation of then would bring back tokens that were dropped since.
+	resp.AddWarning(fmt.Sprintf("The client secret of config %q comes from the snapshot and was not verified. If you have regenerated it since, write the current secret to config/%s.", name, name))
+	// The snapshot's generation would bring back tokens that were dropped since.
 	old, err := b.configs.update(ctx, req.Storage, name, func(old *held[configEntry]) (*configEntry, error) {
 		if old != nil && old.entry.sameClient(&config) {
 			config.TokenGeneration = old.entry.TokenGeneration

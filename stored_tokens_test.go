@@ -515,7 +515,7 @@ func TestFailingTokenStorageHarmsNobody(t *testing.T) {
 				t.Errorf("no line %s", line)
 			}
 		}
-		if n := strings.Count(log.String(), "stored tokens can't be used"); n != 2 {
+		if n := strings.Count(log.String(), "cannot use stored tokens"); n != 2 {
 			t.Errorf("%d lines in the log, want one for loads and one for saves:\n%s", n, log.String())
 		}
 		if strings.Contains(log.String(), "token-") {
@@ -632,7 +632,7 @@ func TestReadThatStorageHoldsUpSaysSo(t *testing.T) {
 		}
 		began := time.Now()
 		got := m.creds("app", nil)
-		if took := time.Since(began); got.err == nil || !strings.Contains(got.err.Error(), "took longer than a request may") || took > 2*time.Second {
+		if took := time.Since(began); got.err == nil || !strings.Contains(got.err.Error(), "took longer than the request may take") || took > 2*time.Second {
 			t.Errorf("got %q, %v after %s; want it to say that storage took longer", got.token, got.err, took)
 		}
 	})

@@ -16,27 +16,27 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
-// This file counts what this node does for one mount. status and metrics tell the
-// same numbers. Labels come from fixed sets, but for the names of configs:
-// whoever reads tokens cannot make more of them.
+// This file counts what this node does for one mount. status and metrics report the same
+// numbers. Except for the names of configs, labels come from fixed sets, so readers of
+// tokens cannot add any.
 
-// outcomes in the order of telemetry.reads.
+// outcomes has the outcomes in the order of telemetry.reads.
 var outcomes = [...]outcome{outcomeHit, outcomeRefreshed, outcomeMinted, outcomeRestored, outcomeForwarded, outcomeStale, outcomeError}
 
 func (o outcome) index() int { return slices.Index(outcomes[:], o) }
 
-// The results of a mint that gave a token, and of one that ended before its request had
-// a turn at the gate; the others are errorClasses.
+// The results of a mint that succeeded, and of one that ended before its request got a turn
+// at the gate. The other results are errorClasses.
 const (
 	resultOK     = "ok"
 	resultNoTurn = "no_turn"
 )
 
-// answers are what may come of a request, as its label tells.
+// answers has the label values for the results of a token request.
 var answers = map[gate.Answer]string{gate.Answered: "answered", gate.Throttled: "throttled", gate.NoAnswer: "no_answer"}
 
-// results are all that a mint may have. Each is told from the start, as 0: a
-// counter that begins with its first event hides that event from increase().
+// results has all results of a mint. Metrics show each from the start, as 0: a counter that
+// starts with its first event hides that event from increase().
 var results = []string{
 	resultOK, resultNoTurn, string(classClientRefused), string(classRequestRefused), string(classServerError),
 	string(classUnexpected), string(classTLS), string(classNetwork), string(classTimeout),
@@ -48,18 +48,18 @@ type telemetry struct {
 	startedAt time.Time
 	reads     [len(outcomes)]atomic.Int64
 	duration  prometheus.Histogram
-	// storeErrors counts failures with stored tokens, by storeOperations.
+	// storeErrors counts failures of token storage, by storeOperations.
 	storeErrors [len(storeOperations)]atomic.Int64
 
 	mu      sync.Mutex       // never held across I/O
-	results map[string]int64 // of all configs, those that are gone included
+	results map[string]int64 // of all configs, including deleted ones
 	configs map[string]*configTelemetry
 }
 
 // configTelemetry is the account of the mints with one config.
 type configTelemetry struct {
 	results    map[string]int64 // by resultOK, resultNoTurn or errorClass
-	requests   map[string]int64 // by what came of them
+	requests   map[string]int64 // by result
 	lastMint   time.Time
 	lastError  *mintError
 	lastFailed time.Time
@@ -72,16 +72,16 @@ func newTelemetry() *telemetry {
 		configs:   make(map[string]*configTelemetry),
 		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "mojoauth_mint_duration_seconds",
-			Help:    "How long mints took from when a request left, with all further tries, whether or not they gave a token. What came before a 429 is not counted.",
+			Help:    "Duration of mints, successful or not, from their first request, including retries. Time before a 429 does not count.",
 			Buckets: []float64{0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60},
 		}),
 	}
 }
 
-// read counts a read of creds.
+// read counts a read of creds/<role>.
 func (t *telemetry) read(how outcome) { t.reads[how.index()].Add(1) }
 
-// minted counts a mint with a config: failed is nil when it gave a token.
+// minted counts a mint with a config. failed is nil if it succeeded.
 func (t *telemetry) minted(config string, took time.Duration, failed *mintError) {
 	t.duration.Observe(took.Seconds())
 	t.mu.Lock()
@@ -100,15 +100,15 @@ func (t *telemetry) minted(config string, took time.Duration, failed *mintError)
 	}
 }
 
-// noTurn counts a mint with a config that ended before its request had a turn.
+// noTurn counts a mint with a config that ended before its request got a turn.
 func (t *telemetry) noTurn(config string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.count(config, resultNoTurn)
 }
 
-// count counts a mint's result, and finds the account of its config: nil when that was
-// deleted while the mint was under way. The caller holds t.mu.
+// count counts a mint's result, and returns the account of its config, or nil if the config
+// was deleted during the mint. The caller holds t.mu.
 func (t *telemetry) count(config, result string) *configTelemetry {
 	t.results[result]++
 	c := t.configs[config]
@@ -118,7 +118,7 @@ func (t *telemetry) count(config, result string) *configTelemetry {
 	return c
 }
 
-// requested counts a request with a config by what came of it.
+// requested counts a token request with a config by its result.
 func (t *telemetry) requested(config string, how gate.Answer) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -127,7 +127,7 @@ func (t *telemetry) requested(config string, how gate.Answer) {
 	}
 }
 
-// configSeen begins the account of a config, if there is none.
+// configSeen opens the account of a config, if there is none.
 func (t *telemetry) configSeen(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -143,21 +143,21 @@ func (t *telemetry) knows(name string) bool {
 	return t.configs[name] != nil
 }
 
-// configGone ends the account of a config.
+// configGone closes the account of a config.
 func (t *telemetry) configGone(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.configs, name)
 }
 
-// total is how many mints of all configs had each result.
+// total returns the number of mints of all configs by result.
 func (t *telemetry) total() map[string]int64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return maps.Clone(t.results)
 }
 
-// snapshot is a copy of the accounts of the configs with these names.
+// snapshot returns copies of the accounts of the configs with these names.
 func (t *telemetry) snapshot(names []string) map[string]configTelemetry {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -172,30 +172,30 @@ func (t *telemetry) snapshot(names []string) map[string]configTelemetry {
 	return configs
 }
 
-// Metrics, beside the histogram.
+// Descriptions of the metrics other than the histogram.
 var (
-	descBuild   = prometheus.NewDesc("mojoauth_build_info", "The plugin's version and commit; always 1.", []string{"version", "commit", "goversion"}, nil)
-	descReads   = prometheus.NewDesc("mojoauth_reads_total", "Reads of creds/<role> on this node, by how they were answered.", []string{"outcome"}, nil)
-	descMints   = prometheus.NewDesc("mojoauth_mints_total", "Mints, retries included in one, by config and by result: ok, no_turn for one that ended before its request had a turn at the gate, or the class of the failure.", []string{"config", "result"}, nil)
-	descSent    = prometheus.NewDesc("mojoauth_requests_total", "HTTP requests to the token endpoint, retries, rotations and verifications included, by config and by result: answered, throttled (HTTP 429) or no_answer.", []string{"config", "result"}, nil)
-	descWaiting = prometheus.NewDesc("mojoauth_requests_waiting", "Requests that wait for their turn at the config's gate.", []string{"config"}, nil)
-	descPace    = prometheus.NewDesc("mojoauth_requests_per_second", "The pace in force: requests that may leave in a second.", []string{"config"}, nil)
-	descLimit   = prometheus.NewDesc("mojoauth_requests_per_second_limit", "The config's max_requests_per_second.", []string{"config"}, nil)
-	descPeak    = prometheus.NewDesc("mojoauth_peak_requests_per_second", "The highest number of requests in a second since the node began to serve the mount, or since token_url changed.", []string{"config"}, nil)
-	descHour    = prometheus.NewDesc("mojoauth_peak_requests_per_second_last_hour", "The highest number of requests in a second of the last hour.", []string{"config"}, nil)
-	descStore   = prometheus.NewDesc("mojoauth_token_store_errors_total", "Failures to load, save, delete or list tokens in Vault's storage.", []string{"operation"}, nil)
-	descCached  = prometheus.NewDesc("mojoauth_cached_tokens", "Tokens in memory that may be served.", nil, nil)
-	descDue     = prometheus.NewDesc("mojoauth_due_tokens", "Tokens in use that should have been replaced by a new one already.", nil, nil)
-	descNearest = prometheus.NewDesc("mojoauth_due_token_servable_seconds", "How long the first of the due tokens may still be served. Absent when none is due.", nil, nil)
-	descBackoff = prometheus.NewDesc("mojoauth_config_in_backoff", "1 while MojoAuth is not asked with this config because of a failure, else 0.", []string{"config"}, nil)
-	descLast    = prometheus.NewDesc("mojoauth_config_last_mint_timestamp_seconds", "When the config last gave a token: Unix time.", []string{"config"}, nil)
+	descBuild   = prometheus.NewDesc("mojoauth_build_info", "Version and commit of the plugin. Always 1.", []string{"version", "commit", "goversion"}, nil)
+	descReads   = prometheus.NewDesc("mojoauth_reads_total", "Reads of creds/<role> on this node, by outcome.", []string{"outcome"}, nil)
+	descMints   = prometheus.NewDesc("mojoauth_mints_total", "Mints by config and by result: ok, no_turn (the mint ended before its request got a turn at the gate), or the error class. A mint and its retries count as one.", []string{"config", "result"}, nil)
+	descSent    = prometheus.NewDesc("mojoauth_requests_total", "HTTP requests to the token endpoint, including retries, rotations, and verifications, by config and by result: answered, throttled (HTTP 429), or no_answer.", []string{"config", "result"}, nil)
+	descWaiting = prometheus.NewDesc("mojoauth_requests_waiting", "Token requests that wait for a turn at the config's gate.", []string{"config"}, nil)
+	descPace    = prometheus.NewDesc("mojoauth_requests_per_second", "Current pace: the number of token requests that may leave per second.", []string{"config"}, nil)
+	descLimit   = prometheus.NewDesc("mojoauth_requests_per_second_limit", "Value of the config's max_requests_per_second.", []string{"config"}, nil)
+	descPeak    = prometheus.NewDesc("mojoauth_peak_requests_per_second", "Highest number of token requests in one second since the node started to serve the mount, or since token_url changed.", []string{"config"}, nil)
+	descHour    = prometheus.NewDesc("mojoauth_peak_requests_per_second_last_hour", "Highest number of token requests in one second in the last hour.", []string{"config"}, nil)
+	descStore   = prometheus.NewDesc("mojoauth_token_store_errors_total", "Failures to load, save, delete, or list tokens in Vault's storage.", []string{"operation"}, nil)
+	descCached  = prometheus.NewDesc("mojoauth_cached_tokens", "Cached tokens that may be served.", nil, nil)
+	descDue     = prometheus.NewDesc("mojoauth_due_tokens", "Tokens in use that are due for renewal.", nil, nil)
+	descNearest = prometheus.NewDesc("mojoauth_due_token_servable_seconds", "Seconds until the first of the due tokens can no longer be served. Absent if no token is due.", nil, nil)
+	descBackoff = prometheus.NewDesc("mojoauth_config_in_backoff", "1 while the config is in a back-off after a failure, otherwise 0.", []string{"config"}, nil)
+	descLast    = prometheus.NewDesc("mojoauth_config_last_mint_timestamp_seconds", "When a token was last minted with the config, as Unix time.", []string{"config"}, nil)
 )
 
-// collector makes metrics of a mount's telemetry: prometheus.Collector.
+// collector exposes a mount's telemetry as metrics. It is a prometheus.Collector.
 type collector struct {
 	telemetry *telemetry
 	tokens    *tokenCache
-	configs   []string // the names there are
+	configs   []string // names of the existing configs
 }
 
 func (c collector) Describe(out chan<- *prometheus.Desc) {

@@ -43,7 +43,7 @@ var (
 	errOutdated = errors.New("the role or its config changed")
 
 	// errClosed is for readers of a mount that is shutting down.
-	errClosed = errors.New("the mount is being closed")
+	errClosed = errors.New("the mount is closing")
 )
 
 // tokenCache holds the tokens of one mount on this node.
@@ -543,6 +543,6 @@ func (c *tokenCache) close() {
 	select {
 	case <-ended:
 	case <-late.C:
-		c.logger().Warn("closing doesn't wait longer for what is under way", "waited", closingTime)
+		c.logger().Warn("closing the mount without waiting longer for running operations", "waited", closingTime)
 	}
 }

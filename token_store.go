@@ -120,7 +120,7 @@ func (t *tokenStore) load(ctx context.Context, key string) (*storedToken, error)
 	}
 	stored := new(storedToken)
 	if err := entry.DecodeJSON(stored); err != nil {
-		t.logger().Warn("a stored token can't be decoded, and counts as none", "key", key, "error", err)
+		t.logger().Warn("ignoring a stored token that cannot be decoded", "key", key, "error", err)
 		return nil, nil
 	}
 	return stored, nil
@@ -180,7 +180,7 @@ func (t *tokenStore) account(operation int, err error) error {
 	default:
 		t.telemetry.storeErrors[operation].Add(1)
 		if !t.failing[operation].Swap(true) {
-			t.logger().Warn("stored tokens can't be used, and reads go on without them", "operation", storeOperations[operation], "error", err)
+			t.logger().Warn("cannot use stored tokens; reads continue without them", "operation", storeOperations[operation], "error", err)
 		}
 	}
 	return err

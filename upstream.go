@@ -121,13 +121,13 @@ func (u *unavailable) Error() string {
 	text := fmt.Sprintf("config %q: %s", u.config, u.mintError)
 	switch {
 	case u.probe != nil:
-		return text + ". The next try is under way"
+		return text + ". The next attempt is in progress"
 	case u.next.IsZero():
 		return text
 	}
 	// Rounded up, so a reader that waits this long is not too early.
 	wait := max(0, time.Until(u.next)+time.Second-1).Truncate(time.Second)
-	return text + fmt.Sprintf(". The next try is at %s, in %s", formatTime(u.next.Add(time.Second-1)), wait)
+	return text + fmt.Sprintf(". The next attempt is at %s, in %s", formatTime(u.next.Add(time.Second-1)), wait)
 }
 
 func (u *unavailable) Unwrap() error { return u.mintError }
@@ -148,19 +148,19 @@ func (n *noTurnError) reason() string {
 	var why string
 	switch {
 	case n.asked:
-		why = "the turn to ask MojoAuth came late, and MojoAuth has not answered yet"
+		why = "the token request got its turn late, and MojoAuth has not answered yet"
 	case n.Reason == gate.RetryAfter:
-		why = "MojoAuth asked by Retry-After for a longer wait than there is time"
+		why = "the Retry-After of MojoAuth is longer than this request can wait"
 	case n.Reason == gate.Crowded:
-		why = "too many requests wait that are more urgent"
+		why = "too many token requests that are more urgent are waiting"
 	default:
-		why = "no turn to ask MojoAuth came in time"
+		why = "the token request got no turn in time"
 	}
 	throttles := ""
 	if n.Throttled {
-		throttles = "; MojoAuth throttles by HTTP 429"
+		throttles = "; MojoAuth is throttling with HTTP 429"
 	}
-	return fmt.Sprintf("%s (%d waiting, at %.3g a second%s). Try again in %s", why, n.Waiting, n.Pace, throttles, n.ComeBack)
+	return fmt.Sprintf("%s (%d waiting, pace %.3g per second%s). Try again in %s", why, n.Waiting, n.Pace, throttles, n.ComeBack)
 }
 
 func (n *noTurnError) Unwrap() error { return n.NoTurnError }
@@ -290,7 +290,7 @@ func (u *upstream) mint(ctx context.Context, f *flight) (*cachedToken, error) {
 	// Log without the lock: the log's reader may be slow.
 	log := u.logger()
 	if before != nil && after == nil {
-		log.Info("tokens are minted again", "config", u.config.name, "role", f.spec.role.name)
+		log.Info("minting succeeds again", "config", u.config.name, "role", f.spec.role.name)
 	}
 	if failed == nil {
 		log.Debug("minted a token", "config", u.config.name, "role", f.spec.role.name, "duration", time.Since(started), "lifetime", tok.told)
@@ -381,7 +381,7 @@ func (u *upstream) ask(ctx context.Context, f *flight) (tok *cachedToken, failed
 func expiredOnArrival(t *cachedToken) *mintError {
 	return &mintError{
 		class:  classExpiredOnArrival,
-		reason: fmt.Sprintf("its lifetime is %s, and it may be served until %s before it expires", t.schedule.Lifetime, t.schedule.Floor),
+		reason: fmt.Sprintf("its lifetime is %s, and it can be served only until %s before it expires", t.schedule.Lifetime, t.schedule.Floor),
 	}
 }
 
@@ -406,5 +406,5 @@ func (u *upstream) log(spec *spec, failed *mintError) {
 	if spec.narrowed != "" && failed.concernsRequest() {
 		level = hclog.Debug
 	}
-	u.logger().Log(level, "no token could be minted", "config", u.config.name, "role", spec.role.name, "class", failed.class, "error", failed.Error())
+	u.logger().Log(level, "failed to mint a token", "config", u.config.name, "role", spec.role.name, "class", failed.class, "error", failed.Error())
 }

@@ -282,7 +282,7 @@ func TestNarrowedReadsThroughVault(t *testing.T) {
 		t.Errorf("got %v, want the same token, to be read again sooner", got.Data)
 	}
 	_, err := w.vault.Logical().ReadWithData("mojoauth/creds/app", map[string][]string{"scopes": {"read:data,admin"}})
-	w.wantError(err, 400, `scopes holds "admin"`, `role "app"`)
+	w.wantError(err, 400, `scopes contains "admin"`, `role "app"`)
 }
 
 // A platform team sizes Vault's hosts by this: 10,000 roles with a token of

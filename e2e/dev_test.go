@@ -136,7 +136,7 @@ func tryPrintedCommands(t *testing.T, product harness.Product, printed string) {
 		answer, err := cmd.CombinedOutput()
 		refused := outage && strings.Contains(command, "rotate-role")
 		if refused {
-			answers = "The next try is at"
+			answers = "The next attempt is at"
 		}
 		if (err != nil) != refused || !strings.Contains(string(answer), answers) {
 			t.Errorf("%s: got %v, %s; want it to answer %q and to fail: %v", command, err, answer, answers, refused)

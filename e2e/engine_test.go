@@ -158,7 +158,7 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 	w.wantError(err, 400, `role "nobody" does not exist`, "roles/nobody")
 	w.write("roles/app", role(nil))
 	_, err = logical.Read("mojoauth/creds/app")
-	w.wantError(err, 400, `config "default"`, `role "app"`, "writing config/default")
+	w.wantError(err, 400, `config "default"`, `role "app"`, "write config/default")
 
 	_, err = logical.Write("mojoauth/config", w.config(map[string]any{"client_secret": "wrong"}))
 	w.wantError(err, 400, `config "default" was not saved`, "invalid_client", "HTTP 401", "client_secret", "verify_connection=false")
@@ -179,11 +179,11 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 	} {
 		for _, value := range values {
 			_, err = logical.Write("mojoauth/config", w.config(map[string]any{field: value}))
-			w.wantError(err, 400, field+" cannot be read")
+			w.wantError(err, 400, field+" is not valid")
 		}
 	}
 	_, err = logical.Write("mojoauth/roles/app", map[string]any{"extra_params": []string{canary}})
-	w.wantError(err, 400, "extra_params cannot be read")
+	w.wantError(err, 400, "extra_params is not valid")
 
 	w.write("config", w.config(map[string]any{"max_retries": 1, "request_timeout": "5s"}))
 	working := w.token("app")
@@ -225,7 +225,7 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 	w.write("config/wrong", w.config(map[string]any{"client_secret": "wrong", "verify_connection": false}))
 	w.write("roles/wrong", role(map[string]any{"config": "wrong"}))
 	_, err = logical.Read("mojoauth/creds/wrong")
-	w.wantError(err, 400, `config "wrong"`, "invalid_client", "HTTP 401", "Check client_id, client_secret", "The next try is at")
+	w.wantError(err, 400, `config "wrong"`, "invalid_client", "HTTP 401", "Check client_id, client_secret", "The next attempt is at")
 
 	// A server that is not there.
 	dead := "http://" + harness.FreeAddress(t) + "/oauth2/token"
@@ -234,13 +234,13 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 	w.write("config/dead", w.config(map[string]any{"token_url": dead, "verify_connection": false, "max_retries": 0}))
 	w.write("roles/dead", role(map[string]any{"config": "dead"}))
 	_, err = logical.Read("mojoauth/creds/dead")
-	w.wantError(err, 502, `config "dead"`, "connection refused", "The next try is at", "token_url")
+	w.wantError(err, 502, `config "dead"`, "connection refused", "The next attempt is at", "token_url")
 
 	// A server that takes the request and says nothing.
 	w.write("config/mute", w.config(map[string]any{"token_url": "http://" + mute(t), "verify_connection": false, "request_timeout": "1s"}))
 	w.write("roles/mute", role(map[string]any{"config": "mute"}))
 	_, err = logical.Read("mojoauth/creds/mute")
-	w.wantError(err, 504, `config "mute"`, "within the 1s that request_timeout allows", "The next try is at")
+	w.wantError(err, 504, `config "mute"`, "within the request_timeout of 1s", "The next attempt is at")
 
 	// Deleting a role or config ends its tokens.
 	w.write("roles/app3", role(nil))

@@ -112,7 +112,7 @@ func (e *example) check() {
 	e.wantReads("three calls", reads, 1)
 
 	// What is wrong, in Vault's words.
-	e.fails([]string{"400", `role "nobody" does not exist: create it by writing roles/nobody`}, "API_URL="+api, "ROLE=nobody")
+	e.fails([]string{"400", `role "nobody" does not exist; write roles/nobody to create it`}, "API_URL="+api, "ROLE=nobody")
 	e.secrets = append(e.secrets, "canary-vault-token")
 	e.fails([]string{"403", "permission denied"}, "API_URL="+api, "VAULT_TOKEN=canary-vault-token")
 	e.fails([]string{"no handler for route"}, "API_URL="+api, "MOUNT=nowhere")

@@ -62,7 +62,7 @@ func TestEveryFaultThroughVault(t *testing.T) {
 		{"denied", oauthError(403, "access_denied"), 400, "access_denied: [description withheld] (HTTP 403)", 1},
 		{"error-under-200", oauthError(200, "invalid_scope"), 400, "invalid_scope", 1},
 		{"mojoauth-error", oauthserver.Faults{Status: 401, Body: `{"error_code":900,"message":"no","description":"` + canary + `"}`}, 400, "[description withheld] (HTTP 401)", 1},
-		{"not-found", oauthserver.Faults{Status: 404, Body: canary}, 400, "(HTTP 404). The next try is at", 1},
+		{"not-found", oauthserver.Faults{Status: 404, Body: canary}, 400, "(HTTP 404). The next attempt is at", 1},
 		{"forbidden", oauthserver.Faults{Status: 403}, 400, "(HTTP 403)", 1},
 		{"one-429", oauthserver.Faults{Status: 429, Requests: 1}, 200, "", 2},
 		{"throttled", oauthserver.Faults{Status: 429}, 429, "HTTP 429", 0},
@@ -74,13 +74,13 @@ func TestEveryFaultThroughVault(t *testing.T) {
 		{"503", oauthserver.Faults{Status: 503, BodySize: 1 << 20}, 502, "(HTTP 503)", 2},
 		{"504", oauthserver.Faults{Status: 504}, 502, "(HTTP 504)", 2},
 		{"redirect", oauthserver.Faults{Status: 307, Header: map[string]string{"Location": other.TokenURL()}}, 502, "redirects", 1},
-		{"garbage", oauthserver.Faults{Status: 200, Body: "<html>" + canary}, 502, "no JSON object", 1},
+		{"garbage", oauthserver.Faults{Status: 200, Body: "<html>" + canary}, 502, "not a JSON object", 1},
 		{"no-token", oauthserver.Faults{Fields: map[string]rawJSON{"access_token": rawJSON("null")}}, 502, "no access_token", 1},
 		{"10mb", oauthserver.Faults{Status: 200, BodySize: 10 << 20}, 502, "longer than 64 KiB", 1},
 		{"gzip-bomb", oauthserver.Faults{Status: 200, BodySize: 100 << 20, Gzip: true}, 502, "longer than 64 KiB", 1},
 		{"dropped", oauthserver.Faults{Drop: "before"}, 502, "the connection broke", 2},
 		{"dropped-in-the-body", oauthserver.Faults{Drop: "body"}, 502, "the connection broke", 2},
-		{"hang", oauthserver.Faults{Hang: true}, 504, "within the 2s that request_timeout allows. The next try is at", 1},
+		{"hang", oauthserver.Faults{Hang: true}, 504, "within the request_timeout of 2s. The next attempt is at", 1},
 		{"late-503", oauthserver.Faults{Status: 503, Latency: oauthserver.Duration(1500 * time.Millisecond)}, 502, "(HTTP 503)", 2},
 	}
 	for _, c := range cases {
@@ -194,9 +194,9 @@ func TestCertificates(t *testing.T) {
 		text   string // "" for a token
 	}{
 		{"private", private, true, ""},
-		{"unknown", private, false, "not trusted here; set ca_cert"},
+		{"unknown", private, false, "does not trust; if it is your own authority, set ca_cert"},
 		{"expired", serve(ca.Issue(t, "127.0.0.1", time.Now().Add(-time.Minute))), true, "expired"},
-		{"other-host", serve(ca.Issue(t, "192.0.2.1", soon)), true, "another host"},
+		{"other-host", serve(ca.Issue(t, "192.0.2.1", soon)), true, "a different host"},
 	} {
 		fields := map[string]any{"token_url": c.server.TokenURL(), "verify_connection": false, "max_retries": 2}
 		if c.trust {
@@ -282,7 +282,7 @@ func TestOutageDrill(t *testing.T) {
 						case time.Now().Before(expires.Add(-floor)):
 							errorsEarly.Add(1)
 							t.Logf("an error while the old token was above the floor: %v", err)
-						case errors.As(err, &answer) && name != "429" && (answer.StatusCode == 502 || answer.StatusCode == 504) && strings.Contains(err.Error(), "The next try is "):
+						case errors.As(err, &answer) && name != "429" && (answer.StatusCode == 502 || answer.StatusCode == 504) && strings.Contains(err.Error(), "The next attempt is "):
 							errorsLate.Add(1)
 						case errors.As(err, &answer) && name == "429" && answer.StatusCode == 429 && strings.Contains(err.Error(), "Try again in "):
 							errorsLate.Add(1)

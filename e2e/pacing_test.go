@@ -446,8 +446,8 @@ func TestNoTurnInTime(t *testing.T) {
 				return
 			}
 			turnedAway.Add(1)
-			w.wantError(err, 429, fmt.Sprintf("role %q", role), `config "narrow"`, "waiting", "1 a second", "Try again in ")
-			if strings.Contains(err.Error(), "HTTP 429") || strings.Contains(err.Error(), "throttles") {
+			w.wantError(err, 429, fmt.Sprintf("role %q", role), `config "narrow"`, "waiting", "pace 1 per second", "Try again in ")
+			if strings.Contains(err.Error(), "HTTP 429") || strings.Contains(err.Error(), "throttling") {
 				t.Errorf("a reader is told that MojoAuth throttles, which it does not: %v", err)
 			}
 			if took < 2*time.Second || took > 5*time.Second {
@@ -469,7 +469,7 @@ func TestNoTurnInTime(t *testing.T) {
 	w.oauth.SetFaults(oauthserver.Faults{Status: 429})
 	before := len(w.oauth.Requests())
 	_, took, err := read("creds/throttled0")
-	w.wantError(err, 429, `role "throttled0"`, `config "throttled"`, "waiting", "a second", "HTTP 429", "Try again in ")
+	w.wantError(err, 429, `role "throttled0"`, `config "throttled"`, "waiting", "per second", "HTTP 429", "Try again in ")
 	if took < 2*time.Second || took > 5*time.Second {
 		t.Errorf("a read at an endpoint that throttles took %s, with a request_timeout of 2s", took)
 	}
