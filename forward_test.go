@@ -29,8 +29,8 @@ func TestErrorsThatVaultWouldForwardOnAreWithheld(t *testing.T) {
 			}
 		}
 	}
-	// What the SDK answers on a node that may not write has to arrive as it is.
-	if _, err := withoutForwarding(nil, logical.ErrReadOnly); err != logical.ErrReadOnly { //nolint:errorlint // bare
+	// What the SDK returns on a node that may not write must stay unchanged.
+	if _, err := withoutForwarding(nil, logical.ErrReadOnly); err != logical.ErrReadOnly { //nolint:errorlint // nolint:errorlint // unwrapped
 		t.Errorf("got %v, want logical.ErrReadOnly", err)
 	}
 	resp, err := withoutForwarding(logical.ErrorResponse("role \"x\" does not exist"), errors.New("other"))
