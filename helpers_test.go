@@ -465,7 +465,7 @@ func (m *testMount) wantMints(n int64) {
 // an unwrapped CodedError keeps it.
 func wantStatus(t *testing.T, err error, status int, parts ...string) {
 	t.Helper()
-	coded, ok := err.(logical.HTTPCodedError) //nolint:errorlint // //nolint:errorlint // it must not be wrapped
+	coded, ok := err.(logical.HTTPCodedError) //nolint:errorlint // it must not be wrapped
 	if !ok || coded.Code() != status {
 		t.Errorf("got %v (%T), want an unwrapped error with status %d", err, err, status)
 		return

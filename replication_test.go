@@ -115,7 +115,7 @@ func TestReplicaServesReadsAndWritesNothing(t *testing.T) {
 				if got := node.creds("app", map[string]any{"scopes": "a"}); got.err != nil || got.token == first.token {
 					t.Errorf("scope subset: got %v", got)
 				}
-				if got := node.creds("leased", nil); isStandby(state) != (got.err == errForward) { //nolint:errorlint // //nolint:errorlint // it must be unwrapped
+				if got := node.creds("leased", nil); isStandby(state) != (got.err == errForward) { //nolint:errorlint // it must be unwrapped
 					t.Errorf("leased: got %v", got.err)
 				}
 				for _, path := range []string{"config", "config/default", "roles/app", "status"} {
@@ -170,7 +170,7 @@ func TestReplicaForwardsWrites(t *testing.T) {
 					{logical.UpdateOperation, "rotate-role/app", nil},
 				} {
 					resp, err := node.request(c.op, c.path, c.data)
-					if err != logical.ErrReadOnly || resp != nil { //nolint:errorlint // //nolint:errorlint // Vault would not forward a wrapped error
+					if err != logical.ErrReadOnly || resp != nil { //nolint:errorlint // Vault would not forward a wrapped error
 						t.Errorf("%s %s: got %v, %v; want an unwrapped ErrReadOnly", c.op, c.path, resp, err)
 					}
 				}
@@ -370,7 +370,7 @@ func TestReaderWhoJoinsTheLoadOfANewTokenIsForwarded(t *testing.T) {
 		node, _ := m.replica(consts.ReplicationPerformanceStandby, false)
 		wantForwarded := func() {
 			t.Helper()
-			if got := node.creds("app", nil); got.err != logical.ErrReadOnly { //nolint:errorlint // //nolint:errorlint // Vault would not forward a wrapped error
+			if got := node.creds("app", nil); got.err != logical.ErrReadOnly { //nolint:errorlint // Vault would not forward a wrapped error
 				t.Errorf("got %q, %v; want it forwarded", got.token, got.err)
 			}
 		}
