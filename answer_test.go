@@ -82,7 +82,7 @@ func TestFailuresConcernTheRequestTheClientOrTheServer(t *testing.T) {
 
 // The token type and the scope are shown to readers and operators on one line. They
 // contain no line breaks or quotes, and their length is bounded.
-func TestTypeAndScopeHoldCharactersOfRFC6749(t *testing.T) {
+func TestTypeAndScopeHaveOnlyRFC6749Characters(t *testing.T) {
 	long := strings.Repeat("s", 100)
 	many := strings.Repeat(long+" ", 100)
 	for _, c := range []struct {
@@ -126,7 +126,7 @@ func TestAccessTokenIsVisibleASCII(t *testing.T) {
 }
 
 // The credentials and the endpoint are good; only this token is unusable.
-func TestEndedJWTIsExpiredOnArrival(t *testing.T) {
+func TestExpiredJWTIsExpiredOnArrival(t *testing.T) {
 	_, failed := read(200, object{"access_token": jwt(`{"exp":1000}`), "expires_in": 3600})
 	if failed == nil || failed.class != "expired_on_arrival" {
 		t.Fatalf("got %v, want class expired_on_arrival", failed)

@@ -41,7 +41,7 @@ func TestMountsShareNothing(t *testing.T) {
 }
 
 // Concurrent operations of every kind, for the race detector.
-func TestManyThingsAtOnce(t *testing.T) {
+func TestConcurrentOperations(t *testing.T) {
 	m := newTestMount(t)
 	m.mojo.set(func(s *standIn) { s.lifetime = 2 * time.Second })
 	m.configure("app", map[string]any{"scopes": "a,b,c"})

@@ -111,7 +111,7 @@ func TestRefusedRequestBacksOffAlone(t *testing.T) {
 
 // Several roles' mints are in progress when the trouble begins. Together they count as
 // one failure.
-func TestBackoffCountsATroubleOnce(t *testing.T) {
+func TestBackoffCountsAnOutageOnce(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(nil))
 		m.mojo.set(func(s *standIn) { s.fail, s.latency = errDown, time.Second })
@@ -167,7 +167,7 @@ func TestColdReaderWaitsForTheProbe(t *testing.T) {
 
 // If a client cannot be created, the error gives the reason, and a write makes the engine
 // try again.
-func TestClientThatCannotBeMadeIsTriedAgain(t *testing.T) {
+func TestClientThatCannotBeCreatedIsTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		broken := errors.New("no certificate authorities")
 		fails := true
@@ -192,7 +192,7 @@ func TestClientThatCannotBeMadeIsTriedAgain(t *testing.T) {
 }
 
 // A write, on this node or another, also ends the back-off of automatic renewals.
-func TestWritesEndTheBackoffOfRefreshAhead(t *testing.T) {
+func TestWritesEndTheBackoffOfRenewals(t *testing.T) {
 	for _, failure := range []*mintError{errDown, {class: classRequestRefused, status: 400, oauthError: "invalid_scope"}} {
 		for name, write := range map[string]func(m *testMount){
 			"config": func(m *testMount) { m.write("config", map[string]any{"verify_connection": false}) },
@@ -227,7 +227,7 @@ func TestWritesEndTheBackoffOfRefreshAhead(t *testing.T) {
 	}
 }
 
-func TestFailedMintsAreForgottenWhenNobodyReads(t *testing.T) {
+func TestFailedMintsAreForgottenWithoutReads(t *testing.T) {
 	for _, failure := range []*mintError{
 		errDown,
 		{class: classRequestRefused, status: 400, oauthError: "invalid_scope"},
@@ -248,7 +248,7 @@ func TestFailedMintsAreForgottenWhenNobodyReads(t *testing.T) {
 
 // Freeing slots must not shorten the back-off again. With one read a second, the engine
 // mints after 5, 10, 20, and then every 30 seconds, each up to a fifth shorter.
-func TestBackoffOfARequestGoesOnDoubling(t *testing.T) {
+func TestBackoffOfARequestKeepsDoubling(t *testing.T) {
 	for _, had := range []string{"no token", "an expired token"} {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
@@ -274,7 +274,7 @@ func TestBackoffOfARequestGoesOnDoubling(t *testing.T) {
 
 // MojoAuth's description of a failure may name a role's audience. Readers of other roles
 // see the kind of failure, but not the description.
-func TestDescriptionIsToldToReadersOfItsKeyOnly(t *testing.T) {
+func TestDescriptionIsShownOnlyToReadersOfItsKey(t *testing.T) {
 	const words = "https://payroll.example.org/ is closed to you"
 	for _, c := range []struct {
 		failure *mintError
@@ -326,7 +326,7 @@ func TestDescriptionIsToldToReadersOfItsKeyOnly(t *testing.T) {
 }
 
 // One request that hangs while others succeed says nothing about the endpoint.
-func TestFailureOfAMintThatBeganBeforeTheLastSuccessBacksOffItsKeyOnly(t *testing.T) {
+func TestFailureOfAMintOlderThanTheLastSuccessBacksOffOnlyItsKey(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("hung", map[string]any{"audience": "hung"})
 		m.write("roles/early", nil)
@@ -401,7 +401,7 @@ func TestRequestsThatHangFailAlone(t *testing.T) {
 
 // No path retries in a tight loop. A failure to create a client backs off the config as
 // an outage does.
-func TestClientThatCannotBeMadeBacksOffTheConfig(t *testing.T) {
+func TestClientThatCannotBeCreatedBacksOffTheConfig(t *testing.T) {
 	broken := errors.New("no certificate authorities")
 	// While fails is set, the mount cannot create a client, except on the thousandth try:
 	// a loop would never end in a bubble, where time stands still.
@@ -465,7 +465,7 @@ func TestClientThatCannotBeMadeBacksOffTheConfig(t *testing.T) {
 
 // An entry that cannot be decoded stays so until it is written again. Reading it every
 // second does not help.
-func TestEntryThatCannotBeReadIsNotLookedAtEverySecond(t *testing.T) {
+func TestUndecodableEntryIsNotReadEverySecond(t *testing.T) {
 	for _, key := range []string{"config/default", "roles/app"} {
 		t.Run(key, func(t *testing.T) {
 			bubble(t, func(m *testMount) {
@@ -562,7 +562,7 @@ func TestRoleThatFailedLeavesTheProbeToOthers(t *testing.T) {
 }
 
 // A role that fails while others succeed is itself at fault until it succeeds.
-func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
+func TestKeyThatFailsAloneBacksOffAlone(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		var blocked atomic.Bool
 		blocked.Store(true)
@@ -780,7 +780,7 @@ func TestBackoffOutlivesTheInvalidationOfOtherEntries(t *testing.T) {
 
 // A mint reads role and config from storage before its token request. A back-off that
 // begins in the meantime applies to it as well.
-func TestMintThatStorageHeldUpObeysTheBackoff(t *testing.T) {
+func TestMintDelayedByStorageObeysTheBackoff(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("slow", nil)
 		m.write("roles/bad", nil)
@@ -803,7 +803,7 @@ func TestMintThatStorageHeldUpObeysTheBackoff(t *testing.T) {
 }
 
 // The probe after a back-off sends no request if an older mint fails before it could.
-func TestProbeThatStorageHeldUpObeysANewBackoff(t *testing.T) {
+func TestProbeDelayedByStorageObeysANewBackoff(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("probe", nil)
 		m.write("roles/straggler", map[string]any{"audience": "straggler"})

@@ -21,7 +21,7 @@ import (
 // What writes of roles and configs, on this node and on others, do to cached tokens and
 // to waiting readers.
 
-func TestRoleWriteDropsTokensOnlyWhenItAsksForOthers(t *testing.T) {
+func TestRoleWriteDropsTokensOnlyIfTheRequestChanges(t *testing.T) {
 	fields := map[string]any{"audience": "https://a/", "scopes": "a,b", "extra_params": map[string]any{"x": "y"}}
 	for _, c := range []struct {
 		name  string
@@ -81,7 +81,7 @@ func TestRoleWriteDropsTokensOnlyWhenItAsksForOthers(t *testing.T) {
 	})
 }
 
-func TestConfigWriteDropsTokensOnlyOfAnotherClient(t *testing.T) {
+func TestConfigWriteDropsTokensOnlyIfTheClientChanges(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		write map[string]any
@@ -142,7 +142,7 @@ func TestSecretRollsOverWithoutAGap(t *testing.T) {
 	})
 }
 
-func TestMintInFlightIsKeptOnlyWhenItIsStillAskedFor(t *testing.T) {
+func TestMintInFlightIsKeptOnlyIfStillValid(t *testing.T) {
 	// In each case a mint takes five seconds, and the change comes after one. The first
 	// reader came before the change, the later one after it; later is the number of the
 	// token that the later reader gets.
@@ -205,7 +205,7 @@ func TestMintInFlightIsKeptOnlyWhenItIsStillAskedFor(t *testing.T) {
 }
 
 // The engine must not keep what it read from storage before a change.
-func TestWhatWasLoadedBeforeAChangeIsNotHeld(t *testing.T) {
+func TestEntriesLoadedBeforeAChangeAreNotKept(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"audience": "old"})
 		m.InvalidateKey(context.Background(), "roles/app")
@@ -330,7 +330,7 @@ func (s *unsureStorage) Put(ctx context.Context, e *logical.StorageEntry) error 
 
 // A reader can know of a change before the cache does, if loading it in the background
 // failed. The new token is then judged by the role as the reader knows it.
-func TestNewTokenIsComparedWithTheOldUnderTheRoleAsItIs(t *testing.T) {
+func TestNewTokenIsComparedUnderTheCurrentRole(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -346,7 +346,7 @@ func TestNewTokenIsComparedWithTheOldUnderTheRoleAsItIs(t *testing.T) {
 }
 
 // A failed write may still have been applied. Storage decides.
-func TestFailedWritesCountAsStorageHasThem(t *testing.T) {
+func TestStorageDecidesAfterAFailedWrite(t *testing.T) {
 	for path, data := range map[string]map[string]any{
 		"config":          {"client_id": "other", "verify_connection": false},
 		"roles/app":       {"audience": "x"},
@@ -383,7 +383,7 @@ func TestFailedWritesCountAsStorageHasThem(t *testing.T) {
 
 // A reader is waiting for a mint that will fail when someone corrects the role or its
 // config. The reader gets a token for the corrected role, not the failure of the old one.
-func TestReaderWhoWaitsWhileTheRoleIsMendedGetsItsToken(t *testing.T) {
+func TestWaitingReaderGetsTokenOfCorrectedRole(t *testing.T) {
 	fixed := map[string]any{"scopes": "good"}
 	for _, c := range []struct {
 		name    string
@@ -433,7 +433,7 @@ func TestReaderWhoWaitsWhileTheRoleIsMendedGetsItsToken(t *testing.T) {
 }
 
 // Nothing stays in memory of what is deleted or no longer read.
-func TestNothingIsKeptOfWhatIsGone(t *testing.T) {
+func TestDeletedEntriesLeaveNothingInMemory(t *testing.T) {
 	empty := func(m *testMount, accounts int) {
 		m.t.Helper()
 		time.Sleep(48 * time.Hour)
@@ -532,7 +532,7 @@ func TestNothingIsKeptOfWhatIsGone(t *testing.T) {
 
 // The cost of writing a role must not grow with the number of other roles in memory. The
 // test measures bytes, which are the same in every run.
-func TestWritingARoleDoesNotGoThroughAllRoles(t *testing.T) {
+func TestWritingARoleDoesNotVisitAllRoles(t *testing.T) {
 	m := newTestMount(t)
 	m.mojo.unpaced = true
 	m.write("config", testConfig(nil))
@@ -581,7 +581,7 @@ func TestWritingARoleDoesNotGoThroughAllRoles(t *testing.T) {
 }
 
 // A write that waits for another gives up when its caller does.
-func TestWriteThatWaitsForAnotherEndsWithItsCaller(t *testing.T) {
+func TestWaitingWriteEndsWithItsCaller(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(nil))
 		slow := func(key string) {

@@ -99,7 +99,7 @@ func mintOnce(t *testing.T, config *configEntry, req tokenRequest) (*token, *min
 const goodAnswer = `{"access_token":"tok","expires_in":3600}`
 
 // The request format is a contract: RFC 6749 §4.4.2, §2.3.1 and appendix B.
-func TestMintSendsWhatTheProtocolWants(t *testing.T) {
+func TestMintSendsWhatTheProtocolRequires(t *testing.T) {
 	const (
 		id     = "id:with/res+rved &=%?#@ü"
 		secret = "s:e/c+r e&t=%41?#@ü~\"\\"
@@ -165,7 +165,7 @@ func TestMintSendsWhatTheProtocolWants(t *testing.T) {
 	}
 }
 
-func TestMintReadsEveryGoodAnswer(t *testing.T) {
+func TestMintAcceptsEveryValidAnswer(t *testing.T) {
 	at := time.Now().Add(2 * time.Hour).UTC().Format(time.RFC3339)
 	cases := []struct {
 		name, answer     string
@@ -468,7 +468,7 @@ func TestMintEndsInTime(t *testing.T) {
 
 // A throttled request waits for another turn, which does not count as a retry. The
 // wording of the endpoint's answer does not matter.
-func TestThrottledRequestGoesBackToItsPlace(t *testing.T) {
+func TestThrottledRequestWaitsForAnotherTurn(t *testing.T) {
 	answers := []http.HandlerFunc{
 		func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Retry-After", "20")
@@ -510,7 +510,7 @@ func TestThrottledRequestGoesBackToItsPlace(t *testing.T) {
 
 // A Retry-After from a failing server also closes the gate. One that comes with a refusal
 // does not: a single role, or one reader's scopes, would close the gate for everyone.
-func TestRetryAfterThatConcernsTheGate(t *testing.T) {
+func TestRetryAfterThatClosesTheGate(t *testing.T) {
 	for status, want := range map[int]time.Duration{503: 20 * time.Second, 400: 0, 403: 0} {
 		e := newEndpoint(t, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Retry-After", "20")

@@ -18,7 +18,7 @@ func after(at time.Time) map[string]any {
 	return map[string]any{"minted_after": formatTime(at)}
 }
 
-func TestManyDemandsForANewerTokenAreOneMint(t *testing.T) {
+func TestManyDemandsForANewerTokenCauseOneMint(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -80,7 +80,7 @@ func TestTokenOfTheSameSecondIsNotNewer(t *testing.T) {
 }
 
 // A token minted on demand replaces the cached one even if it expires sooner.
-func TestDemandedTokenReplacesOneThatEndsLater(t *testing.T) {
+func TestDemandedTokenReplacesOneThatExpiresLater(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -131,7 +131,7 @@ func TestDemandThatCannotBeMetIsAWarning(t *testing.T) {
 }
 
 // If the gate is busy, the demand continues after its reader has left.
-func TestDemandAtABusyGateGoesOn(t *testing.T) {
+func TestDemandAtABusyGateContinues(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(map[string]any{"max_requests_per_second": 1}))
 		m.write("roles/app", nil)
@@ -150,7 +150,7 @@ func TestDemandAtABusyGateGoesOn(t *testing.T) {
 	})
 }
 
-func TestDemandForNarrowedScopesIsTheirs(t *testing.T) {
+func TestDemandForAScopeSubset(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"scopes": "a,b"})
 		m.wantToken("app", 1)
@@ -165,7 +165,7 @@ func TestDemandForNarrowedScopesIsTheirs(t *testing.T) {
 	})
 }
 
-func TestMintedAfterThatMakesNoSense(t *testing.T) {
+func TestInvalidMintedAfter(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)

@@ -12,7 +12,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-func TestErrorsThatVaultWouldForwardOnAreWithheld(t *testing.T) {
+func TestErrorsThatWouldForwardAreWithheld(t *testing.T) {
 	for _, text := range []string{"Cannot write to ReadOnly storage", "x: node is not the leader: y", "please forward to the active node", "Vault is in standby mode"} {
 		resp, err := withoutForwarding(logical.ErrorResponse("role: "+text), nil)
 		if err != nil || !resp.IsError() || forwardsElsewhere(resp.Error().Error()) {

@@ -7,7 +7,7 @@ import "testing"
 
 // Each caller brings its config's limit to the gate: a reader may see a write on another
 // node before the cache does.
-func TestGateGoesByTheLimitOfWhoComes(t *testing.T) {
+func TestGateUsesTheCallersLimit(t *testing.T) {
 	config := func(limit int) *configEntry {
 		return &configEntry{TokenURL: "https://project.auth.mojoauth.test/", MaxRequestsPerSecond: limit}
 	}

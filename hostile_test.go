@@ -318,7 +318,7 @@ func TestInterimAnswers(t *testing.T) {
 
 // Go's standard logger prints what an endpoint sends unsolicited on an idle connection,
 // perhaps the secret, and Vault logs what a plugin prints.
-func TestNoConnectionIsKeptThatAnEndpointCouldTalkOn(t *testing.T) {
+func TestNoIdleConnectionIsKept(t *testing.T) {
 	var printed bytes.Buffer
 	defer log.SetOutput(log.Writer())
 	log.SetOutput(&printed)
@@ -386,7 +386,7 @@ func TestHTTP2DebugPrintsNoSecret(t *testing.T) {
 
 // A certificate may contain a thousand names with any text in them; so may anything that
 // is not HTTP.
-func TestConnectionErrorsQuoteNothing(t *testing.T) {
+func TestConnectionErrorsQuoteNothingFromTheServer(t *testing.T) {
 	const text = "words-of-the-server.example"
 	names := &x509.Certificate{DNSNames: slices.Repeat([]string{text}, 1000)}
 	invalid := func(reason x509.InvalidReason) error {

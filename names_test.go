@@ -29,7 +29,7 @@ var namedOperations = []struct {
 
 // Vault compares paths with policies as sent. If the engine ignored case, creds/Reports
 // would get around a deny on creds/reports.
-func TestNamesThatAreRefused(t *testing.T) {
+func TestInvalidNames(t *testing.T) {
 	m := newTestMount(t)
 	m.configure("reports", nil)
 	m.write("config/reports", testConfig(nil))
@@ -83,7 +83,7 @@ func TestNameInRoleIsNotFolded(t *testing.T) {
 
 // The engine accepts the names that the framework routes, except those with capitals and
 // "..".
-func TestNamesAreThoseOfPaths(t *testing.T) {
+func TestNamesMatchPaths(t *testing.T) {
 	pattern := regexp.MustCompile("^" + framework.GenericNameRegex("name") + "$")
 	const alphabet = "aZ0_-. /\u00e9"
 	names := []string{""}
@@ -125,7 +125,7 @@ func TestEveryNamedPathIsChecked(t *testing.T) {
 	}
 }
 
-func TestNamesThatAreAccepted(t *testing.T) {
+func TestValidNames(t *testing.T) {
 	for _, name := range []string{"a", "0", "_", "a-b", "a.b.c", "a_b", "my--role", strings.Repeat("a", 128)} {
 		m := newTestMount(t)
 		m.write("config/"+name, testConfig(nil))

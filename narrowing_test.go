@@ -107,7 +107,7 @@ func TestNarrowedTokensAreBoundedPerRole(t *testing.T) {
 
 // A full mount evicts what costs least: first the tokens of the requesting role, then the
 // least recently read tokens.
-func TestNarrowedTokensOfAFullMountGoByTheirLastRead(t *testing.T) {
+func TestFullMountEvictsLeastRecentlyReadNarrowedTokens(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		const full = narrowedOfAMount / narrowedOfARole
 		scopes := manyScopes(8)
@@ -145,7 +145,7 @@ func TestNarrowedTokensOfAFullMountGoByTheirLastRead(t *testing.T) {
 
 // A key stands for a token, not for a slot in memory. Its mint continues when the slot is
 // evicted, and later readers of the key wait for that mint.
-func TestKeyHasOneMintThoughItsPlaceWasTaken(t *testing.T) {
+func TestEvictedKeyKeepsItsOneMint(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		scopes := manyScopes(11)
 		sets := subsets(scopes, narrowedOfAMount+narrowedOfARole)
@@ -189,7 +189,7 @@ func TestKeyHasOneMintThoughItsPlaceWasTaken(t *testing.T) {
 }
 
 // Readers who give up leave nothing behind that grows with their number.
-func TestReadersWhoGiveUpLeaveNoCrowdOfMints(t *testing.T) {
+func TestReadersWhoGiveUpLeaveNoMintsBehind(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		scopes := manyScopes(12)
 		m.write("config", testConfig(map[string]any{"request_timeout": "60s"}))

@@ -109,7 +109,7 @@ func TestColdRolesOfAThrottlingEndpoint(t *testing.T) {
 	}
 }
 
-func TestThrottlingBacksOffNobody(t *testing.T) {
+func TestThrottlingCausesNoBackoff(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.write("roles/other", nil)
@@ -168,7 +168,7 @@ func TestReaderWithoutATurn(t *testing.T) {
 	})
 }
 
-func TestRetryAfterBeyondAReadsTimeIsToldAtOnce(t *testing.T) {
+func TestRetryAfterBeyondAReadsTimeFailsImmediately(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.write("roles/other", nil)
@@ -219,7 +219,7 @@ func TestVerificationWithoutATurn(t *testing.T) {
 	})
 }
 
-func TestVerificationOfAConfigThatGoes(t *testing.T) {
+func TestVerificationOfADeletedConfig(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -247,7 +247,7 @@ func TestNewEndpointHasANewGate(t *testing.T) {
 	})
 }
 
-func TestLimitAppliesToThoseWhoWait(t *testing.T) {
+func TestLimitAppliesToWaitingRequests(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(map[string]any{"max_requests_per_second": 1}))
 		wg := m.coldRoles(20, func(time.Duration) {})
@@ -288,7 +288,7 @@ func TestBackoffEndsTheWaitingAtTheGate(t *testing.T) {
 
 // While a reader's request waits for a turn, its old token reaches its floor. From then
 // on it is a reader without a token, and keeps waiting.
-func TestReaderWhoseTokenEndsAtTheGateWaitsOn(t *testing.T) {
+func TestReaderWhoseTokenExpiresAtTheGateKeepsWaiting(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.mojo.set(func(s *standIn) { s.lifetime = 8 * time.Second })
 		m.configure("app", nil)
@@ -320,7 +320,7 @@ func TestVerificationPassesTheGateOfTheMintsAfterIt(t *testing.T) {
 
 // A request has the whole request_timeout, no matter how late it leaves, and no error
 // reports a timeout that the request had no time to reach.
-func TestTimeAtTheGateIsNoTimeout(t *testing.T) {
+func TestTimeAtTheGateIsNotATimeout(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.mojo.set(func(s *standIn) {
@@ -340,12 +340,12 @@ func TestTimeAtTheGateIsNoTimeout(t *testing.T) {
 
 // If writes of the role or config take up all of a reader's time, the error says to try
 // again.
-func TestReaderWhoseTimeEndsInAWriteMayComeAgain(t *testing.T) {
+func TestReadDelayedByWritesMayBeRetried(t *testing.T) {
 	_, err := mintFailure("app", errOutdated)
 	wantStatus(t, err, http.StatusTooManyRequests, `role "app"`, "Try again")
 }
 
-func TestNothingIsAskedForReadersWhoLeftBeforeTheirTurn(t *testing.T) {
+func TestNoRequestForReadersWhoLeftBeforeTheirTurn(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("first", nil)
 		m.creds("first", nil)
@@ -367,7 +367,7 @@ func TestNothingIsAskedForReadersWhoLeftBeforeTheirTurn(t *testing.T) {
 
 // If a role is deleted while its reader waits for a turn, the engine requests no token
 // for it.
-func TestNothingIsAskedForARoleThatIsGone(t *testing.T) {
+func TestNoRequestForADeletedRole(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("first", nil)
 		m.write("roles/gone", nil)
@@ -385,7 +385,7 @@ func TestNothingIsAskedForARoleThatIsGone(t *testing.T) {
 }
 
 // Neither reading many subsets of a role nor rotating it in a loop holds up other roles.
-func TestGreedyCallersHoldUpNobody(t *testing.T) {
+func TestGreedyCallersDelayNoOthers(t *testing.T) {
 	scopes := manyScopes(12)
 	const greedy = 100 // concurrent
 	for name, grab := range map[string]func(m *testMount, i int){
@@ -428,7 +428,7 @@ func TestGreedyCallersHoldUpNobody(t *testing.T) {
 
 // Even at a limit of one request a second, a loop of rotations leaves room for other
 // requests.
-func TestRotationsInALoopStarveNobody(t *testing.T) {
+func TestRotationsInALoopStarveNoOthers(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(map[string]any{"max_requests_per_second": 1}))
 		m.write("roles/greedy", nil)
@@ -474,7 +474,7 @@ func TestRenewalsAreSpread(t *testing.T) {
 
 // During a rush of reads without a token, renewals of cached tokens come first once they
 // are urgent.
-func TestNoTokenEndsInAStormOfColdReaders(t *testing.T) {
+func TestNoTokenExpiresInAStormOfColdReaders(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		const warm = 30
 		m.write("config", testConfig(map[string]any{"max_requests_per_second": 1}))

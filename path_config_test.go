@@ -58,7 +58,7 @@ func TestConfigRoundTrip(t *testing.T) {
 	m.do(logical.DeleteOperation, "config", nil) // again: no error
 }
 
-func TestConfigUpdateLeavesOtherFields(t *testing.T) {
+func TestConfigUpdateKeepsOtherFields(t *testing.T) {
 	m := newTestMount(t)
 	m.write("config", testConfig(map[string]any{
 		"token_endpoint_auth_method": "client_secret_basic",
@@ -87,7 +87,7 @@ func TestConfigUpdateLeavesOtherFields(t *testing.T) {
 	}
 }
 
-func TestConfigRefusesBadFields(t *testing.T) {
+func TestConfigRefusesInvalidFields(t *testing.T) {
 	cases := []struct {
 		name  string
 		field string
@@ -147,7 +147,7 @@ func TestConfigRefusesBadFields(t *testing.T) {
 }
 
 // A newline from typing Enter or from the end of a file is not part of the secret.
-func TestOneLineEndAfterTheSecretIsCut(t *testing.T) {
+func TestOneLineEndAfterTheSecretIsRemoved(t *testing.T) {
 	for _, sent := range []string{canary, canary + "\n", canary + "\r\n"} {
 		m := newTestMount(t)
 		m.write("config", testConfig(map[string]any{"client_secret": sent}))
@@ -181,7 +181,7 @@ func TestConfigAcceptsURLs(t *testing.T) {
 
 // Someone who does not know the client secret cannot redirect it to another host, or make
 // the engine trust another server.
-func TestSecretIsNotRedirectedByWhoDoesNotSendIt(t *testing.T) {
+func TestSecretIsNotRedirectedUnlessItIsSent(t *testing.T) {
 	const old = "https://project.auth.mojoauth.test/oauth2/token"
 	certificates := testCertificates(t, 2)
 	cases := []struct {
@@ -323,7 +323,7 @@ func TestConfigIsVerifiedBeforeItIsSaved(t *testing.T) {
 // Anyone who may write a config can make the engine send requests to any host. So a mount
 // verifies one config at a time, at most once a second; a verification that gets no turn
 // may fail.
-func TestVerificationsGoOneAtATime(t *testing.T) {
+func TestVerificationsRunOneAtATime(t *testing.T) {
 	for name, latency := range map[string]time.Duration{"slow": 2 * time.Second, "quick": 0} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(m *testMount) {

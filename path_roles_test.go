@@ -61,7 +61,7 @@ func TestRoleRoundTrip(t *testing.T) {
 	}
 }
 
-func TestRoleRefusesBadFields(t *testing.T) {
+func TestRoleRefusesInvalidFields(t *testing.T) {
 	cases := []struct {
 		name  string
 		field string

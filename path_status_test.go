@@ -37,7 +37,7 @@ func aBadDay(m *testMount) {
 	m.wantToken("app", 1) // a read counted as stale
 }
 
-func TestStatusTellsWhatTheNodeDid(t *testing.T) {
+func TestStatusReportsWhatTheNodeDid(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		began := time.Now()
 		aBadDay(m)
@@ -103,7 +103,7 @@ func (m *testMount) metrics() string {
 	return resp.Data[logical.HTTPRawBody].(string) // not []byte: Vault turns an empty one into a 500
 }
 
-func TestMetricsTellTheSameAsStatus(t *testing.T) {
+func TestMetricsMatchStatus(t *testing.T) {
 	m := newTestMount(t)
 	problems, err := promlint.New(strings.NewReader(m.metrics())).Lint()
 	if err != nil || len(problems) != 0 {
@@ -159,7 +159,7 @@ func TestMetricsTellTheSameAsStatus(t *testing.T) {
 
 // An outage logs one line when it begins and one when it ends, no matter what the readers
 // do.
-func TestLogTellsOfChanges(t *testing.T) {
+func TestLogReportsChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log lockedBuffer
 		mojo := &standIn{lifetime: time.Hour}
@@ -289,7 +289,7 @@ func TestStatusTotalsOutliveTheirConfigs(t *testing.T) {
 }
 
 // An account is kept as long as its config exists, no matter who asks.
-func TestAccountOfAConfigEndsWithIt(t *testing.T) {
+func TestAccountIsDeletedWithItsConfig(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)

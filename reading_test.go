@@ -20,7 +20,7 @@ import (
 
 // What a read of creds returns: which token, how soon, and which error if there is none.
 
-func TestCredsAnswerHasEveryKey(t *testing.T) {
+func TestCredsResponseHasEveryKey(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"scopes": "b,a"})
 		got := m.read("creds/app") // checked against the response schema
@@ -102,7 +102,7 @@ func TestCachedReadTouchesNoStorage(t *testing.T) {
 
 // Neither a mint nor a write that waits for MojoAuth or for storage delays a read of a
 // good token.
-func TestCachedReadWaitsForNobody(t *testing.T) {
+func TestCachedReadNeverWaits(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.write("roles/slow", nil)
@@ -122,7 +122,7 @@ func TestCachedReadWaitsForNobody(t *testing.T) {
 	})
 }
 
-func TestReaderWaitsTwoSecondsWhileTheOldTokenWouldDo(t *testing.T) {
+func TestReaderWithAUsableTokenWaitsTwoSeconds(t *testing.T) {
 	// L is an hour: R is 15 min, F 1 min. Afterward the stand-in behaves as then
 	// specifies, and there were n token requests: the next one is in progress, because
 	// the write ends the back-off.
@@ -189,7 +189,7 @@ func TestReaderWaitsTwoSecondsWhileTheOldTokenWouldDo(t *testing.T) {
 	})
 }
 
-func TestSpentTokenIsNeverServed(t *testing.T) {
+func TestExpiredTokenIsNeverServed(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -230,7 +230,7 @@ func TestReaderWhoGivesUpDoesNotCancelTheMint(t *testing.T) {
 	})
 }
 
-func TestLifetimeNobodyTellsIsAssumedWithAWarning(t *testing.T) {
+func TestMissingLifetimeIsAssumedWithAWarning(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.mojo.set(func(s *standIn) { s.lifetime = 0 })
 		m.configure("app", nil)
@@ -272,7 +272,7 @@ func TestTimeoutIsAGatewayTimeout(t *testing.T) {
 	})
 }
 
-func TestStorageErrorsStayWhatTheyAre(t *testing.T) {
+func TestStorageErrorsAreReturnedUnchanged(t *testing.T) {
 	m := newTestMount(t)
 	broken := errors.New("disk on fire")
 	m.storage.fail.Store(&broken)
@@ -281,7 +281,7 @@ func TestStorageErrorsStayWhatTheyAre(t *testing.T) {
 	}
 }
 
-func TestStoredEntryThatCannotBeReadIsNamed(t *testing.T) {
+func TestErrorNamesUndecodableEntry(t *testing.T) {
 	for _, key := range []string{"config/default", "roles/app"} {
 		m := newTestMount(t)
 		m.configure("app", nil)
@@ -402,7 +402,7 @@ func TestTTLSpreadsReaders(t *testing.T) {
 	})
 }
 
-func TestTokenThatHasExpiredOnArrivalIsAnError(t *testing.T) {
+func TestTokenExpiredOnArrivalIsAnError(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"max_ttl": "1s"})
 		m.mojo.set(func(s *standIn) { s.latency = 1500 * time.Millisecond })
@@ -512,7 +512,7 @@ func TestReadHasOneDeadlineForAProbeAndItsOwnMint(t *testing.T) {
 
 // A token that arrives at or below its floor is a failed mint, with a class of its own in
 // everything that counts failures.
-func TestTokenOverOnArrivalIsCountedAsAFailure(t *testing.T) {
+func TestTokenExpiredOnArrivalCountsAsAFailure(t *testing.T) {
 	for name, latency := range map[string]time.Duration{
 		"over":            1500 * time.Millisecond,
 		"below its floor": 950 * time.Millisecond, // F is 100 ms

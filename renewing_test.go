@@ -15,7 +15,7 @@ import (
 // renewed is the latest time at which a one-hour token is renewed: L/100 before R.
 const renewed = 45*time.Minute - time.Hour/100
 
-func TestTokenInUseIsRenewedBeforeItIsAskedFor(t *testing.T) {
+func TestTokenInUseIsRenewedAheadOfReads(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.random = func() float64 { return 0 }
 		m.configure("app", nil)
@@ -52,7 +52,7 @@ func TestIdleRoleLapses(t *testing.T) {
 	})
 }
 
-func TestRefreshAheadTriesAgainAfterEachBackoff(t *testing.T) {
+func TestRenewalTriesAgainAfterEachBackoff(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.random = func() float64 { return 0 }
 		m.configure("app", nil)
@@ -82,7 +82,7 @@ func TestRefreshAheadTriesAgainAfterEachBackoff(t *testing.T) {
 	})
 }
 
-func TestTokenThatIsFirstReadInABackoffIsRenewed(t *testing.T) {
+func TestTokenFirstReadInABackoffIsRenewed(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("a", nil)
 		m.write("roles/b", nil)
@@ -108,7 +108,7 @@ func TestTokenThatIsFirstReadInABackoffIsRenewed(t *testing.T) {
 
 // The engine keeps the token that expires later. An answer with a token that expires no
 // later renews nothing, and its key backs off as after a failure.
-func TestTokenThatEndsNoLaterRenewsNothing(t *testing.T) {
+func TestTokenThatExpiresNoLaterRenewsNothing(t *testing.T) {
 	for name, lifetime := range map[string]time.Duration{
 		"sooner":           5 * time.Minute,
 		"at the same time": 45 * time.Minute,
@@ -182,7 +182,7 @@ func TestTokenThatEndsNoLaterRenewsNothing(t *testing.T) {
 
 // A token with another lifetime has another floor. The engine keeps the token that it can
 // serve longer, even if the other one expires later.
-func TestTokenThatMayBeServedLongerStays(t *testing.T) {
+func TestTokenThatCanBeServedLongerIsKept(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -201,7 +201,7 @@ func TestTokenThatMayBeServedLongerStays(t *testing.T) {
 
 // The back-off after an answer with no newer token ends with the cached token: MojoAuth
 // works, so a reader that finds no token may request one.
-func TestNothingNewerKeepsNobodyFromTheNextToken(t *testing.T) {
+func TestRepeatedTokenDoesNotDelayTheNextOne(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)

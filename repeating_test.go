@@ -52,7 +52,7 @@ func TestRepeatedTokenKeepsItsTimes(t *testing.T) {
 }
 
 // The expiry only moves earlier, whatever later answers say.
-func TestRepeatedTokenEndsWhenItsSoonestAnswerSays(t *testing.T) {
+func TestRepeatedTokenKeepsItsEarliestExpiry(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.mojo.set(func(s *standIn) { s.alter = func(tok *token) { tok.accessToken = "same" } })
@@ -82,7 +82,7 @@ func TestRepeatedTokenEndsWhenItsSoonestAnswerSays(t *testing.T) {
 
 // The engine requests a token from such an endpoint at the pace of the back-off. Readers
 // get the token until 5 s before it expires, and the next one soon after.
-func TestRepeatedTokenIsServedUntilFiveSecondsBeforeItsEnd(t *testing.T) {
+func TestRepeatedTokenIsServedUntilFiveSecondsBeforeItExpires(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.repeats()

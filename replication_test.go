@@ -202,7 +202,7 @@ func TestLocalMountOfASecondaryIsWritten(t *testing.T) {
 
 // If storage turns read-only during a write, as when a node loses its leadership, the
 // caller gets Vault's own error, and memory still matches storage.
-func TestWritesThatMeetAReadOnlyStorage(t *testing.T) {
+func TestWritesToReadOnlyStorage(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"audience": "old"})
 		m.wantToken("app", 1)
@@ -364,7 +364,7 @@ func checkNewest(data map[string]any, role, config int64) error {
 
 // A standby forwards the first reader of a token that was invalidated, even if that
 // reader came while the standby was still loading the token.
-func TestReaderWhoJoinsTheLoadOfANewTokenIsForwarded(t *testing.T) {
+func TestReaderJoiningTheLoadOfANewTokenIsForwarded(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		node, _ := m.replica(consts.ReplicationPerformanceStandby, false)

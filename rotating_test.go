@@ -129,7 +129,7 @@ func TestRotateRole(t *testing.T) {
 }
 
 // The last rotation requested wins, no matter how long an earlier one takes.
-func TestRotationsOfARoleGoOneAfterTheOther(t *testing.T) {
+func TestRotationsOfARoleRunOneAtATime(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.mojo.set(func(s *standIn) { s.latency = 9 * time.Second })
@@ -169,7 +169,7 @@ func TestRotationIsSharedUntilItsRequestHasLeft(t *testing.T) {
 	})
 }
 
-func TestRotateRoleKeepsTheTokenWhenTheNewOneIsOver(t *testing.T) {
+func TestRotateRoleKeepsTheTokenIfTheNewOneHasExpired(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -193,7 +193,7 @@ func TestRotateRoleKeepsTheTokenWhenTheNewOneIsOver(t *testing.T) {
 
 // Rotating a token does not count as reading it. Only reads of the role decide whether
 // the token is renewed.
-func TestRotatedTokenIsRenewedWhenTheOneBeforeWasInUse(t *testing.T) {
+func TestRotatedTokenIsRenewedIfTheRoleIsRead(t *testing.T) {
 	t.Run("in use", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
@@ -229,7 +229,7 @@ func TestRotatedTokenIsRenewedWhenTheOneBeforeWasInUse(t *testing.T) {
 
 // Readers that come back after ttl do not wait for MojoAuth because of a rotation in the
 // meantime.
-func TestReadersWhoKeepToTTLDoNotWaitAfterARotation(t *testing.T) {
+func TestReadersWhoFollowTTLDoNotWaitAfterARotation(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		const roles = 200
 		m.write("config", testConfig(nil))
@@ -326,7 +326,7 @@ func TestRotationWithSlowStorageKeepsItsToken(t *testing.T) {
 }
 
 // An unusable token replaces none, and counts as what it is.
-func TestRotationToATokenOverOnArrivalIsCountedAsAFailure(t *testing.T) {
+func TestRotationToATokenExpiredOnArrivalCountsAsAFailure(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"max_ttl": "1s"})
 		m.mojo.set(func(s *standIn) { s.latency = 950 * time.Millisecond }) // F is 100 ms

@@ -154,7 +154,7 @@ func matchesAny(patterns []string, path string) bool {
 }
 
 // No token is read from a snapshot or minted for one.
-func TestNoTokenOfASnapshot(t *testing.T) {
+func TestNoTokenFromASnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newTestMount(t)
 		m.configure("app", nil)

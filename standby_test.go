@@ -118,7 +118,7 @@ func TestStandbyForwards(t *testing.T) {
 }
 
 // Role and config may change while a reader waits. Then the new values apply.
-func TestStandbyForwardsWhatChangedWhileItWasRead(t *testing.T) {
+func TestStandbyForwardsIfRoleOrConfigChangesDuringARead(t *testing.T) {
 	for name, query := range map[string]map[string]any{
 		"narrowed": {"scopes": "a"},
 		"leased":   nil,
@@ -198,7 +198,7 @@ func TestStandbyAnnouncesThatATokenIsRead(t *testing.T) {
 	})
 }
 
-func TestStandbyIsToldOfTheSameTokenTwice(t *testing.T) {
+func TestStandbyIsInvalidatedTwiceForTheSameToken(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
 		synctest.Wait()
@@ -209,7 +209,7 @@ func TestStandbyIsToldOfTheSameTokenTwice(t *testing.T) {
 }
 
 // A standby does not miss a write that comes while it reads storage.
-func TestStandbyIsToldWhileItLooks(t *testing.T) {
+func TestStandbyIsInvalidatedWhileItLoads(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
 		synctest.Wait()
@@ -274,7 +274,7 @@ func TestStandbyServesADueToken(t *testing.T) {
 	})
 }
 
-func TestStandbyAtTheEndOfAToken(t *testing.T) {
+func TestStandbyWhenATokenExpires(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
 		synctest.Wait()
@@ -291,7 +291,7 @@ func TestStandbyAtTheEndOfAToken(t *testing.T) {
 
 // What the standby missed, it finds within a minute: a role, a config and a token that a
 // restored snapshot brought back.
-func TestStandbyFindsOutAboutARestoredSnapshot(t *testing.T) {
+func TestStandbyNoticesARestoredSnapshot(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
 		synctest.Wait()
@@ -373,7 +373,7 @@ func (s *slowStorage) Get(ctx context.Context, key string) (*logical.StorageEntr
 }
 
 // A config written by another node is loaded for tokens from storage as well.
-func TestTokensFromStorageGoByTheirConfig(t *testing.T) {
+func TestTokensFromStorageFollowTheirConfig(t *testing.T) {
 	t.Run("dropped", func(t *testing.T) {
 		standbyBubble(t, func(p *pair) {
 			p.wantToken("app", 1)
@@ -445,7 +445,7 @@ func TestStandbyDeletesNothing(t *testing.T) {
 }
 
 // A standby keeps serving its cached tokens while storage fails.
-func TestStandbyWithoutStorageServesWhatItHolds(t *testing.T) {
+func TestStandbyWithoutStorageServesCachedTokens(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
 		synctest.Wait()
@@ -481,7 +481,7 @@ func TestDoubtCostsOneLookEach(t *testing.T) {
 
 // The engine reads the replication state once, at the start: a node that is shutting down
 // claims that it may write.
-func TestStandbyStaysOne(t *testing.T) {
+func TestStandbyStaysAStandby(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		system := logical.TestSystemView()

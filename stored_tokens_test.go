@@ -225,7 +225,7 @@ func (s *countingWrites) Delete(ctx context.Context, key string) error {
 	return s.Storage.Delete(ctx, key)
 }
 
-func TestStoredTokenThatMayNotBeServedIsAsNone(t *testing.T) {
+func TestUnservableStoredTokenIsIgnored(t *testing.T) {
 	for name, change := range map[string]func(m *testMount, stored *storedToken){
 		"another role generation":   func(_ *testMount, s *storedToken) { s.RoleGeneration += "x" },
 		"another config generation": func(_ *testMount, s *storedToken) { s.ConfigGeneration += "x" },
@@ -265,7 +265,7 @@ func TestStoredTokenThatMayNotBeServedIsAsNone(t *testing.T) {
 	})
 }
 
-func TestStoredTokenOfAClockAheadIsServedWithinItsFloor(t *testing.T) {
+func TestStoredTokenFromAClockAheadIsServedWithinItsFloor(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -299,7 +299,7 @@ func TestStoredTokenWithUnknownFields(t *testing.T) {
 
 // After a restart, a token without a lifetime keeps the assumed one, and a token that
 // MojoAuth returned again keeps its first expiry.
-func TestRestoredTokensKeepWhatTheirAnswersSaid(t *testing.T) {
+func TestRestoredTokensKeepTheirTimes(t *testing.T) {
 	t.Run("no lifetime", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.mojo.set(func(s *standIn) { s.lifetime = 0 })
@@ -333,7 +333,7 @@ func TestRestoredTokensKeepWhatTheirAnswersSaid(t *testing.T) {
 	})
 }
 
-func TestWhatDropsTokensDeletesThem(t *testing.T) {
+func TestDroppedTokensAreDeleted(t *testing.T) {
 	for name, drop := range map[string]func(m *testMount){
 		"role deleted":   func(m *testMount) { m.do(logical.DeleteOperation, "roles/app", nil) },
 		"role changed":   func(m *testMount) { m.write("roles/app", map[string]any{"audience": "other"}) },
@@ -384,7 +384,7 @@ func TestWhatDropsTokensDeletesThem(t *testing.T) {
 
 // The process dies between the write and the deletion. The next one does not serve what
 // is left, and its sweep deletes it.
-func TestWhatADyingProcessLeavesIsNotServedAndSwept(t *testing.T) {
+func TestTokensLeftByAKilledProcessAreSweptNotServed(t *testing.T) {
 	for name, drop := range map[string]func(m *testMount){
 		"role deleted": func(m *testMount) {
 			m.do(logical.DeleteOperation, "roles/app", nil)
@@ -494,7 +494,7 @@ func (s *failingTokens) Delete(ctx context.Context, key string) error {
 
 // Failing storage affects no reader: failures are counted and logged once, and storage is
 // used again later.
-func TestFailingTokenStorageHarmsNobody(t *testing.T) {
+func TestFailingTokenStorageAffectsNoReader(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		var log syncBuffer
 		m.Setup(context.Background(), &logical.BackendConfig{ //nolint:errcheck // never fails
@@ -605,7 +605,7 @@ func TestFailingStorageCostsOneLookUpASecond(t *testing.T) {
 }
 
 // If a read's time is over while it looks for a stored token, the error says so.
-func TestReadThatStorageHoldsUpSaysSo(t *testing.T) {
+func TestReadDelayedByStorageSaysSo(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(map[string]any{"request_timeout": 1}))
 		m.write("roles/app", nil)
@@ -655,7 +655,7 @@ func TestStoredTokenIsServedDuringABackOff(t *testing.T) {
 }
 
 // The role entry is written first, then its token; then the rotation returns.
-func TestRotationIsStoredBeforeItIsAnswered(t *testing.T) {
+func TestRotationIsStoredBeforeItReturns(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -674,7 +674,7 @@ func TestRotationIsStoredBeforeItIsAnswered(t *testing.T) {
 }
 
 // Also after a restart, a rotation that returns the same token fails.
-func TestRotationOfAStoredTokenThatComesAgainFails(t *testing.T) {
+func TestRotationThatReturnsTheStoredTokenFails(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.mojo.set(func(s *standIn) { s.alter = func(tok *token) { tok.accessToken = "token-1-again" } })
 		m.configure("app", nil)
@@ -689,7 +689,7 @@ func TestRotationOfAStoredTokenThatComesAgainFails(t *testing.T) {
 
 // A rotation replaces a token that another node minted, even if that node's clock was
 // ahead.
-func TestRotationReplacesATokenOfAClockAhead(t *testing.T) {
+func TestRotationReplacesATokenFromAClockAhead(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -709,7 +709,7 @@ func TestRotationReplacesATokenOfAClockAhead(t *testing.T) {
 }
 
 // The delayed write of an older token does not overwrite a newer one.
-func TestAHeldUpSaveDoesNotOutdoANewerOne(t *testing.T) {
+func TestDelayedSaveDoesNotOverwriteANewerToken(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
@@ -732,7 +732,7 @@ func TestAHeldUpSaveDoesNotOutdoANewerOne(t *testing.T) {
 }
 
 // A save that is delayed until its role is deleted leaves no token.
-func TestAHeldUpSaveDoesNotOutliveItsRole(t *testing.T) {
+func TestDelayedSaveDoesNotOutliveItsRole(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
@@ -751,7 +751,7 @@ func TestAHeldUpSaveDoesNotOutliveItsRole(t *testing.T) {
 
 // Nor does a save that is delayed until its config drops its tokens, even though storage
 // does not list it yet.
-func TestAHeldUpSaveDoesNotOutliveItsConfig(t *testing.T) {
+func TestDelayedSaveDoesNotOutliveItsConfig(t *testing.T) {
 	for name, drop := range map[string]func(m *testMount){
 		"config deleted": func(m *testMount) { m.do(logical.DeleteOperation, "config", nil) },
 		"client changed": func(m *testMount) {
@@ -808,7 +808,7 @@ func TestClosingWaitsForASave(t *testing.T) {
 	})
 }
 
-func TestTokensThatEndedAreDeleted(t *testing.T) {
+func TestExpiredTokensAreDeleted(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.mojo.set(func(s *standIn) { s.lifetime = 20 * time.Second })
 		m.configure("app", nil)
@@ -868,7 +868,7 @@ func TestSweep(t *testing.T) {
 
 // A role or config that cannot be decoded has no tokens: a new one has another
 // generation.
-func TestSweepTakesTokensOfWhatCannotBeRead(t *testing.T) {
+func TestSweepDeletesTokensOfUndecodableEntries(t *testing.T) {
 	for _, key := range []string{"roles/app", "config/default"} {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
@@ -909,7 +909,7 @@ func TestSweepIsPaced(t *testing.T) {
 }
 
 // If a config has many tokens, they are deleted in the background.
-func TestManyTokensOfAConfigGoInTheBackground(t *testing.T) {
+func TestManyTokensOfAConfigAreDeletedInTheBackground(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		for i := range 250 {

@@ -17,7 +17,7 @@ import (
 )
 
 // Vault's own commands show the plugin's version.
-func TestVersionsAsVaultTellsThem(t *testing.T) {
+func TestVersionsInVaultsCommands(t *testing.T) {
 	t.Parallel()
 	vault := harness.StartVault(t, vaultBinary, pluginDir)
 	content, err := os.ReadFile(filepath.Join(pluginDir, pluginBinary))

@@ -148,7 +148,7 @@ func TestWireRequests(t *testing.T) {
 
 // What a user sees of each mistake and fault: Vault's status, and an error that names the
 // cause and the remedy.
-func TestErrorsAsVaultTellsThem(t *testing.T) {
+func TestErrorsThroughVault(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	logical := w.vault.Logical()

@@ -101,7 +101,7 @@ func TestSecretGoesNowhereElseUnlessItIsSentAgain(t *testing.T) {
 
 // An endpoint can send anything on a connection that Go's client keeps for later. Go logs
 // it, and Vault logs what the plugin logs.
-func TestWhatAnEndpointSaysUnaskedIsNotLogged(t *testing.T) {
+func TestUnsolicitedDataIsNotLogged(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	endpoint, ended := blurting(t)
@@ -133,7 +133,7 @@ func TestWhatAnEndpointSaysUnaskedIsNotLogged(t *testing.T) {
 
 // An operator may set GODEBUG for the plugin to debug something else. (Set for Vault, it
 // makes Vault itself log what it sends to its plugins.)
-func TestDebuggingOfGoLogsNoSecret(t *testing.T) {
+func TestGoDebuggingLogsNoSecret(t *testing.T) {
 	t.Parallel()
 	vault := harness.StartVault(t, vaultBinary, pluginDir)
 	content, err := os.ReadFile(filepath.Join(pluginDir, pluginBinary))
@@ -179,7 +179,7 @@ func endpoints(t testing.TB) map[string]*rawEndpoint {
 
 // However slowly an endpoint answers, a read ends within request_timeout and a second, 3
 // s here; the additional second is for a slow machine.
-func TestEndpointCannotHoldUpARead(t *testing.T) {
+func TestEndpointCannotDelayARead(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	for name, endpoint := range endpoints(t) {
@@ -218,7 +218,7 @@ func TestEndpointCannotHoldUpARead(t *testing.T) {
 // Vault waits for requests to finish before it reloads, disables or seals, and serves no
 // requests while it seals. Each takes at most request_timeout and 6 s, 8 s here. Two more
 // seconds are for a slow machine.
-func TestEndpointCannotHoldUpVault(t *testing.T) {
+func TestEndpointCannotDelayVault(t *testing.T) {
 	t.Parallel()
 	for name, do := range map[string]func(ctx context.Context, sys *api.Sys) error{
 		"reload": func(ctx context.Context, sys *api.Sys) error {
@@ -256,7 +256,7 @@ func TestEndpointCannotHoldUpVault(t *testing.T) {
 
 // If a server in front of MojoAuth refuses a role's request as too long, other roles are
 // not affected.
-func TestRequestThatIsTooLongBlocksNoOtherRole(t *testing.T) {
+func TestTooLongRequestBlocksNoOtherRole(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	firewall := startFirewall(t, w.oauth)
@@ -283,7 +283,7 @@ func TestRequestThatIsTooLongBlocksNoOtherRole(t *testing.T) {
 // A firewall refuses one role's audience without an OAuth error, and that role is read
 // again and again. Within two back-offs the other roles get tokens, and are not affected
 // from then on.
-func TestAudienceThatIsForbiddenBlocksNoOtherRole(t *testing.T) {
+func TestForbiddenAudienceBlocksNoOtherRole(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	firewall := startFirewall(t, w.oauth)

@@ -118,7 +118,7 @@ func TestMintedAfterInALoop(t *testing.T) {
 	}
 }
 
-func TestMintedAfterTakesWhatIsMinted(t *testing.T) {
+func TestMintedAfterReturnsNewerTokens(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(nil))
@@ -183,7 +183,7 @@ func TestMintedAfterTakesWhatIsMinted(t *testing.T) {
 }
 
 // If no newer token is available, the reader gets the cached one in time, with a warning.
-func TestMintedAfterWhenThereIsNone(t *testing.T) {
+func TestMintedAfterWithoutANewerToken(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(map[string]any{"max_retries": 0}))
@@ -213,7 +213,7 @@ func TestMintedAfterWhenThereIsNone(t *testing.T) {
 	}
 }
 
-func TestMintedAfterThatIsWrong(t *testing.T) {
+func TestInvalidMintedAfter(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(nil))

@@ -309,7 +309,7 @@ func loop(goroutines int, do func(n int64)) (stop func() int64) {
 
 // Neither a caller that reads many subsets of a role's scopes nor one that rotates a role
 // in a loop delays the reads of others. Not parallel, because it measures delays.
-func TestGreedyCallersDelayNobody(t *testing.T) {
+func TestGreedyCallersDelayNoOthers(t *testing.T) {
 	harness.Once(t)
 	const (
 		allowed = time.Second
@@ -605,7 +605,7 @@ func (f roundTripper) RoundTrip(req *http.Request) (*http.Response, error) { ret
 
 // A write of max_requests_per_second applies to requests that are already waiting, and
 // does not make their reads fail.
-func TestLimitAppliesAtOnce(t *testing.T) {
+func TestLimitAppliesImmediately(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(map[string]any{"max_requests_per_second": 10, "request_timeout": "60s", "verify_connection": false}))

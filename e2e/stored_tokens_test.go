@@ -276,7 +276,7 @@ func (w *world) killPlugin() {
 }
 
 // A token is in storage only as long as a reader may get it.
-func TestWhatLeavesNothingInStorage(t *testing.T) {
+func TestDroppedTokensLeaveStorage(t *testing.T) {
 	t.Parallel()
 	w := newStoringWorld(t)
 	short := demoClient("short", canary)

@@ -72,7 +72,7 @@ func (c *crowd) wantOrder(want string) {
 	}
 }
 
-func TestFirstRequestLeavesAtOnce(t *testing.T) {
+func TestFirstRequestLeavesImmediately(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g, start := New(20, nil), time.Now()
 		pass, err := g.Turn("a", Whole).Wait(t.Context())
@@ -90,7 +90,7 @@ func TestFirstRequestLeavesAtOnce(t *testing.T) {
 	})
 }
 
-func TestOrderIsByWhenItHurts(t *testing.T) {
+func TestMostUrgentTurnLeavesFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCrowd(t, 20)
 		c.hold(time.Minute)
@@ -310,7 +310,7 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 	})
 }
 
-func TestRetryAfterBeyondADeadlineIsToldAtOnce(t *testing.T) {
+func TestRetryAfterBeyondADeadlineFailsImmediately(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(20, nil)
 		start := time.Now()
@@ -366,7 +366,7 @@ func told429(w *Waiter) bool {
 	}
 }
 
-func TestRetryAfterConcernsARequestUnderWayOnlyWhenItIsThrottled(t *testing.T) {
+func TestRetryAfterAppliesToARequestInProgressOnlyIfItIsThrottled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(20, nil)
 		start := time.Now()
@@ -393,7 +393,7 @@ func TestRetryAfterConcernsARequestUnderWayOnlyWhenItIsThrottled(t *testing.T) {
 	})
 }
 
-func TestTheLeastUrgentPlaceGoesWhenTooManyWait(t *testing.T) {
+func TestLeastUrgentPlaceIsDroppedWhenTooManyWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(20, nil)
 		p, _ := g.Turn("hold", Whole).Wait(t.Context())
@@ -444,7 +444,7 @@ func TestTheLeastUrgentPlaceGoesWhenTooManyWait(t *testing.T) {
 	})
 }
 
-func TestAtMostTwoThousandRequestsAreUnderWay(t *testing.T) {
+func TestAtMostTwoThousandRequestsAreInProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(1000, nil)
 		g.pace.rate = 1000
@@ -464,7 +464,7 @@ func TestAtMostTwoThousandRequestsAreUnderWay(t *testing.T) {
 	})
 }
 
-func TestNewLimitHoldsForThoseWhoWait(t *testing.T) {
+func TestNewLimitAppliesToWaitingRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCrowd(t, 1)
 		c.hold(0)
@@ -491,7 +491,7 @@ func TestNewLimitHoldsForThoseWhoWait(t *testing.T) {
 	})
 }
 
-func TestClosedGateTurnsAllAway(t *testing.T) {
+func TestClosedGateRefusesAllTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCrowd(t, 1)
 		c.hold(time.Minute)
@@ -511,7 +511,7 @@ func TestClosedGateTurnsAllAway(t *testing.T) {
 	})
 }
 
-func TestStatsTellThePeaks(t *testing.T) {
+func TestStatsReportPeaks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(20, nil)
 		send := func(n int) {
@@ -532,7 +532,7 @@ func TestStatsTellThePeaks(t *testing.T) {
 	})
 }
 
-func TestErrorTellsWhatTheGateIsLike(t *testing.T) {
+func TestErrorDescribesTheGate(t *testing.T) {
 	e := &NoTurnError{OutOfTime, 4999, 20, true, time.Second}
 	want := "the request was not sent: its turn did not come in time; 4999 wait, at a pace of 20 a second; the endpoint throttles; try again in 1s"
 	if e.Error() != want {

@@ -73,7 +73,7 @@ func TestPaceGrowsOnlyWhileItIsUsed(t *testing.T) {
 }
 
 // Renewals can wait: they need room for what arrives, not everything the endpoint allows.
-func TestPaceGrowsForThoseWhoHaveTimeToWhatTheyNeed(t *testing.T) {
+func TestPaceForRenewalsGrowsToWhatTheyNeed(t *testing.T) {
 	b := newBusy(t, 1000)
 	b.send(10)
 	b.answered(b.now, b.sent, demand{waiting: 50})
@@ -97,7 +97,7 @@ func TestRequestsLeaveEvenly(t *testing.T) {
 }
 
 // On a busy machine, goroutines wake up late.
-func TestLateRequestDoesNotSlowDownThoseAfterIt(t *testing.T) {
+func TestLateRequestDoesNotDelayLaterOnes(t *testing.T) {
 	b := newBusy(t, 20)
 	b.rate = 20
 	b.send(1)
@@ -128,7 +128,7 @@ func TestLateRequestDoesNotSlowDownThoseAfterIt(t *testing.T) {
 	}
 }
 
-func TestNoSecondHoldsMoreThanTheLimit(t *testing.T) {
+func TestNoSecondHasMoreThanTheLimit(t *testing.T) {
 	for _, limit := range []int{1, 3, 7, 20, 999} {
 		b := newBusy(t, limit)
 		b.rate = float64(limit)
@@ -141,7 +141,7 @@ func TestNoSecondHoldsMoreThanTheLimit(t *testing.T) {
 }
 
 // Requests that leave a second apart may arrive closer together.
-func TestNoSecondHoldsMoreThanTheLimitWhereRequestsArrive(t *testing.T) {
+func TestNoSecondHasMoreThanTheLimitOnArrival(t *testing.T) {
 	const limit, late = 20, 49 * time.Millisecond
 	b := newBusy(t, limit)
 	b.rate = limit
@@ -153,7 +153,7 @@ func TestNoSecondHoldsMoreThanTheLimitWhereRequestsArrive(t *testing.T) {
 	}
 }
 
-func TestLowerLimitHoldsForTheSecondThatRuns(t *testing.T) {
+func TestLowerLimitAppliesToTheCurrentSecond(t *testing.T) {
 	b := newBusy(t, 50)
 	b.rate = 50
 	b.send(60)
@@ -168,7 +168,7 @@ func TestLowerLimitHoldsForTheSecondThatRuns(t *testing.T) {
 	b.wantRate(5, "right after the limit was raised again")
 }
 
-func TestThrottlingHalvesWhatHadLeft(t *testing.T) {
+func TestThrottlingHalvesTheUsedRate(t *testing.T) {
 	b := newBusy(t, 1000)
 	b.rate = 40
 	d := b.send(100)
@@ -306,7 +306,7 @@ func TestPaceProbesFasterTheFartherAboveTheCutItIs(t *testing.T) {
 	}
 }
 
-func TestPaceHardlyProbesForThoseWhoHaveTime(t *testing.T) {
+func TestPaceHardlyProbesForRenewals(t *testing.T) {
 	b := newBusy(t, 1000)
 	b.rate = 40
 	d := b.send(100)
@@ -335,7 +335,7 @@ func TestRetryAfterClosesTheGate(t *testing.T) {
 	}
 }
 
-func TestPaceIsSteadyUntilRequestsOfAfterTheCutAreAnswered(t *testing.T) {
+func TestPaceIsSteadyUntilRequestsFromAfterTheCutAreAnswered(t *testing.T) {
 	b := newBusy(t, 20)
 	b.rate = 20
 	b.throttled(b.now, b.send(40), 0)

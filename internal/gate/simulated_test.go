@@ -113,7 +113,7 @@ func TestColdRolesGetTheirTokensAlmostAsFastAsTheEndpointAllows(t *testing.T) {
 	})
 }
 
-func TestColdRolesDoNotLetWarmTokensEnd(t *testing.T) {
+func TestColdRolesDoNotLetWarmTokensExpire(t *testing.T) {
 	eachEndpoint(t, 50, retryAfters[:1], func(t *testing.T, e endpoint) {
 		n := size(5000)
 		w := newWorld(1000, e)
@@ -127,7 +127,7 @@ func TestColdRolesDoNotLetWarmTokensEnd(t *testing.T) {
 	})
 }
 
-func TestWithoutAnEndpointsLimitTheGatesOwnIsReached(t *testing.T) {
+func TestGateReachesItsOwnLimit(t *testing.T) {
 	const n, limit = 5000, 1000
 	w := newWorld(limit, endpoint{unlimited, nil, 4 * time.Second, jitter, 0})
 	w.coldRoles(n)
@@ -156,7 +156,7 @@ func TestManyRolesThatWereMintedTogetherAreRenewedInTime(t *testing.T) {
 // In a sliding window, 46 requests a second that arrive up to 100 ms late are sometimes
 // more than 50. Some are throttled, however evenly they leave. A Retry-After would keep
 // the gate closed for longer than the capacity left over can make up for.
-func TestSteadyRenewalsCloseToTheEndpointsLimitAreHardlyRefused(t *testing.T) {
+func TestSteadyRenewalsCloseToTheEndpointsLimitAreHardlyThrottled(t *testing.T) {
 	eachEndpoint(t, 50, retryAfters[:1], func(t *testing.T, e endpoint) {
 		for seed := range uint64(2) {
 			e := e
@@ -247,7 +247,7 @@ func TestPaceFollowsALimitThatFallsAndRises(t *testing.T) {
 	})
 }
 
-func TestEndpointThatThrottlesEverythingIsHardlyAsked(t *testing.T) {
+func TestEndpointThatThrottlesEverythingGetsFewRequests(t *testing.T) {
 	w := newWorld(20, endpoint{func(time.Time) bool { return false }, nil, 50 * time.Millisecond, jitter, 0})
 	w.coldRoles(1000)
 	w.runFor(time.Minute)
@@ -283,7 +283,7 @@ func delay(limit int, role string, others func(w *world)) (without, with time.Du
 	return measure(nil), measure(others)
 }
 
-func TestReaderWhoGoesThroughSubsetsDelaysNobody(t *testing.T) {
+func TestReadingManySubsetsDelaysNoOthers(t *testing.T) {
 	for _, atOnce := range []int{1, 64, 4096} {
 		subsets := func(w *world) {
 			left := 4096
@@ -307,7 +307,7 @@ func TestReaderWhoGoesThroughSubsetsDelaysNobody(t *testing.T) {
 	}
 }
 
-func TestRotatingInALoopDelaysNobody(t *testing.T) {
+func TestRotatingInALoopDelaysNoOthers(t *testing.T) {
 	rotations := func(roles int) func(w *world) {
 		return func(w *world) {
 			for i := range roles {

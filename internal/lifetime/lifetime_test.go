@@ -87,7 +87,7 @@ func TestTTLLeadsToTheRefreshAndALeaseEndsBeforeTheToken(t *testing.T) {
 	}
 }
 
-func TestStaleWaitIsAtMostHalfOfWhatIsLeft(t *testing.T) {
+func TestStaleWaitIsAtMostHalfOfTheTimeLeft(t *testing.T) {
 	cases := []struct {
 		left   time.Duration
 		random float64
@@ -161,7 +161,7 @@ func jwt(claims string) string {
 	return enc([]byte(`{"alg":"RS256"}`)) + "." + enc([]byte(claims)) + "." + enc([]byte("signature"))
 }
 
-func TestToldLifetimeIsTheSoonerOfBoth(t *testing.T) {
+func TestReportedLifetimeIsTheShorterOfBoth(t *testing.T) {
 	minted := time.Unix(1_800_000_000, 0)
 	exp := func(d time.Duration) string { return jwt(fmt.Sprintf(`{"exp":%d}`, minted.Add(d).Unix())) }
 	cases := []struct {

@@ -195,7 +195,7 @@ func TestOnlyATagOnMainIsReleased(t *testing.T) {
 
 // A release's signature covers exactly what was built, and is made with the key that
 // users verify it with.
-func TestOnlyWhatWasBuiltIsSigned(t *testing.T) {
+func TestOnlyBuiltFilesAreSigned(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(*project)
 		text   string
@@ -224,7 +224,7 @@ func TestOnlyWhatWasBuiltIsSigned(t *testing.T) {
 }
 
 // A draft gets the signed files and the notes.
-func TestOnlyWhatIsSignedIsPublished(t *testing.T) {
+func TestOnlySignedFilesArePublished(t *testing.T) {
 	p := newProject(t)
 	// The fake gh logs its arguments and input, and publishes nothing.
 	p.must("mkdir", filepath.Join(p.home, "bin"))

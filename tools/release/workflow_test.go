@@ -64,7 +64,7 @@ func loadWorkflow(t *testing.T) (w workflow, text string) {
 }
 
 // Each job has only the permissions it needs.
-func TestRightsOfTheWorkflow(t *testing.T) {
+func TestWorkflowPermissions(t *testing.T) {
 	w, _ := loadWorkflow(t)
 	if len(w.Permissions) != 0 {
 		t.Errorf("got the permissions %v for every job, want none", w.Permissions)
@@ -92,7 +92,7 @@ func TestRightsOfTheWorkflow(t *testing.T) {
 
 // Jobs with the key or with a write permission run nothing that was built or downloaded,
 // except GitHub's own actions.
-func TestNothingRunsBesideTheKey(t *testing.T) {
+func TestNothingElseRunsWithTheKey(t *testing.T) {
 	w, text := loadWorkflow(t)
 	if got := strings.Count(text, "${{ secrets."); got != 1 {
 		t.Errorf("the workflow names secrets %d times, want once", got)
@@ -118,7 +118,7 @@ func TestNothingRunsBesideTheKey(t *testing.T) {
 	}
 }
 
-func TestOrderOfTheWorkflow(t *testing.T) {
+func TestWorkflowOrder(t *testing.T) {
 	w, _ := loadWorkflow(t)
 	for name, before := range map[string][]string{
 		"test":    {"check"},
