@@ -152,7 +152,7 @@ func TestLifetimeIsAtMostAYear(t *testing.T) {
 	}
 }
 
-// MojoAuth may repeat what it was sent. Not too much of the secret may get out.
+// MojoAuth may repeat what it received, but must not reveal too much of the secret.
 func TestDescriptionThatEchoesTheSecretIsWithheld(t *testing.T) {
 	const kept = "the audience https://api.example.com is unknown to client-1"
 	quoted, _ := json.Marshal(canary + `"`)

@@ -278,7 +278,7 @@ func TestDescriptionIsShownOnlyToReadersOfItsKey(t *testing.T) {
 	const words = "https://payroll.example.org/ is closed to you"
 	for _, c := range []struct {
 		failure *mintError
-		told    []string // shown to every reader
+		shown   []string // to every reader
 	}{
 		{&mintError{class: classClientRefused, status: 401, oauthError: "invalid_client", description: words}, []string{"refused the client", "invalid_client", "HTTP 401"}},
 		{&mintError{class: classServerError, status: 500, description: words}, []string{"MojoAuth failed", "HTTP 500"}},
@@ -314,9 +314,9 @@ func TestDescriptionIsShownOnlyToReadersOfItsKey(t *testing.T) {
 					if strings.Contains(text, "payroll.example.org") {
 						t.Errorf("%s got MojoAuth's description of role payroll's failure: %q", reader, text)
 					}
-					for _, part := range c.told {
+					for _, part := range c.shown {
 						if !strings.Contains(text, part) {
-							t.Errorf("%s got %q, want it to hold %q", reader, text, part)
+							t.Errorf("%s got %q, want it to contain %q", reader, text, part)
 						}
 					}
 				}
@@ -681,8 +681,8 @@ func TestRefusalsDoNotHideThatAKeyFailsAlone(t *testing.T) {
 	})
 }
 
-// refusesOne makes the endpoint fail with outage for every role except one, whose
-// requests it refuses first.
+// refusesOne makes the endpoint fail with outage for every role except bad, whose requests
+// it refuses.
 func refusesOne(m *testMount, outage *mintError) {
 	m.configure("app", nil)
 	m.write("roles/bad", map[string]any{"scopes": "forbidden"})
@@ -802,7 +802,7 @@ func TestMintDelayedByStorageObeysTheBackoff(t *testing.T) {
 	})
 }
 
-// The probe after a back-off sends no request if an older mint fails before it could.
+// The probe after a back-off sends no request if an older mint fails first.
 func TestProbeDelayedByStorageObeysANewBackoff(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("probe", nil)

@@ -307,8 +307,8 @@ func TestTokensDroppedElsewhereAreFreedAfterStorageFailed(t *testing.T) {
 	})
 }
 
-// unsureStorage, once told to fail, returns an error from each Put, which it may have
-// applied.
+// unsureStorage can be made to fail. It then returns an error from each Put, which it may
+// have applied.
 type unsureStorage struct {
 	logical.Storage
 	fails, applies atomic.Bool
@@ -381,8 +381,8 @@ func TestStorageDecidesAfterAFailedWrite(t *testing.T) {
 	}
 }
 
-// A reader is waiting for a mint that will fail when someone corrects the role or its
-// config. The reader gets a token for the corrected role, not the failure of the old one.
+// While a reader waits for a mint that is going to fail, someone corrects the role or its
+// config. The reader gets a token for the corrected role, not the old role's failure.
 func TestWaitingReaderGetsTokenOfCorrectedRole(t *testing.T) {
 	fixed := map[string]any{"scopes": "good"}
 	for _, c := range []struct {

@@ -169,7 +169,7 @@ func TestMintAcceptsEveryValidAnswer(t *testing.T) {
 	at := time.Now().Add(2 * time.Hour).UTC().Format(time.RFC3339)
 	cases := []struct {
 		name, answer     string
-		told             time.Duration // within 5 s
+		reported         time.Duration // within 5 s
 		tokenType, scope string
 	}{
 		{"plain", `{"access_token":"tok","token_type":"Bearer","expires_in":3600,"scope":"a"}`, time.Hour, "Bearer", "a"},
@@ -208,8 +208,8 @@ func TestMintAcceptsEveryValidAnswer(t *testing.T) {
 			if tok.accessToken != "tok" || tok.tokenType != c.tokenType || tok.scope != c.scope {
 				t.Errorf("got token %q, type %q, scope %q", tok.accessToken, tok.tokenType, tok.scope)
 			}
-			if off := tok.told - c.told; off < -5*time.Second || off > 0 {
-				t.Errorf("got lifetime %s, want %s", tok.told, c.told)
+			if off := tok.told - c.reported; off < -5*time.Second || off > 0 {
+				t.Errorf("got lifetime %s, want %s", tok.told, c.reported)
 			}
 		})
 	}
@@ -276,7 +276,7 @@ func TestMintClassifiesEveryBadAnswer(t *testing.T) {
 				t.Errorf("got class %s and status %d, want %s and %d", failed.class, failed.status, c.class, c.status)
 			}
 			if !strings.Contains(failed.Error(), c.text) {
-				t.Errorf("got %q, want it to hold %q", failed, c.text)
+				t.Errorf("got %q, want it to contain %q", failed, c.text)
 			}
 			if got := e.requests.Load(); got != c.tries {
 				t.Errorf("got %d requests, want %d", got, c.tries)

@@ -178,7 +178,7 @@ func TestInvalidMintedAfter(t *testing.T) {
 			formatTime(time.Now().Add(time.Hour * 9)): "ahead of the clock",
 		} {
 			if text := m.refused(logical.ReadOperation, "creds/app", map[string]any{"minted_after": sent}); !strings.Contains(text, want) || !strings.Contains(text, "minted_after") {
-				t.Errorf("%q: got %q, want it to hold %q", sent, text, want)
+				t.Errorf("%q: got %q, want it to contain %q", sent, text, want)
 			}
 		}
 		m.creds("app", map[string]any{"minted_after": ""})

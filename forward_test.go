@@ -30,7 +30,7 @@ func TestErrorsThatWouldForwardAreWithheld(t *testing.T) {
 		}
 	}
 	// What the SDK returns on a node that may not write must stay unchanged.
-	if _, err := withoutForwarding(nil, logical.ErrReadOnly); err != logical.ErrReadOnly { //nolint:errorlint // nolint:errorlint // unwrapped
+	if _, err := withoutForwarding(nil, logical.ErrReadOnly); err != logical.ErrReadOnly { //nolint:errorlint // unwrapped
 		t.Errorf("got %v, want logical.ErrReadOnly", err)
 	}
 	resp, err := withoutForwarding(logical.ErrorResponse("role \"x\" does not exist"), errors.New("other"))

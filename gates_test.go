@@ -18,7 +18,7 @@ func TestGateUsesTheCallersLimit(t *testing.T) {
 	if at := g.enter("used", config(2)).Stats(); at.Limit != 2 {
 		t.Errorf("after a request with a lower limit: got limit %d, want 2", at.Limit)
 	}
-	// A verified config may not be saved.
+	// A config that is being verified may never be saved.
 	if at := g.tryOut("used", config(1)).Stats(); at.Limit != 2 {
 		t.Errorf("a verification changed the limit of a gate in use: got %d, want 2", at.Limit)
 	}

@@ -182,14 +182,14 @@ func (s *standIn) client(config *configEntry) (minter, error) {
 }
 
 // testTurn lets every request leave immediately, and records the outcome. A throttled
-// request gets one more turn, and no third.
+// request gets one more turn, but no third.
 type testTurn struct {
 	answers   []gate.Answer
 	asked     []time.Duration // by Retry-After
 	throttled int
 }
 
-var errNoTurn = errors.New("no turn any more")
+var errNoTurn = errors.New("no turn left")
 
 func (t *testTurn) wait(ctx context.Context) error {
 	if t.throttled > 1 {

@@ -262,7 +262,7 @@ func TestStandbyServesADueToken(t *testing.T) {
 		if n := p.standby.storage.operations.Load() - gets; n != 4 {
 			t.Errorf("got %d look-ups, want 4", n)
 		}
-		// If storage has a newer one, it forwards none.
+		// If storage has a newer one, it forwards no reads.
 		p.mojo.set(func(s *standIn) { s.fail = nil })
 		time.Sleep(time.Minute)
 		synctest.Wait()
@@ -431,7 +431,7 @@ func TestStandbyDeletesNothing(t *testing.T) {
 		p.wantToken("app", 1)
 		synctest.Wait()
 		p.standby.storage.afterGet.Store(&hook)
-		p.tell("tokens/default/app") // it looks
+		p.tell("tokens/default/app") // it starts to load
 		p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
 		synctest.Wait()
 		stored := p.tokens.all()[0]

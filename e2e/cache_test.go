@@ -94,7 +94,7 @@ func TestReadersOfShortLivedTokens(t *testing.T) {
 
 	end := time.Now().Add(lifetimes * lifetime)
 	var reads atomic.Int64
-	// follow reads the role until the end, and waits as long as wait returns.
+	// follow reads the role until the end, and waits between reads as long as wait returns.
 	follow := func(role string, wait func(*api.Secret) time.Duration) {
 		var token string
 		for {

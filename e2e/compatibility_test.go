@@ -153,7 +153,7 @@ func TestForwardingSwitchedOff(t *testing.T) {
 			continue
 		}
 		// The first read of a token that the active node minted is forwarded.
-		harness.Eventually(t, "the standby answers by itself", func() error {
+		harness.Eventually(t, "the standby serves reads itself", func() error {
 			if got := ask(t, standby, http.MethodGet, "/v1/mojoauth/"+path, header); got.status != http.StatusOK {
 				return fmt.Errorf("%s: %+v", path, got)
 			}

@@ -137,8 +137,8 @@ func TestLeastPrivilegePolicies(t *testing.T) {
 	}
 }
 
-// Vault compares the path as sent with policies, and the engine does not treat two names
-// as the same.
+// Vault compares paths with policies as they are sent, and to the engine, names that differ
+// are different names.
 func TestPoliciesCompareNamesAsSent(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

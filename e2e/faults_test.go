@@ -133,7 +133,7 @@ func TestEveryFaultThroughVault(t *testing.T) {
 	w.oauth.SetFaults(oauthserver.Faults{Hang: true})
 	before := len(w.oauth.Requests())
 	go func() { _, _ = w.vault.Logical().Read("mojoauth/creds/crash") }()
-	harness.Eventually(t, "the mint is under way", func() error {
+	harness.Eventually(t, "the mint is in progress", func() error {
 		if len(w.oauth.Requests()) == before {
 			return errors.New("not yet")
 		}

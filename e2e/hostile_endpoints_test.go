@@ -252,8 +252,8 @@ type firewall struct {
 }
 
 const (
-	dislikedAudience = "https://disliked.example.org/"
-	firewallBytes    = 2 << 10
+	forbiddenAudience = "https://forbidden.example.org/"
+	firewallBytes     = 2 << 10
 )
 
 func startFirewall(t testing.TB, behind *oauthserver.Server) *firewall {
@@ -271,7 +271,7 @@ func startFirewall(t testing.TB, behind *oauthserver.Server) *firewall {
 		case len(body) > firewallBytes:
 			f.refused.Add(1)
 			http.Error(w, "<html>Request Entity Too Large", http.StatusRequestEntityTooLarge)
-		case form.Get("audience") == dislikedAudience:
+		case form.Get("audience") == forbiddenAudience:
 			f.refused.Add(1)
 			http.Error(w, "<html>Forbidden", http.StatusForbidden)
 		default:

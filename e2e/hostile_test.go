@@ -22,8 +22,8 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// What an attacker can try who runs the token endpoint, may write a config without
-// knowing its secret, may write a role, or may read one.
+// Attacks by someone who runs the token endpoint, may write a config without knowing its
+// secret, may write a role, or may read one.
 
 // timed runs do, which must stop when its context does, and returns how long that took.
 // It cancels the context after half a minute, more than anything here may take.
@@ -177,8 +177,8 @@ func endpoints(t testing.TB) map[string]*rawEndpoint {
 	return map[string]*rawEndpoint{"101": switching(t), "drip": dripping(t), "silence": silent(t)}
 }
 
-// However slowly an endpoint answers, a read ends within request_timeout and a second, 3
-// s here; the additional second is for a slow machine.
+// However slowly an endpoint answers, a read ends within request_timeout and a second
+// (here 3 s); the additional second is for a slow machine.
 func TestEndpointCannotDelayARead(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -238,7 +238,7 @@ func TestEndpointCannotDelayVault(t *testing.T) {
 				w.write("config/"+name, w.config(map[string]any{"token_url": endpoint.tokenURL(), "verify_connection": false, "request_timeout": "2s"}))
 				w.write("roles/"+name, role(map[string]any{"config": name}))
 				reading.Go(func() { _, _ = reader.Logical().Read("mojoauth/creds/" + name) })
-				harness.Eventually(t, "the mint is under way", func() error {
+				harness.Eventually(t, "the mint is in progress", func() error {
 					if endpoint.requests.Load() == 0 {
 						return errors.New("not yet")
 					}
@@ -288,7 +288,7 @@ func TestForbiddenAudienceBlocksNoOtherRole(t *testing.T) {
 	w := newWorld(t)
 	firewall := startFirewall(t, w.oauth)
 	w.write("config", w.config(map[string]any{"token_url": firewall.url}))
-	w.write("roles/forbidden", map[string]any{"audience": dislikedAudience})
+	w.write("roles/forbidden", map[string]any{"audience": forbiddenAudience})
 	const others = 20
 	for i := range others {
 		w.write(fmt.Sprintf("roles/role%d", i), role(nil))

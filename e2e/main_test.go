@@ -26,7 +26,7 @@ const (
 	pluginVersion = "v1.2.3"
 
 	clientID = "client"
-	// canary is the client secret, which must not turn up anywhere
+	// canary is the client secret, which must not turn up anywhere.
 	canary = "canary-client-secret-52c8"
 )
 

@@ -141,7 +141,7 @@ func TestMintedAfterReturnsNewerTokens(t *testing.T) {
 
 	// A token minted in the same second as the refused one may be the refused one.
 	var first, second *api.Secret
-	harness.Eventually(t, "two tokens of the same second", func() error {
+	harness.Eventually(t, "two tokens minted in the same second", func() error {
 		first = w.read("creds/second")
 		w.write("rotate-role/second", nil)
 		second = w.read("creds/second")

@@ -153,8 +153,8 @@ func (w *world) accounts(config string, limit int, requests []oauthserver.Reques
 		if got > float64(limit) || got < float64(peak-1) || got > float64(peak+2) {
 			w.Errorf("got %s %.0f; the endpoint saw %d in a second, and the limit is %d", name, got, peak, limit)
 		}
-		if told := number(w, status[key]); float64(told) != got {
-			w.Errorf("status has %s %d, the metrics %.0f", key, told, got)
+		if reported := number(w, status[key]); float64(reported) != got {
+			w.Errorf("status has %s %d, the metrics %.0f", key, reported, got)
 		}
 	}
 	if got := w.metric("mojoauth_requests_waiting" + label + "}"); got != 0 || number(w, status["requests_waiting"]) != 0 {
@@ -164,7 +164,7 @@ func (w *world) accounts(config string, limit int, requests []oauthserver.Reques
 		w.Errorf("got a limit of %.0f in the metrics, want %d", got, limit)
 	}
 	pace := w.metric("mojoauth_requests_per_second" + label + "}")
-	if told, err := strconv.ParseFloat(fmt.Sprint(status["requests_per_second"]), 64); err != nil || pace <= 0 || pace > float64(limit) || told < pace-0.1 || told > pace+0.1 {
+	if reported, err := strconv.ParseFloat(fmt.Sprint(status["requests_per_second"]), 64); err != nil || pace <= 0 || pace > float64(limit) || reported < pace-0.1 || reported > pace+0.1 {
 		w.Errorf("got a pace of %v in the metrics and %v in status, with a limit of %d", pace, status["requests_per_second"], limit)
 	}
 }

@@ -32,13 +32,13 @@ func TestStandbys(t *testing.T) {
 
 	// The restore takes a while, and uses a mount of its own.
 	settled := w.restoreUnderStandbys()
-	w.cluster.Enable(t, "lives", pluginName, pluginVersion)
-	lives := &clusterWorld{TB: t, cluster: w.cluster, mount: "lives", oauth: w.oauth, binary: w.binary}
-	lives.connect()
-	lives.livesAtStandbys()
+	w.cluster.Enable(t, "renewing", pluginName, pluginVersion)
+	renewing := &clusterWorld{TB: t, cluster: w.cluster, mount: "renewing", oauth: w.oauth, binary: w.binary}
+	renewing.connect()
+	renewing.renewalsAtStandbys()
 	settled()
 
-	w.withoutActiveNode(roles, lives)
+	w.withoutActiveNode(roles, renewing)
 	w.noCanary()
 }
 
@@ -402,8 +402,8 @@ func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 	}
 }
 
-// livesAtStandbys reads roles with 40-second tokens only through the standbys, for 100 s.
-func (w *clusterWorld) livesAtStandbys() {
+// renewalsAtStandbys reads roles with 40-second tokens only through the standbys, for 100 s.
+func (w *clusterWorld) renewalsAtStandbys() {
 	w.Helper()
 	const (
 		lifetime = 40 * time.Second
@@ -442,8 +442,8 @@ func (w *clusterWorld) livesAtStandbys() {
 	var took []time.Duration
 	held := make(map[string]map[string]bool)
 	end := time.Now().Add(length)
-	// follow reads a role through a node until the end, and waits as long as wait
-	// returns.
+	// follow reads a role through a node until the end, and waits between reads as long
+	// as wait returns.
 	follow := func(node *harness.Vault, name string, wait func(*api.Secret) time.Duration) {
 		for time.Now().Before(end) {
 			began := time.Now()
@@ -504,10 +504,10 @@ func (w *clusterWorld) livesAtStandbys() {
 	late := 0 // renewals
 	for _, name := range all {
 		granted := grantsFor(w.oauth, name)
-		var lives []string
+		var intervals []string
 		for i := 1; i < len(granted); i++ {
 			life := granted[i].At.Sub(granted[i-1].At)
-			lives = append(lives, fmt.Sprintf("%.1f", life.Seconds()))
+			intervals = append(intervals, fmt.Sprintf("%.1f", life.Seconds()))
 			if life < earliest-time.Second {
 				w.Errorf("%s: minted again after %s, want one mint per lifetime", name, life)
 			}
@@ -515,7 +515,7 @@ func (w *clusterWorld) livesAtStandbys() {
 				late++
 			}
 		}
-		w.Logf("%s: %d mints, after %v s; readers saw %d tokens", name, len(granted), lives, len(held[name]))
+		w.Logf("%s: %d mints, after %v s; readers saw %d tokens", name, len(granted), intervals, len(held[name]))
 		if got := len(requestsFor(w.oauth.Requests(), name)); got != len(granted) {
 			w.Errorf("%s: got %d requests for %d tokens", name, got, len(granted))
 		}
@@ -529,7 +529,7 @@ func (w *clusterWorld) livesAtStandbys() {
 
 // withoutActiveNode kills the active node, and later two of three nodes. Standbys serve
 // the tokens they have in memory and those they find in storage.
-func (w *clusterWorld) withoutActiveNode(roles []string, lives *clusterWorld) {
+func (w *clusterWorld) withoutActiveNode(roles []string, renewing *clusterWorld) {
 	w.Helper()
 	standbysRead := w.cluster.Nodes[0].Product.Has(harness.StandbysRead)
 	if !standbysRead {
@@ -594,7 +594,7 @@ func (w *clusterWorld) withoutActiveNode(roles []string, lives *clusterWorld) {
 	}
 
 	active, standbys := w.cluster.Active(w), w.standbys()
-	stop := lives.pollThrough(standbys)
+	stop := renewing.pollThrough(standbys)
 	active.Kill(w)
 	for _, node := range standbys {
 		poll("no active node, a standby with the tokens in memory", node, harness.NoticeDeath/4, 0)
@@ -639,7 +639,7 @@ func (w *clusterWorld) withoutActiveNode(roles []string, lives *clusterWorld) {
 	}
 }
 
-// pollThrough reads the roles of livesAtStandbys through some nodes while the active node
+// pollThrough reads the roles of renewalsAtStandbys through some nodes while the active node
 // dies, until the returned function is called. A node forwards the first reader of each
 // token, and one every 5 s once the token is due. These reads may fail, and so may those
 // of a node that is just becoming active.

@@ -164,8 +164,8 @@ func faultNamed(t testing.TB, name string) fault {
 	return faults[i]
 }
 
-// However the process that holds the tokens, or its node, ends, all roles still have
-// their tokens, and the OAuth server, which is down in the meantime, gets no requests.
+// Whatever ends the process with the tokens, or its node, all roles still have their
+// tokens. The OAuth server, which is down in the meantime, gets no requests.
 func TestTokensOutliveTheirProcess(t *testing.T) {
 	t.Parallel()
 	const roles = 60
@@ -191,7 +191,7 @@ func TestTokensOutliveTheirProcess(t *testing.T) {
 		held, failed := readUntilServed(t, w.clients[active], names)
 		served <- result{held, failed}
 	}()
-	harness.Eventually(t, "half of the roles were asked for", func() error {
+	harness.Eventually(t, "half of the tokens were requested", func() error {
 		if got := len(w.oauth.Requests()); got < roles/2 {
 			return fmt.Errorf("%d requests", got)
 		}

@@ -243,7 +243,7 @@ func (v *Vault) Start(t testing.TB) {
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.Env = append(os.Environ(), "TMPDIR="+v.Dir) // where a killed plugin leaves its socket
 	v.process = start(t, cmd)
-	Eventually(t, "Vault answers", func() error {
+	Eventually(t, "Vault responds", func() error {
 		if !v.Running() {
 			return errors.New("the server has exited: " + v.Log(t))
 		}
@@ -291,7 +291,7 @@ func (v *Vault) Unseal(t testing.TB) {
 	t.Helper()
 	// Only once: a node that is joining a cluster accepts the key and unseals later; a
 	// second key would make it become a standby twice.
-	Eventually(t, "Vault takes the key", func() error { _, err := v.Sys().Unseal(v.unsealKey); return err })
+	Eventually(t, "Vault accepts the key", func() error { _, err := v.Sys().Unseal(v.unsealKey); return err })
 	Eventually(t, "Vault is unsealed", func() error {
 		if v.Sealed(t) {
 			return errors.New("still sealed")

@@ -350,13 +350,13 @@ func TestRetryAfterBeyondADeadlineFailsImmediately(t *testing.T) {
 			t.Error("a waiter with enough time got an error")
 		default:
 		}
-		if late, _ := g.Turn("new", Whole).Join(start.Add(10*time.Second), start); !told429(late) {
+		if late, _ := g.Turn("new", Whole).Join(start.Add(10*time.Second), start); !throttled429(late) {
 			t.Error("a new waiter with too little time got no error")
 		}
 	})
 }
 
-func told429(w *Waiter) bool {
+func throttled429(w *Waiter) bool {
 	select {
 	case <-w.TooLate():
 		var noTurn *NoTurnError
@@ -377,14 +377,14 @@ func TestRetryAfterAppliesToARequestInProgressOnlyIfItIsThrottled(t *testing.T) 
 		other, _ := g.Turn("b", Whole).Wait(t.Context())
 
 		other.Done(Throttled, 30*time.Second)
-		if told429(w) {
+		if throttled429(w) {
 			t.Error("a waiter got an error while its request was in progress")
 		}
 		pass.Done(Throttled, 0)
 		var wg sync.WaitGroup
 		wg.Go(func() { _, _ = turn.Wait(t.Context()) })
 		synctest.Wait()
-		if !told429(w) {
+		if !throttled429(w) {
 			t.Error("a waiter got no error after its request was throttled")
 		}
 		renewal.Leave()

@@ -70,7 +70,7 @@ func (w *world) coldRoles(n int) {
 	}
 }
 
-// warmRoles adds n roles whose tokens were minted at random times within the last age.
+// warmRoles adds n roles whose tokens were minted at random times within the given age.
 func (w *world) warmRoles(n int, age, life time.Duration) {
 	for i := range n {
 		w.warm(fmt.Sprint("warm-", i), w.now.Add(-w.upTo(age)), life)
@@ -205,8 +205,8 @@ func (w *world) saturate(n int) {
 }
 
 // settled returns how long it takes until at most a fifth of the requests are throttled
-// and at least three fifths of the limit are used, in each five seconds of the rest of
-// the time.
+// and at least three fifths of the limit are used in every five seconds of the remaining
+// time.
 func (w *world) settled(limit int, rest time.Duration) (after time.Duration) {
 	const step = 5 * time.Second
 	for passed := step; passed <= rest; passed += step {

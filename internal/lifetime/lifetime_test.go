@@ -112,9 +112,9 @@ func TestScheduleRulesHoldForAnyLifetime(t *testing.T) {
 		ms := func(n uint32, most time.Duration) time.Duration {
 			return time.Duration(n) * time.Millisecond % (most + 1)
 		}
-		told := ms(lifetimeMS, 40*24*time.Hour)
+		reported := ms(lifetimeMS, 40*24*time.Hour)
 		maxTTL := ms(maxMS, 24*time.Hour)
-		lifetime := Effective(told, maxTTL)
+		lifetime := Effective(reported, maxTTL)
 		s := New(lifetime, ms(minMS, 24*time.Hour))
 		left := ms(leftMS, lifetime)
 		rnd := float64(random) / (1 << 16)
@@ -195,7 +195,7 @@ func TestReportedLifetimeIsTheShorterOfBoth(t *testing.T) {
 }
 
 func TestMaxTTLCapsALifetimeAndStandsInForOne(t *testing.T) {
-	for _, c := range []struct{ told, maxTTL, want time.Duration }{
+	for _, c := range []struct{ reported, maxTTL, want time.Duration }{
 		{time.Hour, 0, time.Hour},
 		{time.Hour, time.Minute, time.Minute},
 		{time.Minute, time.Hour, time.Minute},
@@ -203,8 +203,8 @@ func TestMaxTTLCapsALifetimeAndStandsInForOne(t *testing.T) {
 		{0, 0, 5 * time.Minute},
 		{0, 2 * Longest, Longest},
 	} {
-		if got := Effective(c.told, c.maxTTL); got != c.want {
-			t.Errorf("lifetime %s, max_ttl %s: got %s, want %s", c.told, c.maxTTL, got, c.want)
+		if got := Effective(c.reported, c.maxTTL); got != c.want {
+			t.Errorf("lifetime %s, max_ttl %s: got %s, want %s", c.reported, c.maxTTL, got, c.want)
 		}
 	}
 }
