@@ -313,7 +313,7 @@ func (w *clusterWorld) allFaults() []fault {
 	case os.Getenv("CI") != "":
 		w.Error("this process may not mount a disk, so it cannot fill one")
 	default:
-		harness.NotTested(w, "a full disk, since this process may not mount one")
+		harness.NotTested(w, "a full disk, because this process may not mount one")
 	}
 	return faults
 }

@@ -462,13 +462,13 @@ func TestFaultsOverHTTP(t *testing.T) {
 		return resp.StatusCode
 	}
 	if do(http.MethodPut, `{"status": 503, "requests": 2}`) != 200 || token() != 503 || token() != 503 || token() != 200 {
-		t.Error("got other than two failed requests")
+		t.Error("want exactly two failed requests")
 	}
 	if do(http.MethodPut, `{"status": 429}`) != 200 || token() != 429 || do(http.MethodDelete, "") != 200 || token() != 200 {
 		t.Error("requests did not fail exactly until the fault was deleted")
 	}
 	if do(http.MethodPut, `{"rate_limit": 1, "retry_after": 1}`) != 200 || token() != 200 || token() != 429 || do(http.MethodDelete, "") != 200 || token() != 200 {
-		t.Error("got other than one failure for two requests in a second")
+		t.Error("want exactly one failure of two requests in a second")
 	}
 	if do(http.MethodPut, `{"stat": 429}`) != 400 || do(http.MethodPut, `{"drop": "always"}`) != 400 || do(http.MethodPut, `{"rate_limit": -1}`) != 400 {
 		t.Error("invalid faults were accepted")
