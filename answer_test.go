@@ -16,7 +16,7 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/redact"
 )
 
-// read is what an answer means, for a client whose secret is the canary.
+// read parses an answer for a client whose secret is the canary.
 func read(status int, body any) (*token, *mintError) {
 	text, ok := body.(string)
 	if !ok {
@@ -32,7 +32,7 @@ func read(status int, body any) (*token, *mintError) {
 
 type object = map[string]any
 
-// An OAuth error that is known decides, then the status does.
+// A known OAuth error decides the class; otherwise the status does.
 func TestFailuresConcernTheRequestTheClientOrTheServer(t *testing.T) {
 	for _, c := range []struct {
 		status int
@@ -75,14 +75,14 @@ func TestFailuresConcernTheRequestTheClientOrTheServer(t *testing.T) {
 	} {
 		_, failed := read(c.status, object{"error": c.code, "access_token": "tok"})
 		if failed == nil || failed.class != c.class || failed.status != c.status || failed.oauthError != c.code {
-			t.Errorf("%d %q: got %v, want the class %s", c.status, c.code, failed, c.class)
+			t.Errorf("%d %q: got %v, want class %s", c.status, c.code, failed, c.class)
 		}
 	}
 }
 
-// What is shown to readers and operators on one line has neither line breaks nor
-// quotes in it, and an end.
-func TestTypeAndScopeHoldCharactersOfRFC6749(t *testing.T) {
+// The token type and the scope are shown to readers and operators on one line. They
+// contain no line breaks or quotes, and their length is bounded.
+func TestTypeAndScopeHaveOnlyRFC6749Characters(t *testing.T) {
 	long := strings.Repeat("s", 100)
 	many := strings.Repeat(long+" ", 100)
 	for _, c := range []struct {
@@ -117,7 +117,7 @@ func TestTypeAndScopeHoldCharactersOfRFC6749(t *testing.T) {
 func TestAccessTokenIsVisibleASCII(t *testing.T) {
 	for _, odd := range []string{"a b", " a", "a\n", "a\x7f", "tök", "a\u202eb", "a\x00"} {
 		if _, failed := read(200, object{"access_token": odd}); failed == nil || failed.class != classUnexpected {
-			t.Errorf("%q: got %v, want it refused", odd, failed)
+			t.Errorf("%q: got %v, want an error", odd, failed)
 		}
 	}
 	if tok, failed := read(200, object{"access_token": "!~eyJ.a-b_c/+="}); failed != nil || tok.accessToken != "!~eyJ.a-b_c/+=" {
@@ -125,17 +125,17 @@ func TestAccessTokenIsVisibleASCII(t *testing.T) {
 	}
 }
 
-// The credentials were good and the endpoint is one: only this token is of no use.
-func TestEndedJWTIsExpiredOnArrival(t *testing.T) {
+// The credentials and the endpoint are good; only this token is unusable.
+func TestExpiredJWTIsExpiredOnArrival(t *testing.T) {
 	_, failed := read(200, object{"access_token": jwt(`{"exp":1000}`), "expires_in": 3600})
 	if failed == nil || failed.class != "expired_on_arrival" {
-		t.Fatalf("got %v, want the class expired_on_arrival", failed)
+		t.Fatalf("got %v, want class expired_on_arrival", failed)
 	}
 	if failed.refused() || failed.retryable() || failed.acceptsClient() || !failed.concernsRequest() {
 		t.Errorf("refused %v, retryable %v, acceptsClient %v, concernsRequest %v; want only the last", failed.refused(), failed.retryable(), failed.acceptsClient(), failed.concernsRequest())
 	}
 	if text := failed.Error() + ". " + failed.remedy(); strings.Contains(text, "no token") || !strings.Contains(text, "exp claim had already passed") || !strings.Contains(text, "max_ttl") {
-		t.Errorf("got %q, want it to say what ended, and what to check", text)
+		t.Errorf("got %q, want it to say what expired and what to check", text)
 	}
 }
 
@@ -152,16 +152,16 @@ func TestLifetimeIsAtMostAYear(t *testing.T) {
 	}
 }
 
-// MojoAuth may repeat what it was sent; too much of the secret may not come out.
+// MojoAuth may repeat what it received, but must not reveal too much of the secret.
 func TestDescriptionThatEchoesTheSecretIsWithheld(t *testing.T) {
 	const kept = "the audience https://api.example.com is unknown to client-1"
 	quoted, _ := json.Marshal(canary + `"`)
 	for name, answer := range map[string]object{
-		"as it is":          {"error_description": "no " + canary},
-		"capitals":          {"error_description": "no " + strings.ToUpper(canary)},
-		"cut by one":        {"error_description": "no " + canary[1:]},
-		"cut to half":       {"error_description": "no " + canary[3:3+(len(canary)+1)/2]},
-		"twice percent":     {"error_description": "no " + strings.ReplaceAll(canary, "-", "%252D")},
+		"verbatim":          {"error_description": "no " + canary},
+		"upper case":        {"error_description": "no " + strings.ToUpper(canary)},
+		"one byte short":    {"error_description": "no " + canary[1:]},
+		"half of it":        {"error_description": "no " + canary[3:3+(len(canary)+1)/2]},
+		"double percent":    {"error_description": "no " + strings.ReplaceAll(canary, "-", "%252D")},
 		"JavaScript":        {"error_description": "no " + strings.ReplaceAll(canary, "-", `\x2D`)},
 		"HTML number":       {"error_description": "no " + strings.ReplaceAll(canary, "-", "&#45;")},
 		"JSON in JSON":      {"error_description": `{"secret":` + string(quoted) + "}"},
@@ -177,16 +177,17 @@ func TestDescriptionThatEchoesTheSecretIsWithheld(t *testing.T) {
 			t.Errorf("%s: got %v, want the description withheld", name, failed)
 		}
 		if failed != nil && holdsHalfOf(failed.Error(), canary) {
-			t.Errorf("%s: the error holds half of the secret: %v", name, failed)
+			t.Errorf("%s: the error contains half of the secret: %v", name, failed)
 		}
 	}
 	if _, failed := read(400, object{"error": canary, "error_description": "no"}); failed == nil || strings.Contains(failed.Error(), canary) {
-		t.Errorf("the secret as an error code: got %v", failed)
+		t.Errorf("the secret as an error code: got %v, want it withheld", failed)
 	}
-	// A shorter piece tells nobody who can choose a text whether it is the secret's.
-	for _, told := range []string{kept, kept + " " + canary[:len(canary)/2-1], kept + canary[4:12]} {
-		if _, failed := read(400, object{"error": "invalid_target", "error_description": told}); failed == nil || failed.description != told {
-			t.Errorf("%q: got %v, want it told", told, failed)
+	// A shorter piece does not let a caller who chooses the text confirm a guess of the
+	// secret.
+	for _, shown := range []string{kept, kept + " " + canary[:len(canary)/2-1], kept + canary[4:12]} {
+		if _, failed := read(400, object{"error": "invalid_target", "error_description": shown}); failed == nil || failed.description != shown {
+			t.Errorf("%q: got %v, want the description", shown, failed)
 		}
 	}
 }
@@ -198,12 +199,12 @@ func TestDescriptionsAreCutToOneLine(t *testing.T) {
 	}
 	_, failed = read(400, object{"error_description": strings.Repeat("ä", 300)})
 	if got := []rune(failed.description); len(got) != 256 {
-		t.Errorf("a long description: got %d characters, want 256", len(got))
+		t.Errorf("long description: got %d characters, want 256", len(got))
 	}
 }
 
-// Vault and OpenBao go by texts, wherever in an error they are: MojoAuth must not be
-// able to redirect a read.
+// Vault and OpenBao match these texts anywhere in an error. MojoAuth must not be able to
+// redirect a read.
 func TestDescriptionThatWouldForwardIsWithheld(t *testing.T) {
 	for _, text := range []string{
 		"cannot write to readonly storage",
@@ -228,23 +229,23 @@ func TestDescriptionThatWouldForwardIsWithheld(t *testing.T) {
 		}
 	}
 	if forwardsElsewhere("the node is the leader; storage is readonly") {
-		t.Error("an innocent text is taken for one of those")
+		t.Error("an innocent text matches")
 	}
 }
 
-// Readers of another role must not learn what this one asks for.
+// Readers of another role must not learn what this role requests.
 func TestWithoutDescription(t *testing.T) {
 	_, failed := read(403, object{"error": "unauthorized_client", "error_description": "not for https://reports.internal"})
-	told := failed.withoutDescription()
-	if text := told.Error(); text != "MojoAuth refused the client: unauthorized_client (HTTP 403)" {
+	bare := failed.withoutDescription()
+	if text := bare.Error(); text != "MojoAuth refused the client: unauthorized_client (HTTP 403)" {
 		t.Errorf("got %q", text)
 	}
-	if told.class != failed.class || told.status != 403 || told.remedy() != failed.remedy() || !strings.Contains(failed.Error(), "reports.internal") {
-		t.Errorf("got %v of %v", told, failed)
+	if bare.class != failed.class || bare.status != 403 || bare.remedy() != failed.remedy() || !strings.Contains(failed.Error(), "reports.internal") {
+		t.Errorf("got %v from %v", bare, failed)
 	}
 	_, failed = read(403, object{"error": "not for https://reports.internal"})
 	if text := failed.withoutDescription().Error(); text != "MojoAuth refused the client (HTTP 403)" {
-		t.Errorf("an error of MojoAuth's own making: got %q", text)
+		t.Errorf("a custom error code: got %q", text)
 	}
 }
 

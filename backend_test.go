@@ -14,10 +14,10 @@ import (
 	"go.uber.org/goleak"
 )
 
-// What holds for a mount as a whole.
+// Rules for a mount as a whole.
 
 func TestMain(m *testing.M) {
-	// Started by an import of the SDK, once for the process.
+	// Importing the SDK starts it, once per process.
 	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"))
 }
 
@@ -27,7 +27,7 @@ func TestMountsShareNothing(t *testing.T) {
 		a.configure("app", nil)
 		b.configure("app", nil)
 		a.wantToken("app", 1)
-		b.wantToken("app", 1) // of its own stand-in
+		b.wantToken("app", 1) // from its own stand-in
 		a.mojo.set(func(s *standIn) { s.fail = errDown })
 		a.write("roles/app", map[string]any{"audience": "x"})
 		if got := a.creds("app", nil); got.err == nil {
@@ -40,8 +40,8 @@ func TestMountsShareNothing(t *testing.T) {
 	})
 }
 
-// Everything at once, for the race detector.
-func TestManyThingsAtOnce(t *testing.T) {
+// Concurrent operations of every kind, for the race detector.
+func TestConcurrentOperations(t *testing.T) {
 	m := newTestMount(t)
 	m.mojo.set(func(s *standIn) { s.lifetime = 2 * time.Second })
 	m.configure("app", map[string]any{"scopes": "a,b,c"})

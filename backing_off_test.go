@@ -19,7 +19,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// What a failed mint holds up, for whom, and for how long.
+// What a failed mint holds up, for which reads, and for how long.
 
 func TestFailureOfClientOrServerBacksOffTheConfig(t *testing.T) {
 	for _, failure := range []*mintError{
@@ -44,13 +44,13 @@ func TestFailureOfClientOrServerBacksOffTheConfig(t *testing.T) {
 							t.Errorf("got %v, want the remembered error", got)
 						}
 						if time.Since(began) != 0 {
-							t.Error("a remembered error was not told at once")
+							t.Error("a remembered error was not returned immediately")
 						}
 					}
 				}
 				m.wantMints(1)
 				m.creds("elsewhere", nil)
-				m.wantMints(2) // another config is not concerned
+				m.wantMints(2) // the other config is not affected
 
 				time.Sleep(5 * time.Second)
 				for range 10 {
@@ -58,7 +58,7 @@ func TestFailureOfClientOrServerBacksOffTheConfig(t *testing.T) {
 				}
 				m.wantMints(3)
 				if got := m.mojo.last().retries; got != 0 {
-					t.Errorf("the try after a failure was allowed %d retries, want none", got)
+					t.Errorf("the first try after a failure was allowed %d retries, want none", got)
 				}
 				time.Sleep(5 * time.Second) // of 8 to 10
 				m.creds("app", nil)
@@ -109,9 +109,9 @@ func TestRefusedRequestBacksOffAlone(t *testing.T) {
 	}
 }
 
-// Roles whose mints were under way together when the trouble began fail once,
-// not each on their own.
-func TestBackoffCountsATroubleOnce(t *testing.T) {
+// Several roles' mints are in progress when the trouble begins. Together they count as
+// one failure.
+func TestBackoffCountsAnOutageOnce(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(nil))
 		m.mojo.set(func(s *standIn) { s.fail, s.latency = errDown, time.Second })
@@ -123,7 +123,7 @@ func TestBackoffCountsATroubleOnce(t *testing.T) {
 		wg.Wait()
 		failed := m.mojo.mints.Load()
 		if failed < 4 || failed > 6 {
-			t.Fatalf("%d tokens were asked for in the second before the first failed, want about 5", failed)
+			t.Fatalf("%d token requests in the second before the first failed, want about 5", failed)
 		}
 		time.Sleep(5 * time.Second)
 		m.mojo.set(func(s *standIn) { s.fail, s.latency = nil, 0 })
@@ -131,7 +131,7 @@ func TestBackoffCountsATroubleOnce(t *testing.T) {
 	})
 }
 
-// After a back-off one mint finds out whether the trouble is over.
+// After a back-off, a single mint finds out whether the trouble is over.
 func TestOneProbeAfterABackoff(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(nil))
@@ -165,8 +165,9 @@ func TestColdReaderWaitsForTheProbe(t *testing.T) {
 	})
 }
 
-// What keeps a client from being made is in the error, and tried again after a write.
-func TestClientThatCannotBeMadeIsTriedAgain(t *testing.T) {
+// If a client cannot be created, the error gives the reason, and a write makes the engine
+// try again.
+func TestClientThatCannotBeCreatedIsTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		broken := errors.New("no certificate authorities")
 		fails := true
@@ -190,9 +191,8 @@ func TestClientThatCannotBeMadeIsTriedAgain(t *testing.T) {
 	})
 }
 
-// What is written, here or on another node, also ends what the engine waits for by
-// itself.
-func TestWritesEndTheBackoffOfRefreshAhead(t *testing.T) {
+// A write, on this node or another, also ends the back-off of automatic renewals.
+func TestWritesEndTheBackoffOfRenewals(t *testing.T) {
 	for _, failure := range []*mintError{errDown, {class: classRequestRefused, status: 400, oauthError: "invalid_scope"}} {
 		for name, write := range map[string]func(m *testMount){
 			"config": func(m *testMount) { m.write("config", map[string]any{"verify_connection": false}) },
@@ -205,7 +205,7 @@ func TestWritesEndTheBackoffOfRefreshAhead(t *testing.T) {
 			},
 		} {
 			if strings.HasPrefix(name, "role") && failure == errDown {
-				continue // that concerns the config
+				continue // affects the config, not the role
 			}
 			t.Run(name+" after "+string(failure.class), func(t *testing.T) {
 				bubble(t, func(m *testMount) {
@@ -218,7 +218,7 @@ func TestWritesEndTheBackoffOfRefreshAhead(t *testing.T) {
 					failed := m.mojo.mints.Load()
 					m.mojo.set(func(s *standIn) { s.fail = nil })
 					write(m)
-					time.Sleep(2 * time.Second) // the engine's own tries are spread
+					time.Sleep(2 * time.Second) // the engine spreads its own retries
 					synctest.Wait()
 					m.wantMints(failed + 2)
 				})
@@ -227,7 +227,7 @@ func TestWritesEndTheBackoffOfRefreshAhead(t *testing.T) {
 	}
 }
 
-func TestFailedMintsAreForgottenWhenNobodyReads(t *testing.T) {
+func TestFailedMintsAreForgottenWithoutReads(t *testing.T) {
 	for _, failure := range []*mintError{
 		errDown,
 		{class: classRequestRefused, status: 400, oauthError: "invalid_scope"},
@@ -240,19 +240,19 @@ func TestFailedMintsAreForgottenWhenNobodyReads(t *testing.T) {
 			time.Sleep(time.Hour)
 			synctest.Wait()
 			if got := m.kept(); got.slots != 0 || got.narrowed != 0 {
-				t.Errorf("after %s: %+v is kept, want no slots", failure.class, got)
+				t.Errorf("after %s: got %+v, want no slots", failure.class, got)
 			}
 		})
 	}
 }
 
-// Freeing slots must not make back-offs short again: a reader a second gets one mint
-// after 5, 10, 20, and then every 30 seconds, each up to a fifth less.
-func TestBackoffOfARequestGoesOnDoubling(t *testing.T) {
-	for _, had := range []string{"no token", "a spent token"} {
+// Freeing slots must not shorten the back-off again. With one read a second, the engine
+// mints after 5, 10, 20, and then every 30 seconds, each up to a fifth shorter.
+func TestBackoffOfARequestKeepsDoubling(t *testing.T) {
+	for _, had := range []string{"no token", "an expired token"} {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
-			if had == "a spent token" {
+			if had == "an expired token" {
 				m.wantToken("app", 1)
 			}
 			m.mojo.set(func(s *standIn) {
@@ -266,19 +266,19 @@ func TestBackoffOfARequestGoesOnDoubling(t *testing.T) {
 				time.Sleep(time.Second)
 			}
 			if got := m.mojo.mints.Load() - before; got < 9 || got > 15 {
-				t.Errorf("after %s: %d tokens were asked for in 5 minutes, want 9 to 15", had, got)
+				t.Errorf("after %s: %d token requests in 5 minutes, want 9 to 15", had, got)
 			}
 		})
 	}
 }
 
-// What MojoAuth says of one role's request may name that role's audience. Readers of
-// other roles are told what kind of trouble there is, and no more.
-func TestDescriptionIsToldToReadersOfItsKeyOnly(t *testing.T) {
+// MojoAuth's description of a failure may name a role's audience. Readers of other roles
+// see the kind of failure, but not the description.
+func TestDescriptionIsShownOnlyToReadersOfItsKey(t *testing.T) {
 	const words = "https://payroll.example.org/ is closed to you"
 	for _, c := range []struct {
 		failure *mintError
-		told    []string // to everybody
+		shown   []string // to every reader
 	}{
 		{&mintError{class: classClientRefused, status: 401, oauthError: "invalid_client", description: words}, []string{"refused the client", "invalid_client", "HTTP 401"}},
 		{&mintError{class: classServerError, status: 500, description: words}, []string{"MojoAuth failed", "HTTP 500"}},
@@ -292,16 +292,16 @@ func TestDescriptionIsToldToReadersOfItsKeyOnly(t *testing.T) {
 				time.Sleep(20 * time.Minute)
 				m.mojo.set(func(s *standIn) { s.fail = c.failure })
 
-				for range 2 { // as it happens, and as it is remembered
+				for range 2 { // when it happens, and when it is remembered
 					if got := m.creds("payroll", nil); got.err == nil || !strings.Contains(got.err.Error(), words) {
-						t.Errorf("the role's own reader got %v, want MojoAuth's words", got.err)
+						t.Errorf("the role's own reader got %v, want MojoAuth's description", got.err)
 					}
 				}
 				m.wantMints(2)
 				texts := map[string]string{}
 				for reader, got := range map[string]got{
 					"a reader of another role":               m.creds("cold", nil),
-					"a reader of fewer scopes of the role":   m.creds("payroll", map[string]any{"scopes": "a"}),
+					"a reader of a scope subset of the role": m.creds("payroll", map[string]any{"scopes": "a"}),
 					"a reader who gets another role's token": m.creds("warm", map[string]any{"min_ttl": "50m"}),
 				} {
 					texts[reader] = strings.Join(got.warnings, "\n")
@@ -309,14 +309,14 @@ func TestDescriptionIsToldToReadersOfItsKeyOnly(t *testing.T) {
 						texts[reader] = got.err.Error()
 					}
 				}
-				m.wantMints(2) // all of them were told what is remembered
+				m.wantMints(2) // all of them got the remembered error
 				for reader, text := range texts {
 					if strings.Contains(text, "payroll.example.org") {
-						t.Errorf("%s is told what MojoAuth said of role payroll: %q", reader, text)
+						t.Errorf("%s got MojoAuth's description of role payroll's failure: %q", reader, text)
 					}
-					for _, part := range c.told {
+					for _, part := range c.shown {
 						if !strings.Contains(text, part) {
-							t.Errorf("%s got %q, want it to hold %q", reader, text, part)
+							t.Errorf("%s got %q, want it to contain %q", reader, text, part)
 						}
 					}
 				}
@@ -325,8 +325,8 @@ func TestDescriptionIsToldToReadersOfItsKeyOnly(t *testing.T) {
 	}
 }
 
-// One request that hangs while others come through says nothing of the endpoint.
-func TestFailureOfAMintThatBeganBeforeTheLastSuccessBacksOffItsKeyOnly(t *testing.T) {
+// One request that hangs while others succeed says nothing about the endpoint.
+func TestFailureOfAMintOlderThanTheLastSuccessBacksOffOnlyItsKey(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("hung", map[string]any{"audience": "hung"})
 		m.write("roles/early", nil)
@@ -343,11 +343,11 @@ func TestFailureOfAMintThatBeganBeforeTheLastSuccessBacksOffItsKeyOnly(t *testin
 		go func() { failed <- m.creds("hung", nil) }()
 		time.Sleep(5 * time.Second)
 		if got := m.creds("early", nil); got.err != nil {
-			t.Errorf("while a request hangs another role got %v", got.err)
+			t.Errorf("while a request hangs, another role got %v", got.err)
 		}
 		wantStatus(t, (<-failed).err, http.StatusGatewayTimeout)
 		if got := m.creds("late", nil); got.err != nil {
-			t.Errorf("after one request hung, and another came through meanwhile, a third role got %v", got.err)
+			t.Errorf("after one request hung and another succeeded, a third role got %v", got.err)
 		}
 		before := m.mojo.mints.Load()
 		for range 30 {
@@ -356,11 +356,11 @@ func TestFailureOfAMintThatBeganBeforeTheLastSuccessBacksOffItsKeyOnly(t *testin
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
-		m.wantMints(before) // its own back-off
+		m.wantMints(before) // in a back-off of its own
 	})
 }
 
-// Of many cold roles the request of every hundredth hangs.
+// Every hundredth of many roles without a token has a request that hangs.
 func TestRequestsThatHangFailAlone(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		const roles = 600
@@ -399,12 +399,12 @@ func TestRequestsThatHangFailAlone(t *testing.T) {
 	})
 }
 
-// No path leads to a try in a loop: what keeps the engine from making a client backs
-// off the config like an outage.
-func TestClientThatCannotBeMadeBacksOffTheConfig(t *testing.T) {
+// No path retries in a tight loop. A failure to create a client backs off the config as
+// an outage does.
+func TestClientThatCannotBeCreatedBacksOffTheConfig(t *testing.T) {
 	broken := errors.New("no certificate authorities")
-	// mount's client cannot be made while fails is set, but for the thousandth try: a
-	// loop would never end in a bubble, where it takes no time.
+	// While fails is set, the mount cannot create a client, except on the thousandth try:
+	// a loop would never end in a bubble, where time stands still.
 	mount := func(t *testing.T) (m *testMount, fails *atomic.Bool, tries *atomic.Int64) {
 		fails, tries = new(atomic.Bool), new(atomic.Int64)
 		mojo := &standIn{lifetime: time.Hour}
@@ -429,12 +429,12 @@ func TestClientThatCannotBeMadeBacksOffTheConfig(t *testing.T) {
 				}
 			}
 			if n := tries.Load(); n != 1 {
-				t.Errorf("200 reads of one moment tried to make a client %d times, want once", n)
+				t.Errorf("200 simultaneous reads tried %d times to create a client, want once", n)
 			}
 			time.Sleep(5 * time.Second)
 			fails.Store(false)
 			if got := m.creds("b", nil); got.err != nil {
-				t.Errorf("after the back-off got %v, want a token", got.err)
+				t.Errorf("after the back-off: got %v, want a token", got.err)
 			}
 		})
 	})
@@ -444,7 +444,7 @@ func TestClientThatCannotBeMadeBacksOffTheConfig(t *testing.T) {
 			m.configure("app", nil)
 			m.wantToken("app", 1)
 			fails.Store(true)
-			// Another node writes the config, so that the client has to be made anew.
+			// Another node writes the config, which makes this one create a new client.
 			m.elsewhere(func(o *testMount) {
 				o.write("config", map[string]any{"max_retries": 5, "verify_connection": false})
 			}, "config/default")
@@ -452,20 +452,20 @@ func TestClientThatCannotBeMadeBacksOffTheConfig(t *testing.T) {
 			synctest.Wait()
 			before := tries.Load()
 			if before == 0 {
-				t.Error("no client was tried to be made for a token that is due")
+				t.Error("a token is due, and the engine did not try to create a client")
 			}
 			time.Sleep(10 * time.Minute)
 			synctest.Wait()
 			if n := tries.Load() - before; before > 20 || n < 10 || n > 30 {
-				t.Errorf("%d tries to make a client until a minute after the token was due, and %d in 10 minutes from then on; want at most 20, and one for each back-off, which is 24s to 30s", before, n)
+				t.Errorf("%d tries to create a client until a minute after the token was due, and %d in the next 10 minutes; want at most 20, and one for each back-off of 24s to 30s", before, n)
 			}
 		})
 	})
 }
 
-// What is stored and cannot be read stays so until it is written again: looking every
-// second helps nobody.
-func TestEntryThatCannotBeReadIsNotLookedAtEverySecond(t *testing.T) {
+// An entry that cannot be decoded stays so until it is written again. Reading it every
+// second does not help.
+func TestUndecodableEntryIsNotReadEverySecond(t *testing.T) {
 	for _, key := range []string{"config/default", "roles/app"} {
 		t.Run(key, func(t *testing.T) {
 			bubble(t, func(m *testMount) {
@@ -481,25 +481,26 @@ func TestEntryThatCannotBeReadIsNotLookedAtEverySecond(t *testing.T) {
 				}
 				before := m.storage.operations.Load()
 				m.InvalidateKey(ctx, key)
-				time.Sleep(2 * time.Hour) // past the end of the token
+				time.Sleep(2 * time.Hour) // past the token's expiry
 				synctest.Wait()
 				if n := m.storage.operations.Load() - before; n > 2*3600/24+60 {
-					t.Errorf("%d storage operations in two hours in which nobody read, want at most one for each back-off of 24s to 30s", n)
+					t.Errorf("%d storage operations in two hours without a read, want at most one for each back-off of 24s to 30s", n)
 				}
 				if err := m.storage.Storage.Put(ctx, good); err != nil {
 					m.t.Fatal(err)
 				}
 				m.InvalidateKey(ctx, key)
 				if got := m.creds("app", nil); got.err != nil {
-					t.Errorf("after the entry was mended got %v, want a token", got.err)
+					t.Errorf("after the entry was repaired: got %v, want a token", got.err)
 				}
 			})
 		})
 	}
 }
 
-// A firewall answers one role's audience with 403, or 500. That role is read first, each
-// time, and must not keep the others from finding out that they are well.
+// A firewall answers requests for one role's audience with 403 or 500. That role is
+// always read first, and must not keep the others from finding out that their requests
+// succeed.
 func TestRoleThatFailedLeavesTheProbeToOthers(t *testing.T) {
 	for _, failure := range []*mintError{
 		{class: classClientRefused, status: 403},
@@ -520,7 +521,7 @@ func TestRoleThatFailedLeavesTheProbeToOthers(t *testing.T) {
 						return 100 * time.Millisecond, nil
 					}
 				})
-				m.creds("blocked", nil) // the trouble begins before anybody else comes
+				m.creds("blocked", nil) // the trouble begins before any other read
 				began := time.Now()
 				var mu sync.Mutex
 				var through time.Time // when the first of the others had a token
@@ -551,17 +552,17 @@ func TestRoleThatFailedLeavesTheProbeToOthers(t *testing.T) {
 				case through.IsZero():
 					t.Errorf("none of %d reads of other roles got a token in 40s", failed)
 				case took > 16*time.Second: // two back-offs
-					t.Errorf("the first of the other roles had a token after %s, want it within two back-offs", took)
+					t.Errorf("the first of the other roles got a token after %s, want it within two back-offs", took)
 				case late != 0:
-					t.Errorf("%d reads of other roles failed after one of them had a token", late)
+					t.Errorf("%d reads of other roles failed after one of them got a token", late)
 				}
 			})
 		})
 	}
 }
 
-// A role that fails where others succeed is at fault itself, until it succeeds.
-func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
+// A role that fails while others succeed is itself at fault until it succeeds.
+func TestKeyThatFailsAloneBacksOffAlone(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		var blocked atomic.Bool
 		blocked.Store(true)
@@ -577,9 +578,9 @@ func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
 				return 0, nil
 			}
 		})
-		m.creds("blocked", nil) // says something new: it backs off the config
+		m.creds("blocked", nil) // a new failure: it backs off the config
 		if got := m.creds("b", nil); got.err == nil {
-			t.Error("after the first failure of a config another role was asked for")
+			t.Error("after the first failure of a config, a token was requested for another role")
 		}
 		time.Sleep(5 * time.Second)
 		if got := m.creds("b", nil); got.err != nil {
@@ -601,14 +602,14 @@ func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
 			}
 		}
 
-		// Nor is it forgotten while nobody reads.
+		// The engine also remembers it without reads.
 		time.Sleep(2 * time.Hour)
 		m.creds("blocked", nil)
 		if got := m.creds("f", nil); got.err != nil {
-			t.Errorf("two hours later, after one failure more of the role that fails alone, another got %v", got.err)
+			t.Errorf("two hours later, after another failure of the role that fails alone, another role got %v", got.err)
 		}
 
-		// Once it has had a token its next failure is news again.
+		// Once the role has had a token, its next failure counts as new.
 		time.Sleep(time.Minute)
 		blocked.Store(false)
 		if got := m.creds("blocked", nil); got.err != nil {
@@ -623,8 +624,8 @@ func TestKeyThatFailedBeforeAnotherSucceededConcernsItselfOnly(t *testing.T) {
 	})
 }
 
-// A rotation that brought nothing newer is a success of its key, and of no other: the
-// key's next failure is news.
+// A rotation that returns the same token is a success of its key and of no other. The
+// key's next failure counts as new.
 func TestRotationIsASuccessOfItsKey(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
@@ -637,7 +638,7 @@ func TestRotationIsASuccessOfItsKey(t *testing.T) {
 		time.Sleep(time.Minute)
 		m.mojo.set(func(s *standIn) { s.fail = nil })
 		if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); err == nil {
-			m.t.Fatal("a rotation to the same token succeeded")
+			m.t.Fatal("a rotation that returned the same token succeeded")
 		}
 		time.Sleep(time.Minute)
 		m.mojo.set(func(s *standIn) { s.fail = errDown })
@@ -648,7 +649,7 @@ func TestRotationIsASuccessOfItsKey(t *testing.T) {
 	})
 }
 
-// A key that fails alone does so too when MojoAuth refuses its request meanwhile.
+// A key that fails alone still counts as such after MojoAuth refuses one of its requests.
 func TestRefusalsDoNotHideThatAKeyFailsAlone(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("bad", map[string]any{"audience": "bad"})
@@ -667,7 +668,7 @@ func TestRefusalsDoNotHideThatAKeyFailsAlone(t *testing.T) {
 		})
 		m.creds("bad", nil)
 		time.Sleep(time.Second)
-		m.creds("good", nil) // from now on bad fails alone
+		m.creds("good", nil) // from now on, bad fails alone
 		time.Sleep(time.Minute)
 		m.creds("bad", nil)
 		failure.Store(errDown)
@@ -675,13 +676,13 @@ func TestRefusalsDoNotHideThatAKeyFailsAlone(t *testing.T) {
 		m.creds("bad", nil)
 		m.wantMints(4)
 		if got := m.creds("other", nil); got.err != nil {
-			t.Errorf("after a failure of a role that fails alone, another got %v", got.err)
+			t.Errorf("after a failure of a role that fails alone, another role got %v", got.err)
 		}
 	})
 }
 
-// An endpoint that is down for all, but for one role whose request it refuses before it
-// tries.
+// refusesOne makes the endpoint fail with outage for every role except bad, whose requests
+// it refuses.
 func refusesOne(m *testMount, outage *mintError) {
 	m.configure("app", nil)
 	m.write("roles/bad", map[string]any{"scopes": "forbidden"})
@@ -705,21 +706,22 @@ func TestRefusedRequestDoesNotEndTheBackoffOfAnOutage(t *testing.T) {
 				before := m.mojo.mints.Load()
 				m.creds("app", nil)
 				if n := m.mojo.mints.Load() - before; n != 0 {
-					t.Error("after a refused request a role was asked for in the back-off of an outage")
+					t.Error("after a refused request, a token was requested for a role during the back-off of an outage")
 				}
 			})
 			bubble(t, func(m *testMount) {
 				refusesOne(m, outage)
 				for range 1200 { // two minutes
-					m.creds("bad", nil) // comes first, and so is the probe
+					m.creds("bad", nil) // comes first, so it is the probe
 					m.creds("app", nil)
 					time.Sleep(100 * time.Millisecond)
 				}
 				m.mojo.set(func(s *standIn) {
 					s.requests = slices.DeleteFunc(s.requests, func(r tokenRequest) bool { return len(r.scopes) != 0 })
-					// After 5, 10, 20, and then every 30 s, each up to a fifth less: 7 at most.
+					// After 5, 10, 20, and then every 30 s, each up to a fifth shorter: 7
+					// at most.
 					if n := len(s.requests); n < 4 || n > 10 {
-						t.Errorf("%d requests in an outage of two minutes, want 4 to 10: a refused request made the back-off short again", n)
+						t.Errorf("%d requests in an outage of two minutes, want 4 to 10: a refused request shortened the back-off again", n)
 					}
 				})
 			})
@@ -727,7 +729,8 @@ func TestRefusedRequestDoesNotEndTheBackoffOfAnOutage(t *testing.T) {
 	}
 }
 
-// A client that was refused and then is not has been accepted.
+// If MojoAuth refused the client before and now refuses only the request, it accepts the
+// client again.
 func TestRefusedRequestEndsTheBackoffOfARefusedClient(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		refusesOne(m, &mintError{class: classClientRefused, status: 401, oauthError: "invalid_client"})
@@ -735,13 +738,13 @@ func TestRefusedRequestEndsTheBackoffOfARefusedClient(t *testing.T) {
 		m.refused(logical.UpdateOperation, "rotate-role/bad", nil)
 		m.mojo.set(func(s *standIn) { s.respond = nil })
 		if got := m.creds("app", nil); got.err != nil {
-			t.Errorf("got %v, want a token: MojoAuth has accepted the client", got.err)
+			t.Errorf("got %v, want a token: MojoAuth accepts the client again", got.err)
 		}
 	})
 }
 
-// What is known of one config and role outlives the news of others, also news that come
-// while they are looked up for the first time.
+// The back-offs of one config and role survive invalidations of others, also
+// invalidations that arrive while config and role are loaded for the first time.
 func TestBackoffOutlivesTheInvalidationOfOtherEntries(t *testing.T) {
 	for _, c := range []struct {
 		name, key, other string
@@ -775,9 +778,9 @@ func TestBackoffOutlivesTheInvalidationOfOtherEntries(t *testing.T) {
 	}
 }
 
-// A mint reads role and config from storage before it asks. A back-off that began
-// meanwhile counts for it, too.
-func TestMintThatStorageHeldUpObeysTheBackoff(t *testing.T) {
+// A mint reads role and config from storage before its token request. A back-off that
+// begins in the meantime applies to it as well.
+func TestMintDelayedByStorageObeysTheBackoff(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("slow", nil)
 		m.write("roles/bad", nil)
@@ -793,14 +796,14 @@ func TestMintThatStorageHeldUpObeysTheBackoff(t *testing.T) {
 		synctest.Wait()
 		m.creds("bad", nil)
 		if got := <-slow; got.err == nil || !strings.Contains(got.err.Error(), "The next attempt is at") {
-			t.Errorf("got %v, want the failure of the other mint", got)
+			t.Errorf("got %v, want the other mint's failure", got)
 		}
 		m.wantMints(1)
 	})
 }
 
-// Nor does the mint after a back-off ask when, before it could, an older one has failed.
-func TestProbeThatStorageHeldUpObeysANewBackoff(t *testing.T) {
+// The probe after a back-off sends no request if an older mint fails first.
+func TestProbeDelayedByStorageObeysANewBackoff(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("probe", nil)
 		m.write("roles/straggler", map[string]any{"audience": "straggler"})

@@ -17,10 +17,10 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
-// The benchmarks compare a cached read with what the framework costs by itself:
-// read them as ratios within one run.
+// The benchmarks compare a cached read with the cost of the framework alone. Read them as
+// ratios within one run.
 
-// benchMount is a mount with n roles whose tokens are cached.
+// benchMount returns a mount with n roles whose tokens are cached.
 func benchMount(b *testing.B, n int) *backend {
 	b.Helper()
 	m, request := emptyBenchMount(b)
@@ -32,7 +32,7 @@ func benchMount(b *testing.B, n int) *backend {
 	return m
 }
 
-// emptyBenchMount is a mount, and how requests are made that may not fail.
+// emptyBenchMount returns a mount and a function that sends requests which must succeed.
 func emptyBenchMount(b *testing.B) (m *backend, request func(op logical.Operation, path string, data map[string]any)) {
 	b.Helper()
 	mojo := &standIn{lifetime: lifetime.Assumed * 1000, unpaced: true}
@@ -59,11 +59,11 @@ func readCreds(b *testing.B, h logical.Backend, path string) {
 	}
 }
 
-// benchStorage is nil: a cached read that touched it would panic.
+// benchStorage is nil, so a cached read that used storage would panic.
 var benchStorage logical.Storage
 
-// noOp is a backend whose creds path does nothing but answer what it is given,
-// with as many keys as a token's.
+// noOp returns a backend whose creds path only returns what answer gives it, with as many
+// keys as a token's response.
 func noOp(b *testing.B, answer func() map[string]any) logical.Backend {
 	b.Helper()
 	n := &framework.Backend{
@@ -95,7 +95,7 @@ func BenchmarkHandleRequest(b *testing.B) {
 	for i := range paths {
 		paths[i] = fmt.Sprintf("creds/role%d", i)
 	}
-	// no-op/8keys is the fair comparison: any path that answers a token makes this map.
+	// no-op/8keys is the fair comparison: any path that returns a token builds this map.
 	targets := []struct {
 		name    string
 		backend logical.Backend
@@ -165,7 +165,7 @@ func BenchmarkFirstReadAfterRestart(b *testing.B) {
 	}
 }
 
-// BenchmarkCache is a cached read without the framework.
+// BenchmarkCache measures a cached read without the framework.
 func BenchmarkCache(b *testing.B) {
 	const roles = 10_000
 	read := func(b *testing.B, m *backend, role string) {
@@ -204,9 +204,8 @@ func BenchmarkCache(b *testing.B) {
 	})
 }
 
-// BenchmarkStatus reads status among few configs and many. What a config costs,
-// ns/config, must stay level: what counts configs must not go through all of them for
-// each.
+// BenchmarkStatus reads status among few configs and many. The cost per config,
+// ns/config, must stay level: counting one config's tokens must not visit all the others.
 func BenchmarkStatus(b *testing.B) {
 	for _, n := range []int{1_000, 10_000} {
 		b.Run(fmt.Sprintf("%dconfigs", n), func(b *testing.B) {
@@ -222,8 +221,8 @@ func BenchmarkStatus(b *testing.B) {
 	}
 }
 
-// BenchmarkRoleWrite writes one role among few and many whose tokens are cached. It must
-// take as long in both.
+// BenchmarkRoleWrite writes one role among few and many with cached tokens. Both must
+// take the same time.
 func BenchmarkRoleWrite(b *testing.B) {
 	for _, n := range []int{100, 10_000} {
 		b.Run(fmt.Sprintf("%droles", n), func(b *testing.B) {

@@ -13,7 +13,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// distinct makes n different words of that length.
+// distinct returns n different words of the given length.
 func distinct(n, length int) []string {
 	words := make([]string, n)
 	for i := range words {
@@ -22,7 +22,7 @@ func distinct(n, length int) []string {
 	return words
 }
 
-// pairs makes n parameters whose names and values are that long together.
+// pairs returns n parameters whose name and value together have the given length.
 func pairs(n, length int) map[string]any {
 	params := make(map[string]any, n)
 	for _, name := range distinct(n, length/2) {
@@ -31,8 +31,8 @@ func pairs(n, length int) map[string]any {
 	return params
 }
 
-// What a field holds is bounded: at its bound it is accepted, beyond it refused with
-// the field and the bound.
+// Every field is bounded. The engine accepts a value at the bound and refuses one beyond
+// it, with an error that names the field and the bound.
 func TestBounds(t *testing.T) {
 	certificate := testCertificates(t, 1)[0]
 	bundle := strings.TrimSpace(strings.Repeat(certificate, (64<<10)/len(certificate)))
@@ -56,7 +56,7 @@ func TestBounds(t *testing.T) {
 		{"config", "token_url", url(2048), url(2049), "2048 bytes"},
 		{"config", "client_id", xs(1024), xs(1025), "1024 bytes"},
 		{"config", "client_secret", xs(4096), xs(4097), "4096 bytes"},
-		{"config", "client_secret", xs(4096) + "\r\n", xs(1 << 20), "4096 bytes"}, // the line end is cut off
+		{"config", "client_secret", xs(4096) + "\r\n", xs(1 << 20), "4096 bytes"}, // the trailing newline is removed
 		{"config", "ca_cert", bundle, bundle + "\n" + certificate, "65536 bytes"},
 		{"config", "ca_cert", certificate, xs(32 << 20), "65536 bytes"},
 		{"roles/app", "audience", xs(2048), xs(2049), "2048 bytes"},
@@ -88,15 +88,15 @@ func TestBounds(t *testing.T) {
 			t.Errorf("%s: got %.300q, want the field and %q", c.field, text, c.bound)
 		}
 		if strings.Contains(text, "xxxx") {
-			t.Errorf("%s: the text repeats the value: %.300q", c.field, text)
+			t.Errorf("%s: the error repeats the value: %.300q", c.field, text)
 		}
 		if after := m.read(c.path); fmt.Sprint(after) != fmt.Sprint(before) {
-			t.Errorf("%s: it was saved", c.field)
+			t.Errorf("%s: the value was saved", c.field)
 		}
 	}
 }
 
-// The query of a read has the bounds of the role.
+// The parameters of a read have the same bounds as the role's fields.
 func TestBoundsOfQuery(t *testing.T) {
 	m := newTestMount(t)
 	m.configure("app", map[string]any{"scopes": distinct(100, 40)})
@@ -118,9 +118,9 @@ func TestBoundsOfQuery(t *testing.T) {
 	}
 }
 
-// A request may be 32 MiB long. It is answered in the time that it takes to read it,
-// whatever it holds.
-func TestHugeRequestsAreAnsweredAtOnce(t *testing.T) {
+// A request may be 32 MiB long. Whatever it contains, the response takes no longer than
+// reading the request does.
+func TestHugeRequestsAreAnsweredQuickly(t *testing.T) {
 	const size = 32 << 20
 	list := make([]any, size/16)
 	for i := range list {
@@ -167,7 +167,7 @@ func TestHugeRequestsAreAnsweredAtOnce(t *testing.T) {
 	for _, on := range namedOperations {
 		requests[fmt.Sprintf("name in %s %s", on.op, on.prefix)] = request{on.op, on.prefix + strings.Repeat("a", size), nil}
 	}
-	const allowed = 5 * time.Second // reading takes about a second; what is not linear, minutes
+	const allowed = 5 * time.Second // reading takes about a second; anything not linear takes minutes
 	for what, r := range requests {
 		began := time.Now()
 		done := make(chan string, 1)
@@ -175,11 +175,11 @@ func TestHugeRequestsAreAnsweredAtOnce(t *testing.T) {
 			resp, err := m.request(r.op, r.path, maps.Clone(r.data))
 			switch {
 			case err != nil:
-				done <- fmt.Sprintf("the error %.200v, want a 400", err)
+				done <- fmt.Sprintf("error %.200v, want a 400", err)
 			case !resp.IsError() && resp != nil && len(resp.Warnings) > 0 && len(resp.Warnings[0]) > 1000:
 				done <- fmt.Sprintf("a warning of %d bytes", len(resp.Warnings[0]))
 			case resp.IsError() && len(resp.Error().Error()) > 1000:
-				done <- fmt.Sprintf("a text of %d bytes", len(resp.Error().Error()))
+				done <- fmt.Sprintf("an error text of %d bytes", len(resp.Error().Error()))
 			default:
 				done <- ""
 			}
@@ -193,18 +193,18 @@ func TestHugeRequestsAreAnsweredAtOnce(t *testing.T) {
 				t.Errorf("%s: took %s", what, took)
 			}
 		case <-time.After(4 * allowed):
-			t.Fatalf("%s: no answer after %s", what, 4*allowed)
+			t.Fatalf("%s: no response after %s", what, 4*allowed)
 		}
 	}
 }
 
-// Parameters that a path does not have are told in a warning, and so are bounded too.
+// A warning lists unknown parameters, so these are bounded too.
 func TestUnknownFieldsAreBounded(t *testing.T) {
 	m := newTestMount(t)
 	m.configure("app", nil)
 	resp := m.do(logical.ReadOperation, "creds/app", map[string]any{"audiance": "x"})
 	if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "audiance") {
-		t.Errorf("got the warnings %q, want one that tells the field", resp.Warnings)
+		t.Errorf("got the warnings %q, want one that names the field", resp.Warnings)
 	}
 	for what, data := range map[string]map[string]any{
 		"many": pairs(101, 20),
@@ -217,7 +217,7 @@ func TestUnknownFieldsAreBounded(t *testing.T) {
 	}
 }
 
-// Scopes are split in linear time, duplicates and all.
+// splitScopes takes linear time, even with duplicates.
 func TestSplitScopesIsLinear(t *testing.T) {
 	words := distinct(300_000, 7)
 	done := make(chan []string, 1)
@@ -225,10 +225,10 @@ func TestSplitScopesIsLinear(t *testing.T) {
 	select {
 	case got := <-done:
 		if len(got) != len(words) || got[0] != words[0] || got[len(got)-1] != words[len(words)-1] {
-			t.Errorf("got %d scopes, want %d in their order", len(got), len(words))
+			t.Errorf("got %d scopes, want %d in the given order", len(got), len(words))
 		}
 	case <-time.After(20 * time.Second):
-		t.Fatal("300,000 scopes, twice, take more than 20 s")
+		t.Fatal("splitting 300,000 scopes, listed twice, took more than 20 s")
 	}
 }
 

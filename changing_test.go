@@ -18,10 +18,10 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// What writes of roles and configs, here and on other nodes, do to tokens that are
-// held and to readers who wait.
+// What writes of roles and configs, on this node and on others, do to cached tokens and
+// to waiting readers.
 
-func TestRoleWriteDropsTokensOnlyWhenItAsksForOthers(t *testing.T) {
+func TestRoleWriteDropsTokensOnlyIfTheRequestChanges(t *testing.T) {
 	fields := map[string]any{"audience": "https://a/", "scopes": "a,b", "extra_params": map[string]any{"x": "y"}}
 	for _, c := range []struct {
 		name  string
@@ -62,13 +62,13 @@ func TestRoleWriteDropsTokensOnlyWhenItAsksForOthers(t *testing.T) {
 			})
 		})
 	}
-	t.Run("deleted and made again", func(t *testing.T) {
+	t.Run("deleted and created again", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("app", fields)
 			m.wantToken("app", 1)
 			m.do(logical.DeleteOperation, "roles/app", nil)
 			if n := m.kept().slots; n != 0 {
-				t.Errorf("%d slots are left", n)
+				t.Errorf("got %d slots, want 0", n)
 			}
 			m.write("roles/app", fields)
 			m.wantToken("app", 2)
@@ -81,7 +81,7 @@ func TestRoleWriteDropsTokensOnlyWhenItAsksForOthers(t *testing.T) {
 	})
 }
 
-func TestConfigWriteDropsTokensOnlyOfAnotherClient(t *testing.T) {
+func TestConfigWriteDropsTokensOnlyIfTheClientChanges(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		write map[string]any
@@ -116,7 +116,7 @@ func TestConfigWriteDropsTokensOnlyOfAnotherClient(t *testing.T) {
 			})
 		})
 	}
-	t.Run("deleted and made again", func(t *testing.T) {
+	t.Run("deleted and created again", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
 			m.wantToken("app", 1)
@@ -137,15 +137,15 @@ func TestSecretRollsOverWithoutAGap(t *testing.T) {
 		time.Sleep(45 * time.Minute)
 		synctest.Wait()
 		if got := m.wantToken("app", 2); !strings.HasSuffix(got.token, "second") {
-			t.Errorf("got %s: the next token was not minted with the new secret", got.token)
+			t.Errorf("got %s, want the next token minted with the new secret", got.token)
 		}
 	})
 }
 
-func TestMintInFlightIsKeptOnlyWhenItIsStillAskedFor(t *testing.T) {
-	// Each case begins with a mint of five seconds and changes something after
-	// one. first is what the reader gets who came before the change, later what
-	// one gets who came after it.
+func TestMintInFlightIsKeptOnlyIfStillValid(t *testing.T) {
+	// In each case a mint takes five seconds, and the change comes after one. The first
+	// reader came before the change, the later one after it; later is the number of the
+	// token that the later reader gets.
 	refused := &mintError{class: classClientRefused, status: 401, oauthError: "invalid_client"}
 	for _, c := range []struct {
 		name   string
@@ -164,7 +164,7 @@ func TestMintInFlightIsKeptOnlyWhenItIsStillAskedFor(t *testing.T) {
 			m.write("config", map[string]any{"client_id": "other", "verify_connection": false})
 		}, 2, 2},
 		{"audience", nil, func(m *testMount) { m.write("roles/app", map[string]any{"audience": "b"}) }, 2, 2},
-		{"role made again", nil, func(m *testMount) {
+		{"role created again", nil, func(m *testMount) {
 			m.do(logical.DeleteOperation, "roles/app", nil)
 			m.write("roles/app", nil)
 		}, 2, 2},
@@ -191,11 +191,11 @@ func TestMintInFlightIsKeptOnlyWhenItIsStillAskedFor(t *testing.T) {
 				c.change(m)
 				go func() { later <- m.creds("app", nil) }()
 				if got := <-first; got.err != nil {
-					t.Errorf("the first reader: %v", got.err)
+					t.Errorf("first reader: %v", got.err)
 				}
 				want := fmt.Sprintf("token-%d-", c.later)
 				if got := <-later; got.err != nil || !strings.HasPrefix(got.token, want) {
-					t.Errorf("the later reader got %v, want %s…", got, want)
+					t.Errorf("later reader: got %v, want %s…", got, want)
 				}
 				m.wantToken("app", c.later)
 				m.wantMints(c.mints)
@@ -204,8 +204,8 @@ func TestMintInFlightIsKeptOnlyWhenItIsStillAskedFor(t *testing.T) {
 	}
 }
 
-// What was read from storage before a change must not be held after it.
-func TestWhatWasLoadedBeforeAChangeIsNotHeld(t *testing.T) {
+// The engine must not keep what it read from storage before a change.
+func TestEntriesLoadedBeforeAChangeAreNotKept(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"audience": "old"})
 		m.InvalidateKey(context.Background(), "roles/app")
@@ -216,10 +216,10 @@ func TestWhatWasLoadedBeforeAChangeIsNotHeld(t *testing.T) {
 			}
 		}
 		m.storage.afterGet.Store(&hook)
-		m.creds("app", nil) // came before the change: either will do
+		m.creds("app", nil) // came before the change: either token is fine
 		m.creds("app", nil)
 		if got := m.mojo.last().audience; got != "new" {
-			t.Errorf("a reader after the change was asked for with audience %q", got)
+			t.Errorf("after the change, the engine requested a token for audience %q", got)
 		}
 	})
 }
@@ -237,7 +237,7 @@ func TestDroppedTokensAreFreed(t *testing.T) {
 			m.creds("app", nil)
 			m.creds("app", map[string]any{"scopes": "a"})
 			if got := m.read("status")["cached_tokens"]; got != int64(2) {
-				t.Errorf("%s: %v tokens before, want 2", name, got)
+				t.Errorf("%s: got %v tokens before, want 2", name, got)
 			}
 			change(m)
 			want := int64(0)
@@ -245,20 +245,21 @@ func TestDroppedTokensAreFreed(t *testing.T) {
 				want = 1
 			}
 			if got := m.read("status")["cached_tokens"]; got != want {
-				t.Errorf("%s: %v tokens after, want %d", name, got, want)
+				t.Errorf("%s: got %v tokens after, want %d", name, got, want)
 			}
 		})
 	}
 }
 
-// Tokens that another node has dropped are not counted, and their memory is freed.
+// Tokens dropped by a write on another node are no longer counted, and their memory is
+// freed.
 func TestTokensDroppedElsewhereAreFreed(t *testing.T) {
 	for name, c := range map[string]struct {
 		key    string
 		change func(o *testMount)
 	}{
 		"role's audience": {"roles/app", func(o *testMount) { o.write("roles/app", map[string]any{"audience": "x"}) }},
-		"fewer scopes":    {"roles/app", func(o *testMount) { o.write("roles/app", map[string]any{"scopes": "b"}) }},
+		"scopes removed":  {"roles/app", func(o *testMount) { o.write("roles/app", map[string]any{"scopes": "b"}) }},
 		"rotated":         {"roles/app", func(o *testMount) { o.do(logical.UpdateOperation, "rotate-role/app", nil) }},
 		"role deleted":    {"roles/app", func(o *testMount) { o.do(logical.DeleteOperation, "roles/app", nil) }},
 		"client_id": {"config/default", func(o *testMount) {
@@ -277,17 +278,17 @@ func TestTokensDroppedElsewhereAreFreed(t *testing.T) {
 				m.elsewhere(c.change, c.key)
 				synctest.Wait()
 				if got := m.read("status")["cached_tokens"]; got != int64(1) {
-					t.Errorf("%v tokens are counted, want 1", got)
+					t.Errorf("got a count of %v tokens, want 1", got)
 				}
 				if got := m.kept(); got.slots != 1 || got.narrowed != 0 {
-					t.Errorf("%+v is kept, want one slot", got)
+					t.Errorf("got %+v, want one slot", got)
 				}
 			})
 		})
 	}
 }
 
-// A change that cannot be looked up because storage fails is looked up later.
+// If storage fails while the engine looks up a change, it looks the change up later.
 func TestTokensDroppedElsewhereAreFreedAfterStorageFailed(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
@@ -301,12 +302,13 @@ func TestTokensDroppedElsewhereAreFreedAfterStorageFailed(t *testing.T) {
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		if n := m.kept().slots; n != 0 {
-			t.Errorf("%d slots are left, want none", n)
+			t.Errorf("got %d slots, want none", n)
 		}
 	})
 }
 
-// unsureStorage, once it fails, fails each Put, and has applied it or not.
+// unsureStorage can be made to fail. It then returns an error from each Put, which it may
+// have applied.
 type unsureStorage struct {
 	logical.Storage
 	fails, applies atomic.Bool
@@ -326,9 +328,9 @@ func (s *unsureStorage) Put(ctx context.Context, e *logical.StorageEntry) error 
 	return nil
 }
 
-// A reader can know of a change before the cache does: what was loaded in the background
-// failed. Then the new token counts by the role as the reader has it.
-func TestNewTokenIsComparedWithTheOldUnderTheRoleAsItIs(t *testing.T) {
+// A reader can know of a change before the cache does, if loading it in the background
+// failed. The new token is then judged by the role as the reader knows it.
+func TestNewTokenIsComparedUnderTheCurrentRole(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -343,8 +345,8 @@ func TestNewTokenIsComparedWithTheOldUnderTheRoleAsItIs(t *testing.T) {
 	})
 }
 
-// A write that failed may have been applied all the same: what storage has counts.
-func TestFailedWritesCountAsStorageHasThem(t *testing.T) {
+// A failed write may still have been applied. Storage decides.
+func TestStorageDecidesAfterAFailedWrite(t *testing.T) {
 	for path, data := range map[string]map[string]any{
 		"config":          {"client_id": "other", "verify_connection": false},
 		"roles/app":       {"audience": "x"},
@@ -379,28 +381,28 @@ func TestFailedWritesCountAsStorageHasThem(t *testing.T) {
 	}
 }
 
-// A reader who waits while the role, or its config, is mended gets what it asks for as
-// it stands now, and not the failure of what it was.
-func TestReaderWhoWaitsWhileTheRoleIsMendedGetsItsToken(t *testing.T) {
-	mended := map[string]any{"scopes": "good"}
+// While a reader waits for a mint that is going to fail, someone corrects the role or its
+// config. The reader gets a token for the corrected role, not the old role's failure.
+func TestWaitingReaderGetsTokenOfCorrectedRole(t *testing.T) {
+	fixed := map[string]any{"scopes": "good"}
 	for _, c := range []struct {
 		name    string
 		failure *mintError
-		mend    func(m *testMount)
+		fix     func(m *testMount)
 	}{
 		{"scopes", &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}, func(m *testMount) {
-			m.write("roles/app", mended)
+			m.write("roles/app", fixed)
 		}},
 		{"scopes on another node", &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}, func(m *testMount) {
-			m.elsewhere(func(o *testMount) { o.write("roles/app", mended) }, "roles/app")
+			m.elsewhere(func(o *testMount) { o.write("roles/app", fixed) }, "roles/app")
 		}},
 		{"scopes in an outage that has ended", errDown, func(m *testMount) {
-			m.write("roles/app", mended)
+			m.write("roles/app", fixed)
 			m.write("config", map[string]any{"verify_connection": false})
 		}},
-		{"role made again", &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}, func(m *testMount) {
+		{"role created again", &mintError{class: classRequestRefused, status: 400, oauthError: "invalid_scope"}, func(m *testMount) {
 			m.do(logical.DeleteOperation, "roles/app", nil)
-			m.write("roles/app", mended)
+			m.write("roles/app", fixed)
 		}},
 		{"config of the role", &mintError{class: classClientRefused, status: 401, oauthError: "invalid_client"}, func(m *testMount) {
 			m.write("roles/app", map[string]any{"config": "second", "scopes": "good"})
@@ -421,26 +423,27 @@ func TestReaderWhoWaitsWhileTheRoleIsMendedGetsItsToken(t *testing.T) {
 				reader := make(chan got, 1)
 				go func() { reader <- m.creds("app", nil) }()
 				time.Sleep(time.Second)
-				c.mend(m)
+				c.fix(m)
 				if got := <-reader; got.err != nil {
-					t.Errorf("who waited got %v, want the token of the role as it is now", got.err)
+					t.Errorf("the waiting reader got %v, want a token for the role as it is now", got.err)
 				}
 			})
 		})
 	}
 }
 
-// What is deleted or not read any more leaves nothing in memory.
-func TestNothingIsKeptOfWhatIsGone(t *testing.T) {
+// Nothing stays in memory of what is deleted or no longer read.
+func TestDeletedEntriesLeaveNothingInMemory(t *testing.T) {
 	empty := func(m *testMount, accounts int) {
 		m.t.Helper()
 		time.Sleep(48 * time.Hour)
 		synctest.Wait()
 		if got := m.kept(); got.slots != 0 || got.narrowed != 0 || got.upstreams > accounts || got.accounts > accounts {
-			m.t.Errorf("two days later the mount keeps %+v, want no slots, and upstreams and accounts of no more than %d configs", got, accounts)
+			m.t.Errorf("two days later the mount still has %+v, want no slots, and upstreams and accounts of at most %d configs", got, accounts)
 		}
 	}
-	// heldUp lets the first reading of a key from storage end only after meanwhile.
+	// heldUp delays the result of the first read of a key from storage until meanwhile
+	// returns.
 	heldUp := func(m *testMount, key string, meanwhile func()) {
 		m.t.Helper()
 		var held atomic.Bool
@@ -472,7 +475,7 @@ func TestNothingIsKeptOfWhatIsGone(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			prepared(m)
 			heldUp(m, "config/default", func() {
-				// Somebody else looks the config up later, and so has a newer one.
+				// Another reader looks up the config later and gets a newer one.
 				news := func(string) { m.InvalidateKey(context.Background(), "config/other") }
 				m.storage.afterGet.Store(&news)
 				go m.creds("second", nil)
@@ -504,7 +507,7 @@ func TestNothingIsKeptOfWhatIsGone(t *testing.T) {
 			empty(m, 0)
 		})
 	})
-	t.Run("configs and roles that another node deletes, where nobody reads status", func(t *testing.T) {
+	t.Run("configs and roles deleted on another node, without reads of status", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			for i := range 50 {
 				config, role := fmt.Sprintf("config/c%d", i), fmt.Sprintf("roles/r%d", i)
@@ -527,9 +530,9 @@ func TestNothingIsKeptOfWhatIsGone(t *testing.T) {
 	})
 }
 
-// Writing a role concerns that role. What it costs must not grow with the number of
-// others that are held: here in bytes, which are the same in every run.
-func TestWritingARoleDoesNotGoThroughAllRoles(t *testing.T) {
+// The cost of writing a role must not grow with the number of other roles in memory. The
+// test measures bytes, which are the same in every run.
+func TestWritingARoleDoesNotVisitAllRoles(t *testing.T) {
 	m := newTestMount(t)
 	m.mojo.unpaced = true
 	m.write("config", testConfig(nil))
@@ -544,7 +547,7 @@ func TestWritingARoleDoesNotGoThroughAllRoles(t *testing.T) {
 			}
 		}
 	}
-	// cost is the fewest bytes that a write of a role took.
+	// cost is the fewest bytes that writing a role took.
 	cost := func(data func(i int) map[string]any) uint64 {
 		least := ^uint64(0)
 		for i := range 20 {
@@ -572,13 +575,13 @@ func TestWritingARoleDoesNotGoThroughAllRoles(t *testing.T) {
 	add(3_000)
 	for name, data := range kinds {
 		if many := cost(data); many > few[name]+16<<10 {
-			t.Errorf("%s: a write of a role took %d bytes among 100 roles, and %d among 3,000; want no more than 16 KiB of growth", name, few[name], many)
+			t.Errorf("%s: writing a role took %d bytes among 100 roles, and %d among 3,000; want at most 16 KiB more", name, few[name], many)
 		}
 	}
 }
 
-// A write that waits for another gives up with its caller.
-func TestWriteThatWaitsForAnotherEndsWithItsCaller(t *testing.T) {
+// A write that waits for another gives up when its caller does.
+func TestWaitingWriteEndsWithItsCaller(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(nil))
 		slow := func(key string) {
@@ -598,7 +601,7 @@ func TestWriteThatWaitsForAnotherEndsWithItsCaller(t *testing.T) {
 		began := time.Now()
 		err := create(ctx, "roles/quick")
 		if took := time.Since(began); !errors.Is(err, context.DeadlineExceeded) || took != time.Second {
-			t.Errorf("got %v after %s, want the end of the caller's time", err, took)
+			t.Errorf("got %v after %s, want the caller's deadline error", err, took)
 		}
 		time.Sleep(time.Hour)
 	})

@@ -26,7 +26,7 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
-// endpoint is a token endpoint whose answers a test writes by hand.
+// endpoint is a token endpoint whose answers the test specifies.
 type endpoint struct {
 	*httptest.Server
 	requests atomic.Int64
@@ -91,15 +91,15 @@ func mintOnce(t *testing.T, config *configEntry, req tokenRequest) (*token, *min
 		t.Fatalf("got the error %v (%T), want a *mintError", err, err)
 	}
 	if strings.Contains(failed.Error(), canary) {
-		t.Errorf("the error holds the client secret: %v", failed)
+		t.Errorf("the error contains the client secret: %v", failed)
 	}
 	return nil, failed
 }
 
 const goodAnswer = `{"access_token":"tok","expires_in":3600}`
 
-// The wire is a contract: RFC 6749 §4.4.2, §2.3.1 and appendix B.
-func TestMintSendsWhatTheProtocolWants(t *testing.T) {
+// The request format is a contract: RFC 6749 §4.4.2, §2.3.1 and appendix B.
+func TestMintSendsWhatTheProtocolRequires(t *testing.T) {
 	const (
 		id     = "id:with/res+rved &=%?#@ü"
 		secret = "s:e/c+r e&t=%41?#@ü~\"\\"
@@ -158,18 +158,18 @@ func TestMintSendsWhatTheProtocolWants(t *testing.T) {
 		t.Fatal(failed)
 	}
 	if form, _ := url.ParseQuery(e.last.Load().body); form.Has("scope") || form.Has("audience") {
-		t.Errorf("without scopes and audience: got the form %v, want neither sent", form)
+		t.Errorf("without scopes and audience: got the form %v, want neither", form)
 	}
 	if e.requests.Load() != 3 {
 		t.Errorf("got %d requests for 3 mints", e.requests.Load())
 	}
 }
 
-func TestMintReadsEveryGoodAnswer(t *testing.T) {
+func TestMintAcceptsEveryValidAnswer(t *testing.T) {
 	at := time.Now().Add(2 * time.Hour).UTC().Format(time.RFC3339)
 	cases := []struct {
 		name, answer     string
-		told             time.Duration // within 5 s
+		reported         time.Duration // within 5 s
 		tokenType, scope string
 	}{
 		{"plain", `{"access_token":"tok","token_type":"Bearer","expires_in":3600,"scope":"a"}`, time.Hour, "Bearer", "a"},
@@ -208,8 +208,8 @@ func TestMintReadsEveryGoodAnswer(t *testing.T) {
 			if tok.accessToken != "tok" || tok.tokenType != c.tokenType || tok.scope != c.scope {
 				t.Errorf("got token %q, type %q, scope %q", tok.accessToken, tok.tokenType, tok.scope)
 			}
-			if off := tok.told - c.told; off < -5*time.Second || off > 0 {
-				t.Errorf("got lifetime %s, want %s", tok.told, c.told)
+			if off := tok.told - c.reported; off < -5*time.Second || off > 0 {
+				t.Errorf("got lifetime %s, want %s", tok.told, c.reported)
 			}
 		})
 	}
@@ -276,7 +276,7 @@ func TestMintClassifiesEveryBadAnswer(t *testing.T) {
 				t.Errorf("got class %s and status %d, want %s and %d", failed.class, failed.status, c.class, c.status)
 			}
 			if !strings.Contains(failed.Error(), c.text) {
-				t.Errorf("got %q, want it to hold %q", failed, c.text)
+				t.Errorf("got %q, want it to contain %q", failed, c.text)
 			}
 			if got := e.requests.Load(); got != c.tries {
 				t.Errorf("got %d requests, want %d", got, c.tries)
@@ -285,8 +285,8 @@ func TestMintClassifiesEveryBadAnswer(t *testing.T) {
 	}
 }
 
-// What is withheld, a client's own redactor knows: its secret, and what Vault or
-// OpenBao forward on.
+// A client's redactor knows what to withhold: its secret, and the texts that make Vault
+// or OpenBao forward a request.
 func TestMintWithholdsDescriptions(t *testing.T) {
 	for _, description := range []string{canary[1:], "cannot write to readonly storage"} {
 		e := newEndpoint(t, says(400, fmt.Sprintf(`{"error":"invalid_scope","error_description":%q}`, description)))
@@ -304,7 +304,7 @@ func TestMintDoesNotFollowRedirects(t *testing.T) {
 			http.Redirect(w, r, other.URL, status)
 		})
 		if _, failed := mintOnce(t, e.config(nil), tokenRequest{}); failed == nil || failed.class != classUnexpected {
-			t.Errorf("%d: got %v, want it refused", status, failed)
+			t.Errorf("%d: got %v, want an error", status, failed)
 		}
 	}
 	if got := other.requests.Load(); got != 0 {
@@ -333,11 +333,11 @@ func TestMintBoundsWhatItReads(t *testing.T) {
 	_, err = client.mint(t.Context(), tokenRequest{}, new(testTurn))
 	var failed *mintError
 	if !errors.As(err, &failed) || !strings.Contains(failed.reason, "longer than 64 KiB") {
-		t.Errorf("got %v, want the answer refused for its length", err)
+		t.Errorf("got %v, want an error for the answer's length", err)
 	}
 }
 
-// A body of 10 MB costs less than 1 MB: the rest is not read.
+// A 10 MB body costs less than 1 MB: the client does not read the rest.
 func TestMintTakesLittleMemory(t *testing.T) {
 	var read atomic.Int64
 	endless := roundTripper(func(r *http.Request) (*http.Response, error) {
@@ -353,13 +353,13 @@ func TestMintTakesLittleMemory(t *testing.T) {
 		}
 	}).AllocedBytesPerOp()
 	if allocated == 0 || allocated >= 1<<20 {
-		t.Errorf("a mint that was answered with 10 MB allocated %d bytes, want less than 1 MB", allocated)
+		t.Errorf("a mint with a 10 MB answer allocated %d bytes, want less than 1 MB", allocated)
 	}
 	t.Logf("allocated %d bytes", allocated)
 	read.Store(0)
 	_, _ = client.mint(t.Context(), tokenRequest{}, new(testTurn))
 	if got := read.Load(); got == 0 || got > 2*maxAnswerBytes {
-		t.Errorf("%d bytes were read of 10 MB", got)
+		t.Errorf("%d of 10 MB were read", got)
 	}
 }
 
@@ -414,10 +414,10 @@ func TestMintEndsInTime(t *testing.T) {
 	e := newEndpoint(t, hang)
 	_, failed := mintOnce(t, e.config(short), tokenRequest{retries: 2})
 	if failed == nil || failed.class != classTimeout || !strings.Contains(failed.Error(), "200ms") {
-		t.Errorf("a server that hangs: got %v, want a timeout that says what was allowed", failed)
+		t.Errorf("a server that hangs: got %v, want a timeout that gives the time allowed", failed)
 	}
 
-	// An answer came, and was no good: that is what failed.
+	// The server answered with an error, so that is the failure.
 	first := true
 	e = newEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
 		if first {
@@ -432,7 +432,7 @@ func TestMintEndsInTime(t *testing.T) {
 		t.Errorf("a server that answers 503 and then hangs: got %v, want the 503", failed)
 	}
 
-	// No connection, and no time left for the next try: that is what failed too.
+	// The connection failed and no time is left for a retry, so that is the failure too.
 	e = newEndpoint(t, says(200, goodAnswer))
 	e.Close()
 	_, failed = mintOnce(t, e.config(func(c *configEntry) { c.RequestTimeout = 300 * time.Millisecond }), tokenRequest{retries: 10})
@@ -454,7 +454,7 @@ func TestMintEndsInTime(t *testing.T) {
 		t.Errorf("a connection that breaks and then hangs: got %v, want a timeout", failed)
 	}
 
-	// A caller who gives up is not a fault of MojoAuth's.
+	// A caller that gives up is not MojoAuth's fault.
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	client, err := newTokenClient(newEndpoint(t, hang).config(nil), "")
@@ -466,9 +466,9 @@ func TestMintEndsInTime(t *testing.T) {
 	}
 }
 
-// A request that is throttled waits for its turn again, and that costs no retry. In what
-// words the endpoint throttles does not matter.
-func TestThrottledRequestGoesBackToItsPlace(t *testing.T) {
+// A throttled request waits for another turn, which does not count as a retry. The
+// wording of the endpoint's answer does not matter.
+func TestThrottledRequestWaitsForAnotherTurn(t *testing.T) {
 	answers := []http.HandlerFunc{
 		func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Retry-After", "20")
@@ -493,24 +493,24 @@ func TestThrottledRequestGoesBackToItsPlace(t *testing.T) {
 			t.Fatal(err)
 		}
 		if want := []gate.Answer{gate.Throttled, gate.Answered}; !slices.Equal(leave.answers, want) || leave.asked[0] != 20*time.Second {
-			t.Errorf("the gate was told %v with Retry-After %v, want %v with 20s", leave.answers, leave.asked, want)
+			t.Errorf("the gate saw %v with Retry-After %v, want %v with 20s", leave.answers, leave.asked, want)
 		}
 	}
 
-	// Who gets no turn any more is told so, and not that the endpoint throttles.
+	// If there is no other turn, the error says so, not that the endpoint throttles.
 	e := newEndpoint(t, says(429, ``))
 	client, err := newTokenClient(e.config(nil), "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := client.mint(t.Context(), tokenRequest{}, new(testTurn)); err != errNoTurn {
-		t.Errorf("got %v, want that there was no turn", err)
+		t.Errorf("got %v, want the error for no turn", err)
 	}
 }
 
-// What a server in trouble asks for by Retry-After closes the gate, too. What comes with a
-// refusal does not: one role, or one caller's scopes, would close it for all.
-func TestRetryAfterThatConcernsTheGate(t *testing.T) {
+// A Retry-After from a failing server also closes the gate. One that comes with a refusal
+// does not: a single role, or one reader's scopes, would close the gate for everyone.
+func TestRetryAfterThatClosesTheGate(t *testing.T) {
 	for status, want := range map[int]time.Duration{503: 20 * time.Second, 400: 0, 403: 0} {
 		e := newEndpoint(t, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Retry-After", "20")
@@ -525,7 +525,7 @@ func TestRetryAfterThatConcernsTheGate(t *testing.T) {
 			t.Fatal("got a token")
 		}
 		if !slices.Equal(leave.answers, []gate.Answer{gate.Answered}) || leave.asked[0] != want {
-			t.Errorf("HTTP %d: the gate was told %v with Retry-After %v, want %s", status, leave.answers, leave.asked, want)
+			t.Errorf("HTTP %d: the gate saw %v with Retry-After %v, want %s", status, leave.answers, leave.asked, want)
 		}
 	}
 }
@@ -557,7 +557,7 @@ func TestMintVerifiesCertificates(t *testing.T) {
 		t.Errorf("got %d requests, want only the trusted one", e.requests.Load())
 	}
 
-	// A server that speaks plain HTTP there.
+	// A server that speaks plain HTTP on that port.
 	plainHTTP := newEndpoint(t, says(200, goodAnswer))
 	_, failed = mintOnce(t, plainHTTP.config(func(c *configEntry) {
 		c.TokenURL = strings.Replace(c.TokenURL, "http://", "https://", 1)
@@ -566,7 +566,7 @@ func TestMintVerifiesCertificates(t *testing.T) {
 		t.Errorf("plain HTTP: got %v, want a TLS error that says so", failed)
 	}
 
-	// Plain TCP where TLS was expected.
+	// Plain TCP instead of TLS.
 	plain, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -590,7 +590,7 @@ func TestMintVerifiesCertificates(t *testing.T) {
 	}
 }
 
-// mintThrough mints through a proxy that answers so.
+// mintThrough mints through a proxy that answers with the given handler.
 func mintThrough(t *testing.T, config *configEntry, proxy http.HandlerFunc) (*mintError, int64) {
 	t.Helper()
 	e := newEndpoint(t, proxy)
@@ -617,19 +617,19 @@ func TestProxyThatRefusesIsANetworkError(t *testing.T) {
 	config := e.config(func(c *configEntry) { c.TokenURL = "https://mojoauth.test/oauth2/token" })
 	failed, asked := mintThrough(t, config, func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodConnect || r.Host != "mojoauth.test:443" {
-			t.Errorf("the proxy got %s %s, want a CONNECT", r.Method, r.Host)
+			t.Errorf("got %s %s, want CONNECT", r.Method, r.Host)
 		}
 		w.WriteHeader(http.StatusProxyAuthRequired)
 	})
 	if failed == nil || failed.class != classNetwork || !strings.Contains(failed.Error(), "the proxy answered with HTTP 407") {
-		t.Errorf("got %v, want a network error that says what the proxy answered", failed)
+		t.Errorf("got %v, want a network error with the proxy's answer", failed)
 	}
 	if asked != 1 {
-		t.Errorf("the proxy was asked %d times", asked)
+		t.Errorf("got %d requests to the proxy", asked)
 	}
 }
 
-// What is sent unencrypted goes to the loopback host itself.
+// Unencrypted requests go directly to the loopback host.
 func TestNoProxyForPlainHTTP(t *testing.T) {
 	for _, host := range []string{"127.0.0.1", "localhost", "LOCALHOST"} {
 		e := newEndpoint(t, says(200, goodAnswer))

@@ -13,10 +13,10 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// What the end of a mount ends, and how soon.
+// What closing a mount stops, and how soon.
 
 func TestCloseEndsEverything(t *testing.T) {
-	bubble(t, func(m *testMount) { // which fails if a goroutine is left
+	bubble(t, func(m *testMount) { // fails if a goroutine is left
 		m.configure("app", map[string]any{"scopes": "a,b"})
 		m.wantToken("app", 1)
 		m.creds("app", map[string]any{"scopes": "a"})
@@ -35,14 +35,14 @@ func TestCloseEndsEverything(t *testing.T) {
 		m.wantMints(n)
 		for _, query := range []map[string]any{nil, {"scopes": "b"}} {
 			if a := m.creds("app", query); !errors.Is(a.err, errClosed) {
-				t.Errorf("a read after the end got %v", a)
+				t.Errorf("a read after closing got %v", a)
 			}
 		}
 	})
 }
 
-// Vault serves nobody while it waits for a mount to end. So the mount ends, even when
-// the client of a mint does not notice that its context has ended.
+// Vault serves no requests while it waits for a mount to close. The mount must close even
+// if a mint's client ignores its canceled context.
 func TestClosingWaitsFiveSecondsAtMost(t *testing.T) {
 	for name, start := range map[string]func(m *testMount){
 		"a read": func(m *testMount) { m.patiently("cold", nil) },
@@ -78,7 +78,7 @@ func TestClosingWaitsFiveSecondsAtMost(t *testing.T) {
 						t.Errorf("closing took %s, want at most 5s", took)
 					}
 				case <-time.After(time.Hour):
-					t.Error("closing has not ended after an hour, want it within 5s")
+					t.Error("the mount is not closed after an hour, want at most 5s")
 				}
 				if name == "a renewal" {
 					<-answered
@@ -87,10 +87,10 @@ func TestClosingWaitsFiveSecondsAtMost(t *testing.T) {
 				select {
 				case <-answered:
 					if took := time.Since(began); took > 5*time.Second {
-						t.Errorf("who waited was answered %s after closing began, want it within 5s", took)
+						t.Errorf("the waiting reader got a response %s after closing began, want at most 5s", took)
 					}
 				case <-time.After(time.Hour):
-					t.Error("who waited has no answer an hour after the mount was closed")
+					t.Error("the waiting reader has no response an hour after the mount was closed")
 				}
 			})
 		})

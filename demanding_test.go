@@ -12,13 +12,13 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// What minted_after gets a reader whose token was refused by the API.
+// How minted_after serves a reader whose token the API refused.
 
 func after(at time.Time) map[string]any {
 	return map[string]any{"minted_after": formatTime(at)}
 }
 
-func TestManyDemandsForANewerTokenAreOneMint(t *testing.T) {
+func TestManyDemandsForANewerTokenCauseOneMint(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -54,7 +54,7 @@ func TestDemandsInALoopCauseOneMintIn30Seconds(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 		}
 		if n := m.mojo.mints.Load(); n < 3 || n > 4 {
-			t.Errorf("%d tokens were asked for, want one in 30s", n-1)
+			t.Errorf("%d token requests, want one in 30s", n-1)
 		}
 	})
 }
@@ -65,7 +65,7 @@ func TestTokenOfTheSameSecondIsNotNewer(t *testing.T) {
 		m.wantToken("app", 1)
 		refused := after(time.Now())
 		time.Sleep(500 * time.Millisecond)
-		m.creds("app", refused) // in that second still
+		m.creds("app", refused) // still in that second
 		m.wantMints(2)
 		got := m.creds("app", refused)
 		if len(got.warnings) != 1 || !strings.Contains(got.warnings[0], "No token minted after") {
@@ -79,8 +79,8 @@ func TestTokenOfTheSameSecondIsNotNewer(t *testing.T) {
 	})
 }
 
-// The token that was asked for replaces the held one even if it ends sooner.
-func TestDemandedTokenReplacesOneThatEndsLater(t *testing.T) {
+// A token minted on demand replaces the cached one even if it expires sooner.
+func TestDemandedTokenReplacesOneThatExpiresLater(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -104,10 +104,10 @@ func TestDemandThatCannotBeMetIsAWarning(t *testing.T) {
 			time.Sleep(10 * time.Second)
 			got := m.creds("app", refused)
 			if !strings.HasPrefix(got.token, "token-1-") || len(got.warnings) != 1 || !strings.Contains(got.warnings[0], "HTTP 503") {
-				t.Errorf("got %v, want the held token and why", got)
+				t.Errorf("got %v, want the cached token and the reason", got)
 			}
 			if got.ttl < 30 || got.ttl > 60 {
-				t.Errorf("got the ttl %d, want 30 to 60", got.ttl)
+				t.Errorf("got ttl %d, want 30 to 60", got.ttl)
 			}
 		})
 	})
@@ -120,18 +120,18 @@ func TestDemandThatCannotBeMetIsAWarning(t *testing.T) {
 			m.mojo.set(func(s *standIn) { s.latency = 5 * time.Second })
 			got, took := m.patiently("app", refused)
 			if !strings.HasPrefix(got.token, "token-1-") || len(got.warnings) != 1 || took != 2*time.Second {
-				t.Errorf("got %v after %s, want the held token after 2s", got, took)
+				t.Errorf("got %v after %s, want the cached token after 2s", got, took)
 			}
 			time.Sleep(4 * time.Second)
 			if got := m.creds("app", refused); !strings.HasPrefix(got.token, "token-2-") {
-				t.Errorf("got %v, want the token that came meanwhile", got)
+				t.Errorf("got %v, want the token minted in the meantime", got)
 			}
 		})
 	})
 }
 
-// A demand that finds the gate busy is not lost with its reader.
-func TestDemandAtABusyGateGoesOn(t *testing.T) {
+// If the gate is busy, the demand continues after its reader has left.
+func TestDemandAtABusyGateContinues(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(map[string]any{"max_requests_per_second": 1}))
 		m.write("roles/app", nil)
@@ -140,17 +140,17 @@ func TestDemandAtABusyGateGoesOn(t *testing.T) {
 		cold := m.coldRoles(15, func(time.Duration) {})
 		time.Sleep(2 * time.Second)
 		if got := m.creds("app", refused); !strings.HasPrefix(got.token, "token-1-") || len(got.warnings) != 1 {
-			t.Errorf("got %v, want the held token while others are more urgent", got)
+			t.Errorf("got %v, want the cached token while other requests are more urgent", got)
 		}
 		cold.Wait()
 		time.Sleep(2 * time.Second)
 		if got := m.creds("app", refused); strings.HasPrefix(got.token, "token-1-") {
-			t.Errorf("got %v, want the token that was asked for", got)
+			t.Errorf("got %v, want a newer token", got)
 		}
 	})
 }
 
-func TestDemandForNarrowedScopesIsTheirs(t *testing.T) {
+func TestDemandForAScopeSubset(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"scopes": "a,b"})
 		m.wantToken("app", 1)
@@ -165,7 +165,7 @@ func TestDemandForNarrowedScopesIsTheirs(t *testing.T) {
 	})
 }
 
-func TestMintedAfterThatMakesNoSense(t *testing.T) {
+func TestInvalidMintedAfter(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -178,7 +178,7 @@ func TestMintedAfterThatMakesNoSense(t *testing.T) {
 			formatTime(time.Now().Add(time.Hour * 9)): "ahead of the clock",
 		} {
 			if text := m.refused(logical.ReadOperation, "creds/app", map[string]any{"minted_after": sent}); !strings.Contains(text, want) || !strings.Contains(text, "minted_after") {
-				t.Errorf("%q: got %q, want it to hold %q", sent, text, want)
+				t.Errorf("%q: got %q, want it to contain %q", sent, text, want)
 			}
 		}
 		m.creds("app", map[string]any{"minted_after": ""})
@@ -186,7 +186,7 @@ func TestMintedAfterThatMakesNoSense(t *testing.T) {
 	})
 }
 
-// A node whose clock is behind that of the node that minted the token.
+// The node's clock is behind that of the node that minted the token.
 func TestMintedAfterMayBeAheadOfTheClockWithItsToken(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)

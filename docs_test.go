@@ -20,32 +20,32 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file compares docs/api.md with the code: with the paths, operations,
-// fields and responses that the backend declares, and with the texts it gives.
-// The document is read line by line, by these rules:
+// This file compares docs/api.md with the code: with the paths, operations, fields and
+// responses that the backend declares, and with the texts it returns. It reads the
+// document line by line, by these rules:
 //
-//   - "## Title" begins a section. One that has rows of operations documents
-//     these; all other sections are prose.
+//   - "## Title" begins a section. A section with rows of operations documents
+//     these operations; all other sections are prose.
 //   - "| `METHOD` | `/mojoauth/path/:field` |" is the row of an operation. POST
 //     stands for create and update.
 //   - "### Title" begins a part of a section.
 //   - In the part "Parameters", "- `name` `(type: default)` – Text" at the
-//     beginning of a line is a parameter. The default is JSON, a Go duration when
-//     the type is duration, or <required>.
+//     beginning of a line is a parameter. The default is JSON, a Go duration if the
+//     type is duration, or <required>.
 //   - In the part "Response", "- `key` `(type)` – Text" at the beginning of a line
 //     is a key of the response's data.
 //   - In parts whose title begins with "Sample payload", a ```json block is an object of
 //     parameters.
 //   - In parts whose title begins with "Sample response", a ```json block is an
-//     object whose "data" has all keys of the response and no others. One with "errors"
-//     is exempt. docs_samples_test.go compares the values.
-//   - A field is required when its schema says so, or when its description holds
-//     the sentence "Required.": the framework knows no field that only a create
-//     needs.
+//     object whose "data" has all keys of the response and no others.
+//   - The text of an error or a warning is in backquotes, on one line.
+//   - A field is required if its schema says so, or if its description has the
+//     sentence "Required.": the framework has no fields that only a create
+//     requires.
 //
-// Lists of parameters hold what the operation takes: the fields in the path, and
-// besides them the fields with Query for GET, those without for POST, and none for
-// DELETE, LIST and RECOVER.
+// A list of parameters has what the operation accepts: the fields in the path, and in
+// addition the fields with Query for GET, those without it for POST, and none for DELETE,
+// LIST and RECOVER.
 
 const apiDoc = "docs/api.md"
 
@@ -55,17 +55,17 @@ var (
 	docResponseKey  = regexp.MustCompile("^- `([^`]+)` `\\(([a-z]+)\\)` – \\S")
 )
 
-// docMethods are the operations that a method in the document stands for.
+// docMethods maps a method in the document to the operations it stands for.
 var docMethods = map[string][]logical.Operation{
 	"GET":    {logical.ReadOperation},
 	"POST":   {logical.CreateOperation, logical.UpdateOperation},
 	"DELETE": {logical.DeleteOperation},
 	"LIST":   {logical.ListOperation},
-	// A method that Vault knows. It takes POST with a header, too.
+	// Vault supports this method; it also accepts a POST with a header.
 	"RECOVER": {logical.RecoverOperation},
 }
 
-// docTypes are the names of types in the document.
+// docTypes has the document's names for types.
 var docTypes = map[framework.FieldType]string{
 	framework.TypeString:           "string",
 	framework.TypeLowerCaseString:  "string",
@@ -79,7 +79,7 @@ var docTypes = map[framework.FieldType]string{
 	framework.TypeMap:              "map",
 }
 
-// docKinds are what a sample's values are when they are decoded from JSON.
+// docKinds has the kind of a sample's value once it is decoded from JSON.
 var docKinds = map[string]reflect.Kind{
 	"string": reflect.String,
 	"int":    reflect.Float64,
@@ -88,7 +88,7 @@ var docKinds = map[string]reflect.Kind{
 	"map":    reflect.Map,
 }
 
-// docSection is a section of the document that documents operations.
+// docSection is a section that documents operations.
 type docSection struct {
 	title      string
 	operations []docOperation
@@ -102,12 +102,12 @@ type docOperation struct{ method, path string }
 
 func (o docOperation) String() string { return o.method + " /mojoauth/" + o.path }
 
-// has tells whether :name is in the path.
+// has reports whether :name is in the path.
 func (o docOperation) has(name string) bool {
 	return slices.Contains(strings.Split(o.path, "/"), ":"+name)
 }
 
-// readDoc reads the document's sections that document operations.
+// readDoc reads the sections that document operations.
 func readDoc(t *testing.T) []*docSection {
 	t.Helper()
 	content, err := os.ReadFile(apiDoc)
@@ -118,7 +118,7 @@ func readDoc(t *testing.T) []*docSection {
 		sections []*docSection
 		s        *docSection
 		part     string           // title of the part, "" before the first
-		fence    string           // what opened the block, "" outside of one
+		fence    string           // what opened the block, "" outside a block
 		block    *strings.Builder // its lines
 	)
 	number := 0
@@ -184,7 +184,7 @@ func (s *docSection) addBlock(part, block string, fail func(string, ...any)) {
 	}
 	var object map[string]any
 	if err := json.Unmarshal([]byte(block), &object); err != nil {
-		fail("the block that ends here is no JSON object: %v", err)
+		fail("the block that ends here is not a JSON object: %v", err)
 		return
 	}
 	switch {
@@ -196,13 +196,13 @@ func (s *docSection) addBlock(part, block string, fail func(string, ...any)) {
 	}
 }
 
-// docRoute finds the path of the backend that an operation of the document is
-// about, and the names of the fields in it.
+// docRoute finds the backend's path for an operation of the document, and the names of
+// the fields in it.
 func docRoute(b *backend, o docOperation) (path *framework.Path, inPath []string, err error) {
 	if _, ok := docMethods[o.method]; !ok {
 		return nil, nil, fmt.Errorf("%s: there is no such method: use one of %q", o, slices.Sorted(maps.Keys(docMethods)))
 	}
-	// :name stands for any name, and so for its own.
+	// :name stands for any name, including its own.
 	request := strings.ReplaceAll(o.path, ":", "")
 	if o.method == "LIST" {
 		request += "/" // as Vault does
@@ -225,8 +225,7 @@ func docRoute(b *backend, o docOperation) (path *framework.Path, inPath []string
 	return path, inPath, nil
 }
 
-// docParameters are the parameters of an operation as the document should list
-// them.
+// docParameters returns the parameters that the document should list for an operation.
 func docParameters(o docOperation, path *framework.Path, inPath []string) map[string]string {
 	parameters := make(map[string]string)
 	for name, schema := range path.Fields {
@@ -241,7 +240,7 @@ func docTypeOf(schema *framework.FieldSchema) string {
 	if name, ok := docTypes[schema.Type]; ok {
 		return name
 	}
-	return fmt.Sprintf("%s, which docTypes in docs_test.go has no name for", schema.Type)
+	return fmt.Sprintf("%s, which has no name in docTypes in docs_test.go", schema.Type)
 }
 
 func docDefaultOf(schema *framework.FieldSchema) string {
@@ -259,8 +258,7 @@ func docDefaultOf(schema *framework.FieldSchema) string {
 	return string(text)
 }
 
-// docResponse are the keys of an operation's response as the document should list
-// them.
+// docResponse returns the response keys that the document should list for an operation.
 func docResponse(op *framework.OperationProperties) map[string]string {
 	keys := make(map[string]string)
 	for _, response := range op.Responses[200] {
@@ -271,7 +269,8 @@ func docResponse(op *framework.OperationProperties) map[string]string {
 	return keys
 }
 
-// Every operation of the backend has a row in the document, and every row is one.
+// Every operation of the backend has one row in the document, and every row has an
+// operation.
 func TestDocsOperations(t *testing.T) {
 	b := newBackend(nil)
 	type operation struct {
@@ -311,7 +310,7 @@ func TestDocsOperations(t *testing.T) {
 	}
 }
 
-// Parameters and response keys are those of the code, with type and default.
+// Parameters and response keys match the code in name, type and default.
 func TestDocsFields(t *testing.T) {
 	b := newBackend(nil)
 	for _, s := range readDoc(t) {
@@ -321,7 +320,7 @@ func TestDocsFields(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				// A section may have a path with a field in it and one without.
+				// A section may have one path with a field in it and one without.
 				listed := maps.Clone(s.parameters)
 				maps.DeleteFunc(listed, func(name, _ string) bool {
 					return !slices.Contains(inPath, name) && slices.ContainsFunc(s.operations, func(o docOperation) bool { return o.has(name) })
@@ -338,7 +337,7 @@ func TestDocsFields(t *testing.T) {
 	}
 }
 
-// docCompare reports where what the document lists is not what the code has.
+// docCompare reports differences between what the document lists and what the code has.
 func docCompare(t *testing.T, where, what string, doc, code map[string]string) {
 	t.Helper()
 	for _, name := range slices.Sorted(maps.Keys(code)) {
@@ -355,7 +354,7 @@ func docCompare(t *testing.T, where, what string, doc, code map[string]string) {
 	}
 }
 
-// Samples hold what the section lists.
+// Samples have the keys that the section lists.
 func TestDocsSamples(t *testing.T) {
 	for _, s := range readDoc(t) {
 		t.Run(s.title, func(t *testing.T) {
@@ -381,7 +380,7 @@ func TestDocsSamples(t *testing.T) {
 			for _, payload := range s.payloads {
 				for _, name := range slices.Sorted(maps.Keys(payload)) {
 					if s.parameters[name] == "" {
-						t.Errorf("sample payload: %s is no parameter of this section: remove it", name)
+						t.Errorf("sample payload: %s is not a parameter of this section: remove it", name)
 					}
 				}
 			}
@@ -435,9 +434,9 @@ func TestDocsTexts(t *testing.T) {
 		{"config moved", fails(nil), write, "config", fields{"token_url": "https://other.test/"}},
 		{"config refused", fails(refusedClient), write, "config", fields{"client_secret": "x"}},
 		{"config saved with a warning", fails(refusedScope), write, "config", fields{"client_secret": "x"}},
-		{"role with a bad scope", nil, write, "roles/reports", fields{"scopes": `read"reports`}},
+		{"role with an invalid scope", nil, write, "roles/reports", fields{"scopes": `read"reports`}},
 		{"role with a scope among parameters", nil, write, "roles/reports", fields{"extra_params": fields{"scope": "x"}}},
-		{"role with a bad config", nil, write, "roles/reports", fields{"config": "a b"}},
+		{"role with an invalid config", nil, write, "roles/reports", fields{"config": "a b"}},
 		{"role with many scopes", nil, write, "roles/reports", fields{"scopes": distinct(101, 3)}},
 		{"role with long scopes", nil, write, "roles/reports", fields{"scopes": distinct(100, 41)}},
 		{"role with a capital", nil, write, "roles/Reports", both},
@@ -466,7 +465,7 @@ func TestDocsTexts(t *testing.T) {
 			m.write("config", fields{"max_requests_per_second": 1})
 			synctest.Wait()
 		}, read, "creds/reports", nil},
-		{"asked late", func(m *testMount) {
+		{"retry after the time was up", func(m *testMount) {
 			fails(nil)(m)
 			m.mojo.set(func(s *standIn) {
 				s.respond = func(tokenRequest) (time.Duration, error) {
@@ -477,7 +476,7 @@ func TestDocsTexts(t *testing.T) {
 				}
 			})
 		}, read, "creds/reports", nil},
-		{"minted_after that is no time", fails(nil), read, "creds/reports", fields{"minted_after": "yesterday"}},
+		{"minted_after that is not a time", fails(nil), read, "creds/reports", fields{"minted_after": "yesterday"}},
 		{"minted_after ahead", fails(nil), read, "creds/reports", fields{"minted_after": "2345-01-01T00:00:00Z"}},
 		{"minted_after twice", func(m *testMount) {
 			fails(nil)(m)
@@ -511,7 +510,7 @@ func TestDocsTexts(t *testing.T) {
 			m.read("creds/reports")
 			time.Sleep(59*time.Minute + 30*time.Second)
 		}, read, "creds/reports", nil},
-		{"lifetime that nobody can keep up with", func(m *testMount) {
+		{"lifetime too short to renew in time", func(m *testMount) {
 			fails(nil)(m)
 			m.mojo.set(func(s *standIn) { s.lifetime = 5 * time.Second })
 		}, read, "creds/reports", nil},
@@ -519,7 +518,7 @@ func TestDocsTexts(t *testing.T) {
 			fails(nil)(m)
 			m.mojo.set(func(s *standIn) { s.grant = "read:reports" })
 		}, read, "creds/reports", nil},
-		{"lifetime not told", func(m *testMount) {
+		{"no lifetime reported", func(m *testMount) {
 			fails(nil)(m)
 			m.mojo.set(func(s *standIn) { s.lifetime = 0 })
 		}, read, "creds/reports", nil},
@@ -570,7 +569,7 @@ func TestDocsTexts(t *testing.T) {
 	}
 }
 
-// The classes of failures that the metrics tell are what an operator alerts on.
+// Operators alert on the failure classes in the metrics.
 func TestClassesOfFailuresAreDocumented(t *testing.T) {
 	read := func(name string) string {
 		t.Helper()
@@ -590,15 +589,15 @@ func TestClassesOfFailuresAreDocumented(t *testing.T) {
 	}
 	const own = "expired_on_arrival"
 	if !slices.Contains(classes, own) {
-		t.Errorf("the metrics tell the classes %q, want %s among them", classes, own)
+		t.Errorf("the metrics have the classes %q, want %s among them", classes, own)
 	}
 	doc := read("docs/monitoring.md")
 	for _, class := range append(classes, own) {
 		if !strings.Contains(doc, "`"+class+"`") {
-			t.Errorf("docs/monitoring.md does not name the class %s: say there what it means", class)
+			t.Errorf("docs/monitoring.md does not name the class %s: document it", class)
 		}
 	}
-	// It is no trouble of MojoAuth's, and is mended in the role.
+	// This failure is not MojoAuth's; the remedy is to change the role.
 	if !strings.Contains(read("deploy/monitoring/alerts.yml"), own) {
 		t.Errorf("deploy/monitoring/alerts.yml has no alert that names %s", own)
 	}

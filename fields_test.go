@@ -12,8 +12,8 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// Vault logs what is wrong with a request, and audits it in the clear: a value that
-// is of the wrong type may be a secret, in its own field or in another by mistake.
+// Vault logs what is wrong with a request, and audits it in the clear. A value of the
+// wrong type may be a secret, in its own field or by mistake in another.
 func TestFieldErrorsNeverRepeatValues(t *testing.T) {
 	for _, c := range []struct {
 		path, field string
@@ -44,12 +44,12 @@ func TestFieldErrorsNeverRepeatValues(t *testing.T) {
 			if strings.HasPrefix(c.path, "config") {
 				data = testConfig(data)
 			}
-			text := m.refused(op, c.path, data) // an update asks for existence first
+			text := m.refused(op, c.path, data) // an update checks existence first
 			if strings.Contains(text, canary) {
-				t.Errorf("%s %s of %s: the text holds the value: %q", op, c.field, c.path, text)
+				t.Errorf("%s %s of %s: the error contains the value: %q", op, c.field, c.path, text)
 			}
 			if !strings.Contains(text, c.field+" ") || !strings.Contains(text, c.remedy) {
-				t.Errorf("%s %s of %s: got %q, want the field and how to mend it", op, c.field, c.path, text)
+				t.Errorf("%s %s of %s: got %q, want the field and the remedy", op, c.field, c.path, text)
 			}
 		}
 	}
@@ -63,7 +63,7 @@ func TestFieldErrorsNeverRepeatValues(t *testing.T) {
 	}
 }
 
-// Terraform and other clients send null for what is not set.
+// Terraform and other clients send null for unset fields.
 func TestNullCountsAsNotSent(t *testing.T) {
 	m := newTestMount(t)
 	config := testConfig(map[string]any{
@@ -77,7 +77,7 @@ func TestNullCountsAsNotSent(t *testing.T) {
 		before := m.read(path)
 		for field := range fields {
 			if field == "client_secret" || field == "verify_connection" {
-				continue // of these by themselves, below
+				continue // tested separately below
 			}
 			data := map[string]any{field: nil, "verify_connection": false}
 			m.write(path, data)
@@ -93,7 +93,7 @@ func TestNullCountsAsNotSent(t *testing.T) {
 		t.Error("the client secret was not kept")
 	}
 	if got := m.mojo.mints.Load(); got != 0 {
-		t.Errorf("%d tokens were asked for: verify_connection was lost", got)
+		t.Errorf("%d token requests: verify_connection was lost", got)
 	}
 	// A new config gets the defaults.
 	m.write("config/new", testConfig(map[string]any{"max_retries": nil, "request_timeout": nil}))
@@ -105,35 +105,35 @@ func TestNullCountsAsNotSent(t *testing.T) {
 	}
 }
 
-// A policy that requires client_secret is satisfied by a null, for Vault sees a
-// parameter that was sent. If it counted as not sent, the stored secret would go on.
+// A null satisfies a policy that requires client_secret, because Vault sees the
+// parameter. If it counted as not sent, the stored secret would stay in use.
 func TestNullForTheSecretIsRefused(t *testing.T) {
 	m := newTestMount(t)
 	for _, path := range []string{"config", "config/new"} {
 		for range 2 { // a create, then an update
 			text := m.refused(logical.UpdateOperation, path, testConfig(map[string]any{"client_secret": nil}))
 			if !strings.Contains(text, "client_secret is null") || !strings.Contains(text, "omit the field") {
-				t.Errorf("%s: got %q, want why and the remedy", path, text)
+				t.Errorf("%s: got %q, want the reason and the remedy", path, text)
 			}
 			m.write(path, testConfig(nil))
 		}
 	}
 }
 
-// Null is no way to save without asking MojoAuth.
+// A null does not skip the verification.
 func TestNullForVerifyConnectionVerifies(t *testing.T) {
 	m := newTestMount(t)
 	for _, path := range []string{"config", "config", "config/new"} {
 		asked := m.mojo.mints.Load()
 		m.write(path, testConfig(map[string]any{"verify_connection": nil}))
 		if got := m.mojo.mints.Load() - asked; got != 1 {
-			t.Errorf("%s: MojoAuth was asked %d times, want once", path, got)
+			t.Errorf("%s: got %d token requests, want 1", path, got)
 		}
 	}
 }
 
-// Policies decide before fields are looked at: what a field holds is no business of
-// the existence check, which comes before them and whose errors Vault logs.
+// Vault checks policies before the engine looks at fields. The existence check runs even
+// earlier, and Vault logs its errors, so it must not read the fields.
 func TestExistenceCheckReadsNoFields(t *testing.T) {
 	m := newTestMount(t)
 	m.configure("app", nil)

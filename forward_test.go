@@ -12,7 +12,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-func TestErrorsThatVaultWouldForwardOnAreWithheld(t *testing.T) {
+func TestErrorsThatWouldForwardAreWithheld(t *testing.T) {
 	for _, text := range []string{"Cannot write to ReadOnly storage", "x: node is not the leader: y", "please forward to the active node", "Vault is in standby mode"} {
 		resp, err := withoutForwarding(logical.ErrorResponse("role: "+text), nil)
 		if err != nil || !resp.IsError() || forwardsElsewhere(resp.Error().Error()) {
@@ -29,8 +29,8 @@ func TestErrorsThatVaultWouldForwardOnAreWithheld(t *testing.T) {
 			}
 		}
 	}
-	// What the SDK answers on a node that may not write has to arrive as it is.
-	if _, err := withoutForwarding(nil, logical.ErrReadOnly); err != logical.ErrReadOnly { //nolint:errorlint // bare
+	// What the SDK returns on a node that may not write must stay unchanged.
+	if _, err := withoutForwarding(nil, logical.ErrReadOnly); err != logical.ErrReadOnly { //nolint:errorlint // unwrapped
 		t.Errorf("got %v, want logical.ErrReadOnly", err)
 	}
 	resp, err := withoutForwarding(logical.ErrorResponse("role \"x\" does not exist"), errors.New("other"))

@@ -22,8 +22,8 @@ type roundTripper func(*http.Request) (*http.Response, error)
 
 func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// FuzzAnswer sends any answer through the whole client. Whatever it is, a token
-// comes out that may be sent and cached, or an error that may be shown.
+// FuzzAnswer passes any answer through the whole client. The result is a token that is
+// safe to send and cache, or an error that is safe to show.
 func FuzzAnswer(f *testing.F) {
 	f.Add(200, "", `{"access_token":"tok","expires_in":3600,"token_type":"bearer","scope":"a b"}`)
 	f.Add(200, "", `{"access_token":"tok","expires_in":"2027-01-01T00:00:00Z","scope":["a"]}`)
@@ -81,13 +81,13 @@ func FuzzAnswer(f *testing.F) {
 		}
 		text := failed.Error()
 		if holdsHalfOf(text, canary) {
-			t.Errorf("the error holds half of the client secret: %q", text)
+			t.Errorf("the error contains half of the client secret: %q", text)
 		}
 		if forwardsElsewhere(text) {
-			t.Errorf("Vault would forward on the error %q", text)
+			t.Errorf("the error %q would make Vault forward the request", text)
 		}
 		if strings.ContainsFunc(text, unicode.IsControl) {
-			t.Errorf("the error holds control characters: %q", text)
+			t.Errorf("the error contains control characters: %q", text)
 		}
 		if len([]rune(text)) > 3*256 {
 			t.Errorf("the error is %d characters long", len([]rune(text)))
@@ -101,7 +101,7 @@ func FuzzAnswer(f *testing.F) {
 	})
 }
 
-// holdsHalfOf reports whether text holds half of the secret in a row, in any case.
+// holdsHalfOf reports whether text contains half of the secret in one piece, in any case.
 func holdsHalfOf(text, secret string) bool {
 	half := (len(secret) + 1) / 2
 	for start := 0; start+half <= len(secret); start++ {

@@ -28,10 +28,10 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/gate"
 )
 
-// canary is the client secret of tests: it must turn up nowhere.
+// canary is the client secret in tests. It must not turn up anywhere.
 const canary = "canary-client-secret-7f3a"
 
-// testMount is a mount of the engine, as a test drives it.
+// testMount is a mount of the engine with the operations that tests use.
 type testMount struct {
 	t *testing.T
 	*backend
@@ -39,7 +39,7 @@ type testMount struct {
 	mojo    *standIn
 }
 
-// newTestMount makes a mount whose tokens come from a standIn.
+// newTestMount returns a mount whose tokens come from a standIn.
 func newTestMount(t *testing.T) *testMount {
 	t.Helper()
 	mojo := &standIn{lifetime: time.Hour}
@@ -51,7 +51,7 @@ func newTestMountWith(t *testing.T, mojo *standIn, newClient clientFactory) *tes
 	return newTestNode(t, mojo, newClient, &countingStorage{Storage: &logical.InmemStorage{}}, logical.TestSystemView())
 }
 
-// newTestNode makes a mount on a node of a cluster, whose storage the nodes share.
+// newTestNode returns a mount on one node of a cluster. All nodes share storage.
 func newTestNode(t *testing.T, mojo *standIn, newClient clientFactory, storage *countingStorage, system logical.SystemView) *testMount {
 	t.Helper()
 	m := &testMount{t: t, backend: newBackend(newClient), storage: storage, mojo: mojo}
@@ -67,13 +67,13 @@ func newTestNode(t *testing.T, mojo *standIn, newClient clientFactory, storage *
 	return m
 }
 
-// request makes a request as Vault would, checks that the answer fits the
-// path's response schema, and returns what came back.
+// request sends a request as Vault would, checks the response against the path's response
+// schema, and returns it.
 func (m *testMount) request(op logical.Operation, path string, data map[string]any) (*logical.Response, error) {
 	m.t.Helper()
 	req := &logical.Request{Operation: op, Path: path, Data: data, Storage: m.storage}
 	if op == logical.UpdateOperation {
-		// Vault asks this to tell a create from an update.
+		// Vault calls this to distinguish a create from an update.
 		found, exists, err := m.HandleExistenceCheck(context.Background(), req)
 		if user := (errutil.UserError{}); errors.As(err, &user) {
 			return logical.ErrorResponse(user.Err), nil // as Vault does
@@ -90,7 +90,7 @@ func (m *testMount) request(op logical.Operation, path string, data map[string]a
 	return resp, err
 }
 
-// do is request where nothing may fail.
+// do is like request, but the request must succeed.
 func (m *testMount) do(op logical.Operation, path string, data map[string]any) *logical.Response {
 	m.t.Helper()
 	resp, err := m.request(op, path, data)
@@ -108,7 +108,7 @@ func (m *testMount) write(path string, data map[string]any) *logical.Response {
 	return m.do(logical.UpdateOperation, path, data)
 }
 
-// read answers the data at path, nil when there is none.
+// read returns the data at path, or nil if there is none.
 func (m *testMount) read(path string) map[string]any {
 	m.t.Helper()
 	if resp := m.do(logical.ReadOperation, path, nil); resp != nil {
@@ -117,7 +117,7 @@ func (m *testMount) read(path string) map[string]any {
 	return nil
 }
 
-// refused makes a request that has to end as the user's mistake, and returns the
+// refused sends a request that must fail with an error response, and returns the error
 // text.
 func (m *testMount) refused(op logical.Operation, path string, data map[string]any) string {
 	m.t.Helper()
@@ -126,19 +126,19 @@ func (m *testMount) refused(op logical.Operation, path string, data map[string]a
 		m.t.Fatalf("%s %s: got the error %v, want an error response (a 400)", op, path, err)
 	}
 	if !resp.IsError() {
-		m.t.Fatalf("%s %s: got %v, want it refused", op, path, resp)
+		m.t.Fatalf("%s %s: got %v, want an error response", op, path, resp)
 	}
 	return resp.Error().Error()
 }
 
-// configure writes a config and a role of that name over it.
+// configure writes a config, and a role of the given name that uses it.
 func (m *testMount) configure(role string, fields map[string]any) {
 	m.t.Helper()
 	m.write("config", testConfig(nil))
 	m.write("roles/"+role, fields)
 }
 
-// testConfig is the fields of a config that is not verified.
+// testConfig returns the fields of a config that is not verified.
 func testConfig(more map[string]any) map[string]any {
 	data := map[string]any{
 		"token_url":         "https://project.auth.mojoauth.test/oauth2/token",
@@ -152,24 +152,24 @@ func testConfig(more map[string]any) map[string]any {
 	return data
 }
 
-// standIn mints in place of MojoAuth: each token has a number and an owner.
+// standIn mints in place of MojoAuth. Each token has a number and an owner.
 type standIn struct {
 	mints   atomic.Int64
-	unpaced bool // no request waits for its turn: for thousands of roles in real time
+	unpaced bool // requests don't wait for turns: for thousands of roles in real time
 
 	mu       sync.Mutex
-	lifetime time.Duration // told of each token
-	grant    string        // scope granted, if not as asked for
+	lifetime time.Duration // reported with each token
+	grant    string        // scope granted, if not the one requested
 	latency  time.Duration
 	fail     error
 	failFor  func(tokenRequest) error
-	respond  func(tokenRequest) (latency time.Duration, fail error) // in place of the three above
-	deaf     chan struct{}                                          // requests hang until it is closed, even when their context ends
-	alter    func(*token)                                           // changes a token before it is given out
+	respond  func(tokenRequest) (latency time.Duration, fail error) // replaces the three above
+	deaf     chan struct{}                                          // requests hang until it is closed, even after their context is canceled
+	alter    func(*token)                                           // changes a token before it is returned
 	requests []tokenRequest
-	sent     []time.Time // when each of the requests came
-	busy     int         // requests under way
-	peak     int         // the most that were under way at once
+	sent     []time.Time // when each request arrived
+	busy     int         // requests in progress
+	peak     int         // the most requests in progress at any time
 }
 
 type standInClient struct {
@@ -181,15 +181,15 @@ func (s *standIn) client(config *configEntry) (minter, error) {
 	return &standInClient{s, *config}, nil
 }
 
-// testTurn has all requests leave at once, and notes what came of them. Whoever is
-// throttled waits once more, and then no longer.
+// testTurn lets every request leave immediately, and records the outcome. A throttled
+// request gets one more turn, but no third.
 type testTurn struct {
 	answers   []gate.Answer
 	asked     []time.Duration // by Retry-After
 	throttled int
 }
 
-var errNoTurn = errors.New("no turn any more")
+var errNoTurn = errors.New("no turn left")
 
 func (t *testTurn) wait(ctx context.Context) error {
 	if t.throttled > 1 {
@@ -205,7 +205,7 @@ func (t *testTurn) answered(how gate.Answer, retryAfter time.Duration) {
 	}
 }
 
-// set changes how the stand-in behaves from now on.
+// set changes the stand-in's behavior from now on.
 func (s *standIn) set(change func(*standIn)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -218,7 +218,7 @@ func (s *standIn) last() tokenRequest {
 	return s.requests[len(s.requests)-1]
 }
 
-// since answers when the requests after the first n came.
+// since returns when the requests after the first n arrived.
 func (s *standIn) since(n int64) []time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -290,16 +290,16 @@ func (c *standInClient) ask(ctx context.Context, req tokenRequest) (*token, erro
 	return tok, nil
 }
 
-// kept is what a mount has in memory that grows with what is read.
+// kept counts what a mount has in memory that grows with reads.
 type kept struct {
 	slots     int // of roles
 	narrowed  int // slots of narrowed scopes
-	upstreams int // configs at work: their clients and back-offs
-	accounts  int // configs that telemetry knows
+	upstreams int // configs in use: their clients and back-offs
+	accounts  int // configs in telemetry
 }
 
-// kept counts what the mount has in memory. Tests of what is freed look here and
-// nowhere else.
+// kept counts what the mount has in memory. It is the only source for tests of what the
+// engine frees.
 func (m *testMount) kept() kept {
 	m.telemetry.mu.Lock()
 	accounts := len(m.telemetry.configs)
@@ -319,7 +319,7 @@ func (m *testMount) kept() kept {
 	return k
 }
 
-// patiently is a read that gives up after an hour, and how long it took.
+// patiently reads creds with a deadline of an hour, and returns how long that took.
 func (m *testMount) patiently(role string, query map[string]any) (got, time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 	defer cancel()
@@ -327,7 +327,7 @@ func (m *testMount) patiently(role string, query map[string]any) (got, time.Dura
 	return m.credsCtx(ctx, role, query), time.Since(began)
 }
 
-// subsets are n sets of the role's scopes, none of them empty or whole.
+// subsets returns n scope subsets, none of them empty and none with all scopes.
 func subsets(scopes []string, n int) [][]string {
 	var sets [][]string
 	for mask := 1; mask < 1<<len(scopes)-1 && len(sets) < n; mask++ {
@@ -342,7 +342,7 @@ func subsets(scopes []string, n int) [][]string {
 	return sets
 }
 
-// manyScopes are n scopes.
+// manyScopes returns n scopes.
 func manyScopes(n int) []string {
 	scopes := make([]string, n)
 	for i := range scopes {
@@ -351,12 +351,12 @@ func manyScopes(n int) []string {
 	return scopes
 }
 
-// countingStorage counts operations, and fails them on demand.
+// countingStorage counts operations, and can be made to fail them.
 type countingStorage struct {
 	logical.Storage
 	operations atomic.Int64
 	fail       atomic.Pointer[error]
-	// afterGet, when set, runs in each Get once it has read.
+	// afterGet, if set, runs in each Get after the read.
 	afterGet atomic.Pointer[func(key string)]
 }
 
@@ -400,13 +400,13 @@ func (s *countingStorage) List(ctx context.Context, prefix string) ([]string, er
 	return s.Storage.List(ctx, prefix)
 }
 
-// discardLog is for servers whose complaints a test expects.
+// discardLog is for servers with expected errors.
 func discardLog() *log.Logger { return log.New(io.Discard, "", 0) }
 
-// Most tests run in a synctest bubble: time is the bubble's own, passes only when
-// everything waits, and Wait returns when nothing can go on without it.
+// Most tests run in a synctest bubble: time is the bubble's own and passes only when all
+// goroutines wait, and Wait returns when none of them can continue.
 
-// bubble runs a test of a mount in a bubble, and ends the mount in it.
+// bubble runs a test of a mount in a bubble, and closes the mount in it.
 func bubble(t *testing.T, test func(m *testMount)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -415,7 +415,7 @@ func bubble(t *testing.T, test func(m *testMount)) {
 	})
 }
 
-// got is what a read of creds got.
+// got is the result of a read of creds.
 type got struct {
 	token    string
 	ttl      int64
@@ -440,8 +440,8 @@ func (m *testMount) credsCtx(ctx context.Context, role string, query map[string]
 	return got{token: resp.Data["access_token"].(string), ttl: resp.Data["ttl"].(int64), warnings: resp.Warnings}
 }
 
-// wantToken reads a token and checks its number, which the stand-in counts up,
-// and that no more were minted.
+// wantToken reads a token, and checks its number, which the stand-in increments, and that
+// no other tokens were minted.
 func (m *testMount) wantToken(role string, number int64) got {
 	m.t.Helper()
 	got := m.creds(role, nil)
@@ -457,30 +457,30 @@ func (m *testMount) wantToken(role string, number int64) got {
 func (m *testMount) wantMints(n int64) {
 	m.t.Helper()
 	if got := m.mojo.mints.Load(); got != n {
-		m.t.Errorf("%d tokens were asked for, want %d", got, n)
+		m.t.Errorf("got %d token requests, want %d", got, n)
 	}
 }
 
-// wantStatus checks that err carries that status as Vault sees it over gRPC,
-// where only a bare CodedError keeps it.
+// wantStatus checks that err has the given status as Vault sees it over gRPC, where only
+// an unwrapped CodedError keeps it.
 func wantStatus(t *testing.T, err error, status int, parts ...string) {
 	t.Helper()
-	coded, ok := err.(logical.HTTPCodedError) //nolint:errorlint // that it is not wrapped is the point
+	coded, ok := err.(logical.HTTPCodedError) //nolint:errorlint // it must not be wrapped
 	if !ok || coded.Code() != status {
-		t.Errorf("got %v (%T), want a bare error of status %d", err, err, status)
+		t.Errorf("got %v (%T), want an unwrapped error with status %d", err, err, status)
 		return
 	}
 	for _, part := range parts {
 		if !strings.Contains(err.Error(), part) {
-			t.Errorf("got %q, want it to hold %q", err, part)
+			t.Errorf("got %q, want it to contain %q", err, part)
 		}
 	}
 }
 
 var errDown = &mintError{class: classServerError, status: http.StatusServiceUnavailable}
 
-// elsewhere lets another node of the cluster, with the same storage, do
-// something, and then tells this one which keys have changed.
+// elsewhere runs do on another node with the same storage, and then invalidates the
+// changed keys on this one.
 func (m *testMount) elsewhere(do func(other *testMount), keys ...string) {
 	m.t.Helper()
 	do(newTestNode(m.t, m.mojo, m.mojo.client, m.storage, logical.TestSystemView()))
@@ -489,7 +489,7 @@ func (m *testMount) elsewhere(do func(other *testMount), keys ...string) {
 	}
 }
 
-// storedRole is the role as storage has it.
+// storedRole returns the role as it is in storage.
 func (m *testMount) storedRole(name string) roleEntry {
 	m.t.Helper()
 	stored, err := m.storage.Storage.Get(context.Background(), rolePrefix+name)
@@ -503,7 +503,7 @@ func (m *testMount) storedRole(name string) roleEntry {
 	return role
 }
 
-// jwt looks like a signed JWT with these claims.
+// jwt returns something that looks like a signed JWT with the given claims.
 func jwt(claims string) string {
 	encode := base64.RawURLEncoding.EncodeToString
 	return encode([]byte(`{"alg":"RS256"}`)) + "." + encode([]byte(claims)) + "." + encode([]byte("signature"))

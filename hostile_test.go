@@ -27,24 +27,24 @@ import (
 	"time"
 )
 
-// This file tests what an endpoint can do to a mint that is no HTTP any more, or
-// never ends.
+// This file tests what an endpoint can do to a mint by breaking HTTP or by never
+// finishing an answer.
 
-// soon is the longest that anything may take that has to happen at once.
+// soon is the longest that anything immediate may take.
 const soon = 10 * time.Second
 
-// hostileEndpoint is an endpoint that does to a connection what a test says.
+// hostileEndpoint is an endpoint whose connections the test controls.
 type hostileEndpoint struct {
 	net.Listener
 	t      *testing.T
 	scheme string
 	caCert string
-	// ended gets a value for each connection that the client has closed.
+	// ended receives a value for each connection that the client has closed.
 	ended chan struct{}
 }
 
-// newHostileEndpoint serves every connection by serve, over TLS if secure. When
-// serve returns, the connection stays open until the client closes it.
+// newHostileEndpoint serves every connection with serve, over TLS if secure. After serve
+// returns, the connection stays open until the client closes it.
 func newHostileEndpoint(t *testing.T, secure bool, serve func(net.Conn)) *hostileEndpoint {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -79,7 +79,7 @@ func newHostileEndpoint(t *testing.T, secure bool, serve func(net.Conn)) *hostil
 	return e
 }
 
-// certificate is one for 127.0.0.1, which is its own authority.
+// certificate returns a self-signed certificate for 127.0.0.1.
 func certificate(t *testing.T) tls.Certificate {
 	t.Helper()
 	server := httptest.NewTLSServer(nil)
@@ -98,7 +98,7 @@ func (e *hostileEndpoint) config(timeout time.Duration) *configEntry {
 	}
 }
 
-// waitUntilClosed waits until the client has closed so many connections.
+// waitUntilClosed waits until the client has closed the given number of connections.
 func (e *hostileEndpoint) waitUntilClosed(connections int) {
 	e.t.Helper()
 	for range connections {
@@ -117,10 +117,10 @@ func readRequest(conn net.Conn) {
 	}
 }
 
-// goodResponse is an answer with a token, byte by byte.
+// goodResponse is the raw bytes of an answer with a token.
 var goodResponse = fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(goodAnswer), goodAnswer)
 
-// drip writes text again and again, slowly, until the client has gone.
+// drip writes text repeatedly, slowly, until the client closes the connection.
 func drip(conn net.Conn, text string) {
 	for {
 		if _, err := io.WriteString(conn, text); err != nil {
@@ -130,7 +130,7 @@ func drip(conn net.Conn, text string) {
 	}
 }
 
-// hostile is what an endpoint can do so that no answer comes, or no end of one.
+// hostile lists ways in which an endpoint can send no answer, or one that never ends.
 var hostile = map[string]func(net.Conn){
 	"nothing":            func(net.Conn) {},
 	"silence":            readRequest,
@@ -195,7 +195,7 @@ func TestMintEndsWithItsContextWhateverTheEndpointDoes(t *testing.T) {
 	}
 }
 
-// An endpoint that never shakes hands.
+// An endpoint that never completes the handshake.
 func TestMintEndsWithoutAHandshake(t *testing.T) {
 	e := newHostileEndpoint(t, false, func(net.Conn) {})
 	config := e.config(300 * time.Millisecond)
@@ -208,7 +208,7 @@ func TestMintEndsWithoutAHandshake(t *testing.T) {
 	e.waitUntilClosed(1)
 }
 
-// A proxy that opens no tunnel and says nothing: Go goes on waiting for it.
+// A proxy that opens no tunnel and sends nothing; Go keeps waiting for it.
 func TestMintEndsWithoutATunnel(t *testing.T) {
 	proxy := newHostileEndpoint(t, false, readRequest)
 	config := proxy.config(300 * time.Millisecond)
@@ -227,7 +227,8 @@ func TestMintEndsWithoutATunnel(t *testing.T) {
 	proxy.waitUntilClosed(1)
 }
 
-// Go's transport dials for whoever comes next, too, when the one who asked has left.
+// Go's transport continues dialing for a later request after the one that needed the
+// connection has left.
 func TestDialingEndsWithTheMint(t *testing.T) {
 	ended := make(chan struct{})
 	settings, err := newTransport("")
@@ -248,12 +249,12 @@ func TestDialingEndsWithTheMint(t *testing.T) {
 	select {
 	case <-ended:
 	case <-time.After(soon):
-		t.Error("it still dials")
+		t.Error("the transport is still dialing")
 	}
 }
 
-// Once an endpoint has switched protocols, Go no longer ends a read with the
-// context. So nothing is read, and the mint fails at once.
+// Once an endpoint has switched protocols, Go no longer cancels a read with the context.
+// So the client reads nothing, and the mint fails immediately.
 func TestSwitchingProtocolsFailsAtOnce(t *testing.T) {
 	for _, secure := range []bool{false, true} {
 		for name, then := range map[string]func(net.Conn){
@@ -276,10 +277,10 @@ func TestSwitchingProtocolsFailsAtOnce(t *testing.T) {
 				select {
 				case failed := <-ended:
 					if failed == nil || failed.class != classUnexpected || failed.status != 101 || failed.retryable() {
-						t.Errorf("got %v, want a failure of the class unexpected_answer", failed)
+						t.Errorf("got %v, want a failure of class unexpected_answer", failed)
 					}
 				case <-time.After(soon):
-					t.Fatal("the mint goes on")
+					t.Fatal("the mint is still in progress")
 				}
 				e.waitUntilClosed(1)
 			})
@@ -291,7 +292,7 @@ func TestInterimAnswers(t *testing.T) {
 
 	for _, c := range []struct {
 		name, answers string
-		status        int // of the failure, 0 when a token comes
+		status        int // of the failure; 0 when there is a token
 	}{
 		{"100", "HTTP/1.1 100 Continue\r\n\r\n" + goodResponse, 0},
 		{"103", "HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n" + goodResponse, 0},
@@ -307,7 +308,7 @@ func TestInterimAnswers(t *testing.T) {
 		_, failed := mintOnce(t, e.config(soon), tokenRequest{retries: 2})
 		switch {
 		case c.status == 0 && failed != nil:
-			t.Errorf("%s: got %v, want the token that came after it", c.name, failed)
+			t.Errorf("%s: got %v, want the token after it", c.name, failed)
 		case c.status != 0 && (failed == nil || failed.class != classUnexpected || failed.status != c.status):
 			t.Errorf("%s: got %v, want a failure with that status", c.name, failed)
 		}
@@ -315,9 +316,9 @@ func TestInterimAnswers(t *testing.T) {
 	}
 }
 
-// What an endpoint sends unasked on an idle connection, the secret perhaps, Go's
-// standard logger prints; and what a plugin prints is in Vault's log.
-func TestNoConnectionIsKeptThatAnEndpointCouldTalkOn(t *testing.T) {
+// Go's standard logger prints what an endpoint sends unsolicited on an idle connection,
+// perhaps the secret, and Vault logs what a plugin prints.
+func TestNoIdleConnectionIsKept(t *testing.T) {
 	var printed bytes.Buffer
 	defer log.SetOutput(log.Writer())
 	log.SetOutput(&printed)
@@ -345,8 +346,8 @@ func TestNoConnectionIsKeptThatAnEndpointCouldTalkOn(t *testing.T) {
 	}
 }
 
-// Go prints HTTP/2's frames with GODEBUG=http2debug=2, the form and the Basic header
-// among them. It reads that when a process starts.
+// With GODEBUG=http2debug=2, Go prints HTTP/2 frames, including the form and the Basic
+// header. It reads the setting when the process starts.
 func TestHTTP2DebugPrintsNoSecret(t *testing.T) {
 	const inChild = "MOJOAUTH_TEST_MINTS_IN_CHILD"
 	if os.Getenv(inChild) == "" {
@@ -358,7 +359,7 @@ func TestHTTP2DebugPrintsNoSecret(t *testing.T) {
 		}
 		for line := range bytes.Lines(printed) {
 			if bytes.Contains(line, []byte(canary)) || bytes.Contains(line, []byte("authorization")) {
-				t.Errorf("it printed: %s", line)
+				t.Errorf("the process printed: %s", line)
 			}
 		}
 		return
@@ -383,9 +384,9 @@ func TestHTTP2DebugPrintsNoSecret(t *testing.T) {
 	t.Logf("minted over %s", protocol)
 }
 
-// A certificate may hold a thousand names, and any text in each; so may what is no
-// answer.
-func TestConnectionErrorsQuoteNothing(t *testing.T) {
+// A certificate may contain a thousand names with any text in them; so may anything that
+// is not HTTP.
+func TestConnectionErrorsQuoteNothingFromTheServer(t *testing.T) {
 	const text = "words-of-the-server.example"
 	names := &x509.Certificate{DNSNames: slices.Repeat([]string{text}, 1000)}
 	invalid := func(reason x509.InvalidReason) error {
@@ -401,7 +402,7 @@ func TestConnectionErrorsQuoteNothing(t *testing.T) {
 		{"expired", invalid(x509.Expired), true, "expired"},
 		{"name constraints", invalid(x509.CANotAuthorizedForThisName), true, "not allowed to issue"},
 		{"another usage", invalid(x509.IncompatibleUsage), true, "not issued for servers"},
-		{"a reason of later", invalid(99), true, "not valid"},
+		{"an unknown reason", invalid(99), true, "not valid"},
 		{"unknown", &tls.CertificateVerificationError{Err: errors.New(text)}, true, "could not be verified"},
 		{"unreadable", errors.New("tls: failed to parse certificate from server: " + text), true, "handshake failed"},
 		{"alert", &net.OpError{Op: "remote error", Err: tls.AlertError(40)}, true, "handshake failure"},
@@ -410,10 +411,10 @@ func TestConnectionErrorsQuoteNothing(t *testing.T) {
 	} {
 		failed := noConnection(&url.Error{Op: "Post", URL: "https://" + text, Err: c.err})
 		if got := failed.Error(); strings.Contains(got, text) || !strings.Contains(got, c.want) || len(got) > 200 {
-			t.Errorf("%s: got %q, want %q and nothing of the server's", c.name, got, c.want)
+			t.Errorf("%s: got %q, want %q and nothing from the server", c.name, got, c.want)
 		}
 		if (failed.class == classTLS) != c.tls || failed.retryable() == c.tls {
-			t.Errorf("%s: got the class %s, retryable %v", c.name, failed.class, failed.retryable())
+			t.Errorf("%s: got class %s, retryable %v", c.name, failed.class, failed.retryable())
 		}
 	}
 }

@@ -12,9 +12,9 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
-// TestLiveMojoAuth gets a token of the real MojoAuth, when the environment tells
-// of an application. It prints what is not documented: whether a lifetime, a
-// type and a scope are told, and whether the token is a JWT.
+// TestLiveMojoAuth gets a token from the real MojoAuth if the environment names an
+// application. It prints what MojoAuth's documentation leaves open: whether an answer has
+// a lifetime, a type and a scope, and whether the token is a JWT.
 func TestLiveMojoAuth(t *testing.T) {
 	config := map[string]any{}
 	for field, variable := range map[string]string{
@@ -23,7 +23,7 @@ func TestLiveMojoAuth(t *testing.T) {
 		"client_secret": "MOJOAUTH_CLIENT_SECRET",
 	} {
 		if config[field] = os.Getenv(variable); config[field] == "" {
-			t.Skipf("%s is not set: the real MojoAuth is not asked", variable)
+			t.Skipf("%s is not set: skipping the test of the real MojoAuth", variable)
 		}
 	}
 	m := newTestMountWith(t, nil, nil)
@@ -37,7 +37,7 @@ func TestLiveMojoAuth(t *testing.T) {
 	resp := m.do(logical.ReadOperation, "creds/live", nil)
 	tok, _ := resp.Data["access_token"].(string)
 	if tok == "" {
-		t.Fatal("there is no access_token")
+		t.Fatal("no access_token")
 	}
 	_, isJWT := lifetime.JWTExpiry(tok)
 	delete(resp.Data, "access_token")
@@ -46,7 +46,7 @@ func TestLiveMojoAuth(t *testing.T) {
 	m.read("creds/live")
 	resp, err := m.request(logical.UpdateOperation, "config", map[string]any{"client_secret": "not-the-secret"})
 	if err != nil || !resp.IsError() {
-		t.Errorf("a wrong client secret: got %v, %v; want it refused", resp, err)
+		t.Errorf("a wrong client secret: got %v, %v; want an error response", resp, err)
 	} else {
 		t.Logf("a wrong client secret: %v", resp.Error())
 	}

@@ -12,7 +12,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// namedOperations are the operations of every path that ends in a name.
+// namedOperations lists the operations of every path that ends in a name.
 var namedOperations = []struct {
 	prefix string
 	op     logical.Operation
@@ -27,9 +27,9 @@ var namedOperations = []struct {
 	{"rotate-role/", logical.UpdateOperation},
 }
 
-// Vault's policies compare paths as they are sent. If the engine folded capitals,
-// creds/Reports would pass a deny on creds/reports.
-func TestNamesThatAreRefused(t *testing.T) {
+// Vault compares paths with policies as sent. If the engine ignored case, creds/Reports
+// would get around a deny on creds/reports.
+func TestInvalidNames(t *testing.T) {
 	m := newTestMount(t)
 	m.configure("reports", nil)
 	m.write("config/reports", testConfig(nil))
@@ -51,38 +51,39 @@ func TestNamesThatAreRefused(t *testing.T) {
 		for _, on := range namedOperations {
 			text := m.refused(on.op, on.prefix+c.name, nil)
 			if !strings.Contains(text, c.want) {
-				t.Errorf("%s %s%.20s: got %q, want it to hold %s", on.op, on.prefix, c.name, text, c.want)
+				t.Errorf("%s %s%.20s: got %q, want it to contain %s", on.op, on.prefix, c.name, text, c.want)
 			}
 			if len(text) > 400 {
-				t.Errorf("%s %s%.20s: the text is %d bytes long", on.op, on.prefix, c.name, len(text))
+				t.Errorf("%s %s%.20s: the error is %d bytes long", on.op, on.prefix, c.name, len(text))
 			}
 		}
 		text := m.refused(logical.UpdateOperation, "roles/mine", map[string]any{"config": c.name})
 		if !strings.Contains(text, c.want) || !strings.Contains(text, "config") {
-			t.Errorf("config %.20s of a role: got %q, want it to hold %s", c.name, text, c.want)
+			t.Errorf("config %.20s of a role: got %q, want it to contain %s", c.name, text, c.want)
 		}
 		if len(text) > 400 {
-			t.Errorf("config %.20s of a role: the text is %d bytes long", c.name, len(text))
+			t.Errorf("config %.20s of a role: the error is %d bytes long", c.name, len(text))
 		}
 	}
 	if got := m.mojo.mints.Load(); got != 0 {
-		t.Errorf("%d tokens were asked for", got)
+		t.Errorf("got %d token requests, want 0", got)
 	}
 	if got := m.do(logical.ListOperation, "config/", nil).Data["keys"].([]string); len(got) != 2 {
-		t.Errorf("the configs are %q, want default and reports", got)
+		t.Errorf("got the configs %q, want default and reports", got)
 	}
 }
 
-// A name that folds to another by Unicode's rules is not that name: the Kelvin
-// sign's lower case is k.
+// A name that equals another under Unicode case folding is still a different name: the
+// Kelvin sign's lower case is k.
 func TestNameInRoleIsNotFolded(t *testing.T) {
 	m := newTestMount(t)
 	m.write("config/k", testConfig(nil))
 	m.refused(logical.UpdateOperation, "roles/mine", map[string]any{"config": "\u212a"})
 }
 
-// What the engine accepts is what the framework routes, but for capitals and "..".
-func TestNamesAreThoseOfPaths(t *testing.T) {
+// The engine accepts the names that the framework routes, except those with capitals and
+// "..".
+func TestNamesMatchPaths(t *testing.T) {
 	pattern := regexp.MustCompile("^" + framework.GenericNameRegex("name") + "$")
 	const alphabet = "aZ0_-. /\u00e9"
 	names := []string{""}
@@ -99,8 +100,8 @@ func TestNamesAreThoseOfPaths(t *testing.T) {
 	}
 }
 
-// A path that ends in a name, and is not among those whose names are looked at, is
-// one that somebody forgot.
+// This test finds a path that ends in a name and is missing from the list of paths whose
+// names are checked.
 func TestEveryNamedPathIsChecked(t *testing.T) {
 	m := newTestMount(t)
 	checked := 0
@@ -115,25 +116,25 @@ func TestEveryNamedPathIsChecked(t *testing.T) {
 				t.Errorf("%s %sReports: got %q", op, prefix, text)
 			}
 			if m.Route(prefix+"Reports") != path {
-				t.Errorf("%sReports is not routed to %s: Vault would know no such path", prefix, path.Pattern)
+				t.Errorf("%sReports is not routed to %s: Vault would not know the path", prefix, path.Pattern)
 			}
 		}
 	}
 	if checked != len(namedPaths) {
-		t.Errorf("%d paths end in a name, %d are looked at", checked, len(namedPaths))
+		t.Errorf("%d paths end in a name, %d are checked", checked, len(namedPaths))
 	}
 }
 
-func TestNamesThatAreAccepted(t *testing.T) {
+func TestValidNames(t *testing.T) {
 	for _, name := range []string{"a", "0", "_", "a-b", "a.b.c", "a_b", "my--role", strings.Repeat("a", 128)} {
 		m := newTestMount(t)
 		m.write("config/"+name, testConfig(nil))
 		m.write("roles/"+name, map[string]any{"config": name})
 		if got := m.read("roles/" + name)["config"]; got != name {
-			t.Errorf("%s: the role names the config %v", name, got)
+			t.Errorf("%s: got config %v in the role", name, got)
 		}
 		if m.read("config/"+name) == nil {
-			t.Errorf("%s: the config is not there", name)
+			t.Errorf("%s: no config", name)
 		}
 		if got := m.read("creds/" + name)["access_token"]; got == nil {
 			t.Errorf("%s: no token", name)
@@ -144,8 +145,8 @@ func TestNamesThatAreAccepted(t *testing.T) {
 	}
 }
 
-// Vault asks for existence before it asks the policies, and logs what that fails
-// with: who may do nothing is told nothing, and fills no log.
+// Vault runs the existence check before it checks policies, and logs its errors. A client
+// without permission must learn nothing and must not be able to fill the log.
 func TestExistenceCheckOfBadNameIsSilent(t *testing.T) {
 	m := newTestMount(t)
 	for path, checked := range map[string]bool{
@@ -161,7 +162,7 @@ func TestExistenceCheckOfBadNameIsSilent(t *testing.T) {
 	}
 }
 
-// A lease may be older than the rules for names: it can be revoked all the same.
+// A lease may be older than the rules for names. Revoking it must still work.
 func TestLeaseOfAnyNameIsRevoked(t *testing.T) {
 	m := newTestMount(t)
 	m.configure("app", map[string]any{"generate_lease": true})
@@ -174,7 +175,7 @@ func TestLeaseOfAnyNameIsRevoked(t *testing.T) {
 			t.Errorf("%s: got %v, %v", op, resp, err)
 		}
 		if resp.IsError() && strings.Contains(resp.Error().Error(), "lower case") {
-			t.Errorf("%s: the name was judged: %v", op, resp.Error())
+			t.Errorf("%s: revoking checked the name: %v", op, resp.Error())
 		}
 	}
 }

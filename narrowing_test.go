@@ -15,12 +15,12 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// Reads of fewer scopes than the role's: what one caller may cause by going through
+// Reads of scope subsets, and how much a single caller can cause by requesting many of
 // them.
 
 const (
-	narrowedOfARole  = 128  // tokens for narrowed scopes that a role holds at most
-	narrowedOfAMount = 1024 // and a mount
+	narrowedOfARole  = 128  // the most tokens for scope subsets that one role may have
+	narrowedOfAMount = 1024 // and one mount
 )
 
 func TestNarrowedScopesHaveATokenForEachSet(t *testing.T) {
@@ -34,11 +34,11 @@ func TestNarrowedScopesHaveATokenForEachSet(t *testing.T) {
 		}
 		for _, some := range []any{"a,b", "b a", []string{"b", "a", "a"}} {
 			if got := m.creds("app", map[string]any{"scopes": some}); !strings.HasPrefix(got.token, "token-2-") {
-				t.Errorf("scopes %q: got %v, want one token for that set", some, got)
+				t.Errorf("scopes %q: got %v, want one token for that subset", some, got)
 			}
 		}
 		if got := m.mojo.last().scopes; !slices.Equal(got, []string{"a", "b"}) {
-			t.Errorf("asked for the scopes %q", got)
+			t.Errorf("got a token request for the scopes %q", got)
 		}
 		text := m.refused(logical.ReadOperation, "creds/app", map[string]any{"scopes": "a,d"})
 		if !strings.Contains(text, `scopes contains "d", which role "app" does not have`) {
@@ -51,13 +51,13 @@ func TestNarrowedScopesHaveATokenForEachSet(t *testing.T) {
 		m.refused(logical.ReadOperation, "creds/app", map[string]any{"min_ttl": "soon"})
 		m.wantMints(2)
 
-		// A change of the role ends the narrowed tokens too.
+		// A change of the role also drops the tokens of its subsets.
 		m.write("roles/app", map[string]any{"audience": "x"})
 		m.creds("app", map[string]any{"scopes": "a,b"})
 		m.wantMints(3)
 		m.do(logical.DeleteOperation, "roles/app", nil)
 		if n := m.kept().narrowed; n != 0 {
-			t.Errorf("%d narrowed slots are left of a deleted role", n)
+			t.Errorf("got %d narrowed slots of a deleted role, want 0", n)
 		}
 	})
 }
@@ -72,19 +72,19 @@ func TestNarrowedScopesAreBounded(t *testing.T) {
 			}
 		}
 		if n := m.kept().narrowed; n != narrowedOfARole {
-			t.Errorf("%d narrowed tokens are held, want %d", n, narrowedOfARole)
+			t.Errorf("got %d narrowed tokens, want %d", n, narrowedOfARole)
 		}
-		// What was evicted is not minted ahead.
+		// An evicted token is not renewed.
 		n := m.mojo.mints.Load()
 		time.Sleep(46 * time.Minute)
 		synctest.Wait()
 		if got := m.mojo.mints.Load() - n; got > narrowedOfARole {
-			t.Errorf("%d tokens were minted ahead, want at most %d", got, narrowedOfARole)
+			t.Errorf("%d tokens were renewed, want at most %d", got, narrowedOfARole)
 		}
 	})
 }
 
-// One who goes through the subsets of a role pushes out nobody else's tokens.
+// A caller who requests many subsets of one role evicts no tokens of other roles.
 func TestNarrowedTokensAreBoundedPerRole(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		scopes := manyScopes(11)
@@ -97,7 +97,7 @@ func TestNarrowedTokensAreBoundedPerRole(t *testing.T) {
 			}
 		}
 		if n := m.read("status")["cached_tokens"]; n != int64(narrowedOfARole+1) {
-			t.Errorf("%v tokens are held, want %d of one role and 1 of another", n, narrowedOfARole)
+			t.Errorf("got %v tokens, want %d of one role and 1 of another", n, narrowedOfARole)
 		}
 		before := m.mojo.mints.Load()
 		m.creds("modest", map[string]any{"scopes": "a"})
@@ -105,9 +105,9 @@ func TestNarrowedTokensAreBoundedPerRole(t *testing.T) {
 	})
 }
 
-// A full mount makes room where it costs least: the newcomer's own tokens go first, and
-// then those that were not read for longest.
-func TestNarrowedTokensOfAFullMountGoByTheirLastRead(t *testing.T) {
+// A full mount evicts what costs least: first the tokens of the requesting role, then the
+// least recently read tokens.
+func TestFullMountEvictsLeastRecentlyReadNarrowedTokens(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		const full = narrowedOfAMount / narrowedOfARole
 		scopes := manyScopes(8)
@@ -127,25 +127,25 @@ func TestNarrowedTokensOfAFullMountGoByTheirLastRead(t *testing.T) {
 			read(role, narrowedOfARole)
 		}
 		if n := m.read("status")["cached_tokens"]; n != int64(narrowedOfAMount) {
-			t.Errorf("%v tokens are held, want %d", n, narrowedOfAMount)
+			t.Errorf("got %v tokens, want %d", n, narrowedOfAMount)
 		}
 		read(full, 1<<8-2) // all subsets
 		if n := m.read("status")["cached_tokens"]; n != int64(narrowedOfAMount) {
-			t.Errorf("after one role more %v tokens are held, want %d", n, narrowedOfAMount)
+			t.Errorf("after another role: got %v tokens, want %d", n, narrowedOfAMount)
 		}
 		before := m.mojo.mints.Load()
-		for role := 1; role < full; role++ { // all but the one that was read first
+		for role := 1; role < full; role++ { // all except the one that was read first
 			read(role, narrowedOfARole)
 		}
 		if n := m.mojo.mints.Load() - before; n != 0 {
-			t.Errorf("after one role went through its subsets, reading the other roles' tokens again minted %d, want none: only the %d that were read first may have gone", n, narrowedOfARole)
+			t.Errorf("after one role requested its subsets, reading the other roles' tokens again minted %d, want none: only the %d least recently read may be evicted", n, narrowedOfARole)
 		}
 	})
 }
 
-// What makes a key is what it is for, not the memory it has: a mint goes on when its
-// key's place is taken, and whoever reads the key again meanwhile waits for that mint.
-func TestKeyHasOneMintThoughItsPlaceWasTaken(t *testing.T) {
+// A key stands for a token, not for a slot in memory. Its mint continues when the slot is
+// evicted, and later readers of the key wait for that mint.
+func TestEvictedKeyKeepsItsOneMint(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		scopes := manyScopes(11)
 		sets := subsets(scopes, narrowedOfAMount+narrowedOfARole)
@@ -183,13 +183,13 @@ func TestKeyHasOneMintThoughItsPlaceWasTaken(t *testing.T) {
 			}
 		})
 		if asked != 1 {
-			t.Errorf("%d requests were made at once for one key, want 1", asked)
+			t.Errorf("got %d concurrent requests for one key, want 1", asked)
 		}
 	})
 }
 
 // Readers who give up leave nothing behind that grows with their number.
-func TestReadersWhoGiveUpLeaveNoCrowdOfMints(t *testing.T) {
+func TestReadersWhoGiveUpLeaveNoMintsBehind(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		scopes := manyScopes(12)
 		m.write("config", testConfig(map[string]any{"request_timeout": "60s"}))
@@ -205,20 +205,20 @@ func TestReadersWhoGiveUpLeaveNoCrowdOfMints(t *testing.T) {
 			}
 		}
 		if gaveUp == 0 {
-			m.t.Fatal("nobody gave up")
+			m.t.Fatal("no reader gave up")
 		}
 		m.mojo.set(func(s *standIn) {
 			if s.busy > 25 { // at 5 a second
-				t.Errorf("4,000 readers who were gone after 1ms each left %d requests under way, want those that had a turn in 4s", s.busy)
+				t.Errorf("4,000 readers that left after 1ms each left %d requests in progress, want only those that got a turn in 4s", s.busy)
 			}
 		})
 		if n := m.kept().narrowed; n > narrowedOfARole {
-			t.Errorf("they left %d slots, want at most %d", n, narrowedOfARole)
+			t.Errorf("got %d slots, want at most %d", n, narrowedOfARole)
 		}
 		time.Sleep(time.Hour)
 		m.mojo.set(func(s *standIn) { s.latency = 0 })
 		if got := m.creds("app", map[string]any{"scopes": scopes[0]}); got.err != nil || !strings.HasPrefix(got.token, "token-") {
-			t.Errorf("an hour later a reader got %v", got)
+			t.Errorf("an hour later: a reader got %v", got)
 		}
 	})
 }

@@ -19,11 +19,11 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// What the gate means to those who read, write and rotate. How it orders and paces is
-// tested where it is: in internal/gate.
+// What the gate means for reads, writes and rotations. Tests of its order and pace are in
+// internal/gate.
 
 // coldRoles writes n roles, and reads each in its own goroutine until it has a token,
-// again a second after each error. served is told of each token.
+// retrying a second after each error. It calls served for each token.
 func (m *testMount) coldRoles(n int, served func(after time.Duration)) *sync.WaitGroup {
 	m.t.Helper()
 	began := time.Now()
@@ -41,7 +41,7 @@ func (m *testMount) coldRoles(n int, served func(after time.Duration)) *sync.Wai
 	return &wg
 }
 
-// busiest is the most requests in any second.
+// busiest returns the most requests in any second.
 func busiest(sent []time.Time) (most int) {
 	first := 0
 	for i, at := range sent {
@@ -53,7 +53,7 @@ func busiest(sent []time.Time) (most int) {
 	return most
 }
 
-// allowing answers 429 to what exceeds n requests in a second.
+// allowing answers requests beyond n a second with 429.
 func (s *standIn) allowing(n int, latency, retryAfter time.Duration) (refused *atomic.Int64) {
 	refused = new(atomic.Int64)
 	var mu sync.Mutex
@@ -84,7 +84,7 @@ func TestColdRolesMakeNoPeak(t *testing.T) {
 			t.Errorf("300 cold roles took %s at 20 a second, want at most 25s", took)
 		}
 		if most := busiest(m.mojo.since(0)); most > 20 {
-			t.Errorf("%d requests were sent in a second, want at most 20", most)
+			t.Errorf("got %d requests in a second, want at most 20", most)
 		}
 		m.wantMints(300)
 	})
@@ -102,14 +102,14 @@ func TestColdRolesOfAThrottlingEndpoint(t *testing.T) {
 					t.Errorf("200 cold roles took %s at 5 a second, want at most 60s", took)
 				}
 				if n, all := refused.Load(), m.mojo.mints.Load(); n == 0 || 10*n > all {
-					t.Errorf("%d of %d requests were refused, want some, and at most a tenth", n, all)
+					t.Errorf("%d of %d requests were throttled, want at least 1 and at most a tenth", n, all)
 				}
 			})
 		})
 	}
 }
 
-func TestThrottlingBacksOffNobody(t *testing.T) {
+func TestThrottlingCausesNoBackoff(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.write("roles/other", nil)
@@ -124,7 +124,7 @@ func TestThrottlingBacksOffNobody(t *testing.T) {
 		m.mojo.set(func(s *standIn) { s.fail = nil })
 		for range 2 {
 			if got := <-both; got.err != nil {
-				t.Errorf("who waited through the throttling got %v", got.err)
+				t.Errorf("a reader that waited during the throttling got %v", got.err)
 			}
 		}
 		status := m.read("status")
@@ -137,7 +137,7 @@ func TestThrottlingBacksOffNobody(t *testing.T) {
 	})
 }
 
-// Whoever has waited as long as it may is told what the gate is like.
+// A reader that has waited as long as it may gets an error with the gate's state.
 func TestReaderWithoutATurn(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("warm", map[string]any{"min_ttl": "20m"})
@@ -150,13 +150,13 @@ func TestReaderWithoutATurn(t *testing.T) {
 		wantStatus(t, got.err, http.StatusTooManyRequests, `role "cold"`, `config "default"`, "waiting", "per second", "MojoAuth is throttling", "Try again in")
 		resp, _ := m.HandleRequest(context.Background(), &logical.Request{Operation: logical.ReadOperation, Path: "creds/cold", Storage: m.storage})
 		if resp == nil || len(resp.Headers["Retry-After"]) != 1 || resp.IsError() || resp.Data != nil {
-			t.Fatalf("got the response %v with the error, want a header Retry-After and nothing else", resp)
+			t.Fatalf("got the response %v with the error, want only a Retry-After header", resp)
 		}
 		if n, err := strconv.Atoi(resp.Headers["Retry-After"][0]); err != nil || n < 1 || n > 30 {
-			t.Errorf("got the header %v, want 1 to 30 seconds", resp.Headers)
+			t.Errorf("got the headers %v, want 1 to 30 seconds", resp.Headers)
 		}
 		if took < 10*time.Second || took > 11*time.Second {
-			t.Errorf("that took %s, want request_timeout and a second", took)
+			t.Errorf("took %s, want request_timeout and a second", took)
 		}
 		time.Sleep(45 * time.Minute)
 		got, took = m.patiently("warm", nil)
@@ -168,7 +168,7 @@ func TestReaderWithoutATurn(t *testing.T) {
 	})
 }
 
-func TestRetryAfterBeyondAReadsTimeIsToldAtOnce(t *testing.T) {
+func TestRetryAfterBeyondAReadsTimeFailsImmediately(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.write("roles/other", nil)
@@ -181,7 +181,7 @@ func TestRetryAfterBeyondAReadsTimeIsToldAtOnce(t *testing.T) {
 				got, took := m.patiently(role, nil)
 				wantStatus(t, got.err, http.StatusTooManyRequests, "Retry-After")
 				if took != 0 {
-					t.Errorf("that took %s", took)
+					t.Errorf("took %s", took)
 				}
 			}
 			m.wantMints(1)
@@ -189,7 +189,7 @@ func TestRetryAfterBeyondAReadsTimeIsToldAtOnce(t *testing.T) {
 		closed()
 		_, err := m.request(logical.UpdateOperation, "rotate-role/app", nil)
 		wantStatus(t, err, http.StatusTooManyRequests, "Retry-After")
-		// A write of the config does not open the gate, and a verification obeys it.
+		// Writing the config does not open the gate, and a verification waits for it too.
 		m.write("config", map[string]any{"verify_connection": false, "max_retries": 1})
 		closed()
 		if text := m.refused(logical.UpdateOperation, "config", map[string]any{"max_retries": 3}); !strings.Contains(text, "verify_connection=false") {
@@ -200,7 +200,7 @@ func TestRetryAfterBeyondAReadsTimeIsToldAtOnce(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		m.mojo.set(func(s *standIn) { s.fail = nil })
 		if got, took := m.patiently("app", nil); got.err != nil || took > 10*time.Second {
-			t.Errorf("a reader who has the time got %v after %s, want a token when the gate opens", got.err, took)
+			t.Errorf("a reader with enough time got %v after %s, want a token when the gate opens", got.err, took)
 		}
 	})
 }
@@ -213,13 +213,13 @@ func TestVerificationWithoutATurn(t *testing.T) {
 		text := m.refused(logical.UpdateOperation, "config", map[string]any{"max_retries": 3})
 		for _, part := range []string{"no turn", "MojoAuth is throttling", "verify_connection=false"} {
 			if !strings.Contains(text, part) {
-				t.Errorf("got %q, want it to hold %q", text, part)
+				t.Errorf("got %q, want it to contain %q", text, part)
 			}
 		}
 	})
 }
 
-func TestVerificationOfAConfigThatGoes(t *testing.T) {
+func TestVerificationOfADeletedConfig(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -247,25 +247,25 @@ func TestNewEndpointHasANewGate(t *testing.T) {
 	})
 }
 
-func TestLimitAppliesToThoseWhoWait(t *testing.T) {
+func TestLimitAppliesToWaitingRequests(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(map[string]any{"max_requests_per_second": 1}))
 		wg := m.coldRoles(20, func(time.Duration) {})
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
 		if n := m.mojo.mints.Load(); n > 6 {
-			t.Errorf("%d requests were sent in 5 seconds at 1 a second", n)
+			t.Errorf("got %d requests in 5 seconds at 1 a second", n)
 		}
 		m.write("config", map[string]any{"max_requests_per_second": 1000, "verify_connection": false})
 		began := time.Now()
 		wg.Wait()
 		if took := time.Since(began); took > 4*time.Second {
-			t.Errorf("after the limit was raised the others took %s", took)
+			t.Errorf("after the limit was raised, the others took %s", took)
 		}
 	})
 }
 
-// A back-off that begins answers those at once who wait for their turn.
+// When a back-off begins, readers that wait for a turn get its error immediately.
 func TestBackoffEndsTheWaitingAtTheGate(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(nil))
@@ -277,7 +277,7 @@ func TestBackoffEndsTheWaitingAtTheGate(t *testing.T) {
 			wg.Go(func() {
 				got, took := m.patiently(fmt.Sprintf("r%d", i), nil)
 				if got.err == nil || !strings.Contains(got.err.Error(), "invalid_client") || took != 100*time.Millisecond {
-					t.Errorf("got %v after %s, want the failure of the first as soon as it came", got.err, took)
+					t.Errorf("got %v after %s, want the first one's failure as soon as it happened", got.err, took)
 				}
 			})
 		}
@@ -286,15 +286,15 @@ func TestBackoffEndsTheWaitingAtTheGate(t *testing.T) {
 	})
 }
 
-// A reader whose old token comes to its floor while the request waits for its turn is one
-// without a token from then on: it goes on waiting.
-func TestReaderWhoseTokenEndsAtTheGateWaitsOn(t *testing.T) {
+// While a reader's request waits for a turn, its old token reaches its floor. From then
+// on it is a reader without a token, and keeps waiting.
+func TestReaderWhoseTokenExpiresAtTheGateKeepsWaiting(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.mojo.set(func(s *standIn) { s.lifetime = 8 * time.Second })
 		m.configure("app", nil)
 		m.wantToken("app", 1)
 		m.mojo.set(func(s *standIn) { s.fail = &mintError{class: classThrottled, status: 429} })
-		time.Sleep(6500 * time.Millisecond) // the floor is 700 ms away
+		time.Sleep(6500 * time.Millisecond) // 700 ms before the floor
 		reader := make(chan got, 1)
 		go func() { reader <- m.creds("app", nil) }()
 		time.Sleep(time.Second)
@@ -305,8 +305,8 @@ func TestReaderWhoseTokenEndsAtTheGateWaitsOn(t *testing.T) {
 	})
 }
 
-// A verification asks the endpoint that the config's mints ask: it passes their gate,
-// also when nobody has asked through it yet.
+// A verification and the config's mints use the same endpoint, so it passes the same
+// gate, even if no mint has used that gate yet.
 func TestVerificationPassesTheGateOfTheMintsAfterIt(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.mojo.set(func(s *standIn) { s.fail = &mintError{class: classThrottled, status: 429, retryAfter: time.Minute} })
@@ -318,9 +318,9 @@ func TestVerificationPassesTheGateOfTheMintsAfterIt(t *testing.T) {
 	})
 }
 
-// A request has the whole request_timeout, however late it leaves; and nobody is told of
-// a timeout that the request had no time for.
-func TestTimeAtTheGateIsNoTimeout(t *testing.T) {
+// A request has the whole request_timeout, no matter how late it leaves, and no error
+// reports a timeout that the request had no time to reach.
+func TestTimeAtTheGateIsNotATimeout(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.mojo.set(func(s *standIn) {
@@ -333,18 +333,19 @@ func TestTimeAtTheGateIsNoTimeout(t *testing.T) {
 		})
 		wantStatus(t, m.creds("app", nil).err, http.StatusTooManyRequests, "has not answered yet")
 		time.Sleep(7 * time.Second)
-		m.wantToken("app", 2) // the request went on without the reader
+		m.wantToken("app", 2) // the request continued without the reader
 		m.wantMints(2)
 	})
 }
 
-// Whose role or config is written until the time is over can only come again.
-func TestReaderWhoseTimeEndsInAWriteMayComeAgain(t *testing.T) {
+// If writes of the role or config take up all of a reader's time, the error says to try
+// again.
+func TestReadDelayedByWritesMayBeRetried(t *testing.T) {
 	_, err := mintFailure("app", errOutdated)
 	wantStatus(t, err, http.StatusTooManyRequests, `role "app"`, "Try again")
 }
 
-func TestNothingIsAskedForReadersWhoLeftBeforeTheirTurn(t *testing.T) {
+func TestNoRequestForReadersWhoLeftBeforeTheirTurn(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("first", nil)
 		m.creds("first", nil)
@@ -355,17 +356,18 @@ func TestNothingIsAskedForReadersWhoLeftBeforeTheirTurn(t *testing.T) {
 			synctest.Wait()
 			cancel()
 		}
-		time.Sleep(10 * time.Minute) // for some of which slots remember that storage had nothing
+		time.Sleep(10 * time.Minute) // for part of it, slots remember that storage had no token
 		synctest.Wait()
 		m.wantMints(1)
 		if n := m.kept().slots; n != 1 {
-			t.Errorf("%d slots are left, want that of the role with a token", n)
+			t.Errorf("got %d slots, want only that of the role with a token", n)
 		}
 	})
 }
 
-// A role that is deleted while its reader waits for a turn is not asked for.
-func TestNothingIsAskedForARoleThatIsGone(t *testing.T) {
+// If a role is deleted while its reader waits for a turn, the engine requests no token
+// for it.
+func TestNoRequestForADeletedRole(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("first", nil)
 		m.write("roles/gone", nil)
@@ -382,10 +384,10 @@ func TestNothingIsAskedForARoleThatIsGone(t *testing.T) {
 	})
 }
 
-// Neither going through subsets of a role nor rotating it in a loop holds up others.
-func TestGreedyCallersHoldUpNobody(t *testing.T) {
+// Neither reading many subsets of a role nor rotating it in a loop holds up other roles.
+func TestGreedyCallersDelayNoOthers(t *testing.T) {
 	scopes := manyScopes(12)
-	const greedy = 100 // at once
+	const greedy = 100 // concurrent
 	for name, grab := range map[string]func(m *testMount, i int){
 		"subsets": func(m *testMount, i int) {
 			for n, set := range subsets(scopes, 4096) {
@@ -415,17 +417,18 @@ func TestGreedyCallersHoldUpNobody(t *testing.T) {
 				}
 				for _, role := range roles {
 					if got, took := m.patiently(role, nil); got.err != nil || took > time.Second {
-						t.Errorf("a cold read of %s got %v after %s, want a token within a second", role, got.err, took)
+						t.Errorf("a first read of %s got %v after %s, want a token within a second", role, got.err, took)
 					}
 				}
-				time.Sleep(20 * time.Minute) // until the greedy ones have had enough
+				time.Sleep(20 * time.Minute) // until the greedy callers are done
 			})
 		})
 	}
 }
 
-// At a limit of one request a second, too, a loop of rotations leaves room.
-func TestRotationsInALoopStarveNobody(t *testing.T) {
+// Even at a limit of one request a second, a loop of rotations leaves room for other
+// requests.
+func TestRotationsInALoopStarveNoOthers(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(map[string]any{"max_requests_per_second": 1}))
 		m.write("roles/greedy", nil)
@@ -439,13 +442,13 @@ func TestRotationsInALoopStarveNobody(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		m.coldRoles(30, func(after time.Duration) {
 			if after > 45*time.Second {
-				t.Errorf("a cold role waited %s among 30", after)
+				t.Errorf("one of 30 roles without a token waited %s", after)
 			}
 		}).Wait()
 	})
 }
 
-// Roles that were minted together are renewed apart, and all in time.
+// Renewals of roles that were minted together are spread out, and all are in time.
 func TestRenewalsAreSpread(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		const roles = 500
@@ -461,16 +464,17 @@ func TestRenewalsAreSpread(t *testing.T) {
 		sent := m.mojo.since(roles)
 		slices.SortFunc(sent, time.Time.Compare)
 		if took := sent[len(sent)-1].Sub(sent[0]); took < 2*time.Minute || took > time.Hour/25 {
-			t.Errorf("500 tokens of an hour that were minted together were renewed within %s, want most of 2m24s", took)
+			t.Errorf("500 one-hour tokens that were minted together were renewed within %s, want most of 2m24s", took)
 		}
 		if most := busiest(sent); most > 20 {
-			t.Errorf("%d renewals fell into one second", most)
+			t.Errorf("%d renewals were in one second", most)
 		}
 	})
 }
 
-// Warm tokens that come due in a storm of cold readers come first when it hurts.
-func TestNoTokenEndsInAStormOfColdReaders(t *testing.T) {
+// During a rush of reads without a token, renewals of cached tokens come first once they
+// are urgent.
+func TestNoTokenExpiresInAStormOfColdReaders(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		const warm = 30
 		m.write("config", testConfig(map[string]any{"max_requests_per_second": 1}))
@@ -486,7 +490,7 @@ func TestNoTokenEndsInAStormOfColdReaders(t *testing.T) {
 			time.Sleep(time.Second)
 			for i := range warm {
 				if got, took := m.patiently(fmt.Sprintf("warm%d", i), nil); got.err != nil || took > 2*time.Second {
-					t.Fatalf("a warm role got %v after %s", got.err, took)
+					t.Fatalf("a role with a cached token got %v after %s", got.err, took)
 				}
 			}
 			synctest.Wait()
@@ -495,7 +499,7 @@ func TestNoTokenEndsInAStormOfColdReaders(t *testing.T) {
 	})
 }
 
-// A renewal that more urgent requests crowd out comes back by itself.
+// A renewal that more urgent requests crowd out is tried again automatically.
 func TestCrowdedOutRenewalComesBack(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.random = func() float64 { return 0 }
@@ -513,17 +517,17 @@ func TestCrowdedOutRenewalComesBack(t *testing.T) {
 		for range 3 {
 			time.Sleep(time.Second)
 			if n := m.read("status")["mint_failures"].(map[string]any)["no_turn"].(int64); n > 200 {
-				t.Errorf("%d mints had no turn: the renewal came back too often", n)
+				t.Errorf("%d mints got no turn: the renewal was tried too often", n)
 			}
 		}
 		wg.Wait()
 		if n := m.read("status")["mint_failures"].(map[string]any)["no_turn"].(int64); n == 0 {
-			t.Error("nobody was crowded out: nothing was shown")
+			t.Error("nothing was crowded out: the test shows nothing")
 		}
 		time.Sleep(time.Minute)
 		n := m.mojo.mints.Load()
 		if got := m.creds("warm", nil); got.err != nil || strings.HasPrefix(got.token, "token-1-") {
-			t.Errorf("when the crowd had gone, a reader got %v, want the next token", got)
+			t.Errorf("after the rush, a reader got %v, want the next token", got)
 		}
 		m.wantMints(n)
 	})

@@ -58,7 +58,7 @@ func TestConfigRoundTrip(t *testing.T) {
 	m.do(logical.DeleteOperation, "config", nil) // again: no error
 }
 
-func TestConfigUpdateLeavesOtherFields(t *testing.T) {
+func TestConfigUpdateKeepsOtherFields(t *testing.T) {
 	m := newTestMount(t)
 	m.write("config", testConfig(map[string]any{
 		"token_endpoint_auth_method": "client_secret_basic",
@@ -87,12 +87,12 @@ func TestConfigUpdateLeavesOtherFields(t *testing.T) {
 	}
 }
 
-func TestConfigRefusesBadFields(t *testing.T) {
+func TestConfigRefusesInvalidFields(t *testing.T) {
 	cases := []struct {
 		name  string
 		field string
 		value any
-		want  string // a part of the text
+		want  string // part of the error
 	}{
 		{"no URL", "token_url", "", "token_url is required"},
 		{"relative", "token_url", "/oauth2/token", "token_url is not a full URL"},
@@ -134,20 +134,20 @@ func TestConfigRefusesBadFields(t *testing.T) {
 			m := newTestMount(t)
 			text := m.refused(logical.UpdateOperation, "config/mine", testConfig(map[string]any{c.field: c.value}))
 			if !strings.Contains(text, c.want) {
-				t.Errorf("got %q, want it to hold %q", text, c.want)
+				t.Errorf("got %q, want it to contain %q", text, c.want)
 			}
 			if strings.Contains(text, canary) {
-				t.Errorf("the text holds the client secret: %q", text)
+				t.Errorf("the error contains the client secret: %q", text)
 			}
 			if got := m.read("config/mine"); got != nil {
-				t.Errorf("it was saved: %v", got)
+				t.Errorf("the config was saved: %v", got)
 			}
 		})
 	}
 }
 
-// Enter after a secret that is typed, or the end of a file, is no part of it.
-func TestOneLineEndAfterTheSecretIsCut(t *testing.T) {
+// A newline from typing Enter or from the end of a file is not part of the secret.
+func TestOneLineEndAfterTheSecretIsRemoved(t *testing.T) {
 	for _, sent := range []string{canary, canary + "\n", canary + "\r\n"} {
 		m := newTestMount(t)
 		m.write("config", testConfig(map[string]any{"client_secret": sent}))
@@ -156,7 +156,7 @@ func TestOneLineEndAfterTheSecretIsCut(t *testing.T) {
 			t.Fatal(err)
 		}
 		if stored.entry.ClientSecret != canary {
-			t.Errorf("%q was sent: got %q", sent, stored.entry.ClientSecret)
+			t.Errorf("sent %q: got %q", sent, stored.entry.ClientSecret)
 		}
 	}
 }
@@ -179,16 +179,16 @@ func TestConfigAcceptsURLs(t *testing.T) {
 	}
 }
 
-// Someone who does not know the client secret cannot have it sent anywhere else, nor
-// have Vault believe another server.
-func TestSecretIsNotRedirectedByWhoDoesNotSendIt(t *testing.T) {
+// Someone who does not know the client secret cannot redirect it to another host, or make
+// the engine trust another server.
+func TestSecretIsNotRedirectedUnlessItIsSent(t *testing.T) {
 	const old = "https://project.auth.mojoauth.test/oauth2/token"
 	certificates := testCertificates(t, 2)
 	cases := []struct {
 		name    string
-		before  string // the ca_cert that is there
+		before  string // the ca_cert before the write
 		change  map[string]any
-		refused string // the field that needs the secret, "" when none does
+		refused string // the field that requires the secret, "" for none
 	}{
 		{"host", "", map[string]any{"token_url": "https://evil.test/oauth2/token"}, "token_url"},
 		{"host that looks the same", "", map[string]any{"token_url": "https://project.auth.mojoauth.test./oauth2/token"}, "token_url"},
@@ -227,7 +227,7 @@ func TestSecretIsNotRedirectedByWhoDoesNotSendIt(t *testing.T) {
 				t.Errorf("got %q, want %s and the remedy", text, c.refused)
 			}
 			if got := m.read("config"); !maps.Equal(got, before) {
-				t.Errorf("it was saved all the same: got %v, was %v", got, before)
+				t.Errorf("the config was saved: got %v, was %v", got, before)
 			}
 			c.change["client_secret"] = canary
 			m.write("config", c.change)
@@ -235,9 +235,9 @@ func TestSecretIsNotRedirectedByWhoDoesNotSendIt(t *testing.T) {
 	}
 }
 
-// A host beyond ASCII has an ASCII form, and what looks like another host may not be
-// taken for it: the lower case of U+0130 is i, but https://log\u0130n.test leads to
-// xn--login-bgd.test.
+// A host with characters beyond ASCII has an ASCII form, and must not be mistaken for a
+// host that looks like it: the lower case of U+0130 is i, but https://log\u0130n.test
+// leads to xn--login-bgd.test.
 func TestTokenURLHasAnASCIIHost(t *testing.T) {
 	for _, u := range []string{
 		"https://log\u0130n.mojoauth.test/oauth2/token",
@@ -255,7 +255,7 @@ func TestTokenURLHasAnASCIIHost(t *testing.T) {
 		m := newTestMount(t)
 		text := m.refused(logical.UpdateOperation, "config", testConfig(map[string]any{"token_url": u}))
 		if !strings.Contains(text, "token_url ") || !strings.Contains(text, "xn--") {
-			t.Errorf("%+q: got %q, want token_url and a word on xn--", u, text)
+			t.Errorf("%+q: got %q, want it to name token_url and xn--", u, text)
 		}
 	}
 	for _, u := range []string{
@@ -301,7 +301,7 @@ func TestConfigIsVerifiedBeforeItIsSaved(t *testing.T) {
 			if !c.saved {
 				text := m.refused(logical.UpdateOperation, "config", change)
 				if !strings.Contains(text, "verify_connection=false") || !strings.Contains(text, `"default"`) {
-					t.Errorf("got %q, want the config's name and the way around", text)
+					t.Errorf("got %q, want the config's name and how to skip the verification", text)
 				}
 			} else if resp := m.write("config", change); (resp != nil && len(resp.Warnings) > 0) != c.warning {
 				t.Errorf("got %v, want a warning: %v", resp, c.warning)
@@ -314,15 +314,16 @@ func TestConfigIsVerifiedBeforeItIsSaved(t *testing.T) {
 				t.Errorf("saved: %v, want %v", got, c.saved)
 			}
 			if got := m.mojo.mints.Load(); got != 1 {
-				t.Errorf("asked MojoAuth %d times, want once", got)
+				t.Errorf("got %d token requests, want 1", got)
 			}
 		})
 	}
 }
 
-// Whoever may write a config may have any host asked. So verifications go one at a time
-// for a mount, and at most one a second; one that finds no turn may be refused.
-func TestVerificationsGoOneAtATime(t *testing.T) {
+// Anyone who may write a config can make the engine send requests to any host. So a mount
+// verifies one config at a time, at most once a second; a verification that gets no turn
+// may fail.
+func TestVerificationsRunOneAtATime(t *testing.T) {
 	for name, latency := range map[string]time.Duration{"slow": 2 * time.Second, "quick": 0} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(m *testMount) {
@@ -338,7 +339,7 @@ func TestVerificationsGoOneAtATime(t *testing.T) {
 						resp, err := m.request(logical.UpdateOperation, fmt.Sprintf("config/c%d", i%4), fields)
 						switch {
 						case err != nil:
-							t.Errorf("got the error %v, want it saved or refused as a 400", err)
+							t.Errorf("got the error %v, want the config saved or an error response", err)
 						case !resp.IsError():
 							saved.Add(1)
 						case !strings.Contains(resp.Error().Error(), "was not saved"):
@@ -349,7 +350,7 @@ func TestVerificationsGoOneAtATime(t *testing.T) {
 				wg.Wait()
 				m.mojo.set(func(s *standIn) {
 					if s.peak != 1 {
-						t.Errorf("%d verifications were under way at once, want 1", s.peak)
+						t.Errorf("got %d concurrent verifications, want 1", s.peak)
 					}
 				})
 				sent := m.mojo.since(0)
@@ -369,8 +370,8 @@ func TestVerificationsGoOneAtATime(t *testing.T) {
 	}
 }
 
-// The endpoint takes the request and never says a word, and the client does not notice
-// that its context has ended.
+// The endpoint accepts the request and never answers, and the client ignores its canceled
+// context.
 func TestVerificationIsAnsweredWithinOneDeadline(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		deaf := make(chan struct{})
@@ -388,16 +389,16 @@ func TestVerificationIsAnsweredWithinOneDeadline(t *testing.T) {
 		select {
 		case text := <-answer:
 			if took := time.Since(began); took > 3*time.Second || !strings.Contains(text, "verify_connection=false") {
-				t.Errorf("after %s got %q, want within 3s that the config was not saved, and the way around", took, text)
+				t.Errorf("after %s got %q, want an error within 3s that says the config was not saved and how to skip the verification", took, text)
 			}
 		case <-time.After(time.Hour):
-			t.Error("a write has no answer after an hour, want one within 3s")
+			t.Error("a write got no response after an hour, want one within 3s")
 		}
 	})
 }
 
-// Vault asks whether an entry exists before it says which right a write needs. Who has
-// only the right to create must not overwrite what somebody wrote since.
+// Vault runs the existence check before it decides which capability a write needs. A
+// client that may only create must not overwrite what someone wrote in the meantime.
 func TestCreateOverwritesNothing(t *testing.T) {
 	for _, c := range []struct {
 		path  string
@@ -413,10 +414,10 @@ func TestCreateOverwritesNothing(t *testing.T) {
 		before := m.read(c.path)
 		resp, err := m.request(logical.CreateOperation, c.path, c.then)
 		if err != nil || !resp.IsError() {
-			t.Errorf("creating %s, which exists: got %v, %v; want it refused", c.path, resp, err)
+			t.Errorf("creating %s, which exists: got %v, %v; want an error response", c.path, resp, err)
 		}
 		if after := m.read(c.path); !reflect.DeepEqual(after, before) {
-			t.Errorf("creating %s, which exists, made it %v, was %v", c.path, after, before)
+			t.Errorf("creating %s, which exists, changed it to %v, was %v", c.path, after, before)
 		}
 	}
 }
@@ -441,7 +442,7 @@ func TestConfigWriteThatCannotBeStored(t *testing.T) {
 
 func TestConfigIsSealWrapped(t *testing.T) {
 	m := newTestMount(t)
-	// Vault matches a pattern as a prefix only when it ends in a slash.
+	// Vault treats a pattern as a prefix only if it ends in a slash.
 	for _, pattern := range m.SpecialPaths().SealWrapStorage {
 		if strings.HasSuffix(pattern, "/") && strings.HasPrefix("config/default", pattern) {
 			return
@@ -461,11 +462,11 @@ func TestConfigWritesAreForwarded(t *testing.T) {
 		}
 	}
 	if props := m.Route("creds/x").Operations[logical.ReadOperation].Properties(); props.ForwardPerformanceStandby || props.ForwardPerformanceSecondary {
-		t.Error("reads of creds are forwarded; they should be served where they arrive")
+		t.Error("reads of creds are forwarded; the node that receives them should serve them")
 	}
 }
 
-// testCertificates makes n certificates, each as PEM.
+// testCertificates returns n certificates in PEM.
 func testCertificates(t testing.TB, n int) []string {
 	t.Helper()
 	var bundle []string
@@ -484,7 +485,7 @@ func testCertificates(t testing.TB, n int) []string {
 	return bundle
 }
 
-// Configs that were stored before there were these fields have their defaults.
+// Configs stored before these fields existed have their default values.
 func TestConfigStoredWithoutLaterFields(t *testing.T) {
 	m := newTestMount(t)
 	old := &logical.StorageEntry{Key: "config/old", Value: []byte(`{"token_url":"https://project.auth.mojoauth.test/oauth2/token","client_id":"client","client_secret":"x","token_endpoint_auth_method":"client_secret_post","request_timeout":10000000000,"max_retries":2,"token_generation":"G"}`)}

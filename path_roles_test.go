@@ -61,7 +61,7 @@ func TestRoleRoundTrip(t *testing.T) {
 	}
 }
 
-func TestRoleRefusesBadFields(t *testing.T) {
+func TestRoleRefusesInvalidFields(t *testing.T) {
 	cases := []struct {
 		name  string
 		field string
@@ -89,10 +89,10 @@ func TestRoleRefusesBadFields(t *testing.T) {
 			m := newTestMount(t)
 			text := m.refused(logical.UpdateOperation, "roles/mine", map[string]any{c.field: c.value})
 			if !strings.Contains(text, c.want) {
-				t.Errorf("got %q, want it to hold %q", text, c.want)
+				t.Errorf("got %q, want it to contain %q", text, c.want)
 			}
 			if got := m.read("roles/mine"); got != nil {
-				t.Errorf("it was saved: %v", got)
+				t.Errorf("the role was saved: %v", got)
 			}
 		})
 	}

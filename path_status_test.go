@@ -18,7 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 )
 
-// aBadDay makes a mount whose config has minted, failed and is in a back-off.
+// aBadDay sets up a mount whose config has minted, failed, and is in a back-off.
 func aBadDay(m *testMount) {
 	m.random = func() float64 { return 0 }
 	m.write("config/unused", testConfig(nil))
@@ -32,12 +32,12 @@ func aBadDay(m *testMount) {
 	})
 	m.creds("bad", nil)
 	m.mojo.set(func(s *standIn) { s.fail = errDown })
-	time.Sleep(45 * time.Minute) // refreshing ahead fails
+	time.Sleep(45 * time.Minute) // the renewal fails
 	synctest.Wait()
-	m.wantToken("app", 1) // stale
+	m.wantToken("app", 1) // a read counted as stale
 }
 
-func TestStatusTellsWhatTheNodeDid(t *testing.T) {
+func TestStatusReportsWhatTheNodeDid(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		began := time.Now()
 		aBadDay(m)
@@ -46,7 +46,7 @@ func TestStatusTellsWhatTheNodeDid(t *testing.T) {
 		configs := got["configs"].(map[string]any)
 		next, err := time.Parse(time.RFC3339, configs["default"].(map[string]any)["next_attempt_at"].(string))
 		if wait := time.Until(next); err != nil || wait < 28*time.Second || wait > 30*time.Second {
-			t.Errorf("next_attempt_at is %s away, %v", wait, err)
+			t.Errorf("next_attempt_at is in %s, %v", wait, err)
 		}
 		delete(configs["default"].(map[string]any), "next_attempt_at")
 		want := map[string]any{
@@ -100,10 +100,10 @@ func (m *testMount) metrics() string {
 	if got := resp.Data[logical.HTTPStatusCode]; got != http.StatusOK {
 		m.t.Errorf("got status %v", got)
 	}
-	return resp.Data[logical.HTTPRawBody].(string) // no []byte: Vault makes a 500 of an empty one
+	return resp.Data[logical.HTTPRawBody].(string) // not []byte: Vault turns an empty one into a 500
 }
 
-func TestMetricsTellTheSameAsStatus(t *testing.T) {
+func TestMetricsMatchStatus(t *testing.T) {
 	m := newTestMount(t)
 	problems, err := promlint.New(strings.NewReader(m.metrics())).Lint()
 	if err != nil || len(problems) != 0 {
@@ -157,9 +157,9 @@ func TestMetricsTellTheSameAsStatus(t *testing.T) {
 	})
 }
 
-// An outage is a line when it begins and one when it ends, whatever the readers
+// An outage logs one line when it begins and one when it ends, no matter what the readers
 // do.
-func TestLogTellsOfChanges(t *testing.T) {
+func TestLogReportsChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log lockedBuffer
 		mojo := &standIn{lifetime: time.Hour}
@@ -170,7 +170,7 @@ func TestLogTellsOfChanges(t *testing.T) {
 			t.Fatal(err)
 		}
 		lines := func(with string) int {
-			synctest.Wait() // until what is under way is logged
+			synctest.Wait() // until everything in progress is logged
 			n := 0
 			for line := range strings.Lines(log.String()) {
 				if strings.Contains(line, with) {
@@ -184,7 +184,7 @@ func TestLogTellsOfChanges(t *testing.T) {
 		if lines("[DEBUG] minted a token: config=default role=app") != 1 {
 			t.Errorf("no line for the mint:\n%s", log.String())
 		}
-		time.Sleep(58 * time.Minute) // lapses after one refresh ahead
+		time.Sleep(58 * time.Minute) // the token lapses after one renewal
 		synctest.Wait()
 		m.mojo.set(func(s *standIn) { s.fail = errDown })
 		m.write("roles/app", map[string]any{"audience": "x"})
@@ -201,14 +201,14 @@ func TestLogTellsOfChanges(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 		if lines("[WARN]") != 2 || lines("class=timeout") != 1 {
-			t.Errorf("want one line more when it changes:\n%s", log.String())
+			t.Errorf("want one more line when the failure changes:\n%s", log.String())
 		}
 		m.mojo.set(func(s *standIn) { s.fail = nil })
 		for range 60 {
 			m.creds("app", nil)
 			time.Sleep(time.Second)
 		}
-		// What a single caller asks for and is refused is no warning to the operator.
+		// A refusal of what a single caller requested is not logged as a warning.
 		m.write("roles/app", map[string]any{"scopes": "a,b"})
 		m.mojo.set(func(s *standIn) {
 			s.failFor = func(req tokenRequest) error {
@@ -220,11 +220,11 @@ func TestLogTellsOfChanges(t *testing.T) {
 		})
 		m.creds("app", map[string]any{"scopes": "a"})
 		if lines("[WARN]") != 2 || lines("[DEBUG] failed to mint a token: config=default role=app class=request_refused") != 1 {
-			t.Errorf("want a refusal of narrowed scopes at debug level:\n%s", log.String())
+			t.Errorf("want a refused scope subset at debug level:\n%s", log.String())
 		}
 		m.mojo.set(func(s *standIn) { s.failFor = nil })
 		if lines("[INFO]  minting succeeds again: config=default role=app") != 1 {
-			t.Errorf("want one line when it is over:\n%s", log.String())
+			t.Errorf("want one line when the outage is over:\n%s", log.String())
 		}
 
 		m.write("roles/bad", map[string]any{"scopes": "x"})
@@ -239,12 +239,12 @@ func TestLogTellsOfChanges(t *testing.T) {
 			t.Errorf("want one line for a refused request:\n%s", log.String())
 		}
 		if strings.Contains(log.String(), canary) || strings.Contains(log.String(), "token-1") {
-			t.Errorf("the log holds a secret:\n%s", log.String())
+			t.Errorf("the log contains a secret:\n%s", log.String())
 		}
 	})
 }
 
-// lockedBuffer is a buffer that is written while it is read.
+// lockedBuffer is a buffer that can be written and read concurrently.
 type lockedBuffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -262,7 +262,7 @@ func (b *lockedBuffer) String() string {
 	return b.buf.String()
 }
 
-// Totals are the mount's: a counter that goes down looks like a restart.
+// Totals belong to the mount: a counter that goes down looks like a restart.
 func TestStatusTotalsOutliveTheirConfigs(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		aBadDay(m)
@@ -277,32 +277,32 @@ func TestStatusTotalsOutliveTheirConfigs(t *testing.T) {
 				}
 			}
 			if configs := after["configs"].(map[string]any); len(configs) != 1 {
-				t.Errorf("got the configs %v, want the one there is", configs)
+				t.Errorf("got the configs %v, want only the existing one", configs)
 			}
 		}
-		// What is written again begins anew.
+		// A config that is created again starts from zero.
 		m.write("config", testConfig(nil))
 		if got := m.read("status")["configs"].(map[string]any)["default"]; !reflect.DeepEqual(got, map[string]any{}) {
-			t.Errorf("a config that was written again has %v", got)
+			t.Errorf("a config that was created again has %v", got)
 		}
 	})
 }
 
-// An account is kept as long as its config, whoever asks.
-func TestAccountOfAConfigEndsWithIt(t *testing.T) {
+// An account is kept as long as its config exists, no matter who asks.
+func TestAccountIsDeletedWithItsConfig(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
 		if got := m.telemetry.snapshot(nil); len(got) != 0 {
-			t.Errorf("got %v, want nothing of what was not listed", got)
+			t.Errorf("got %v, want nothing for a config that is not listed", got)
 		}
 		if got := m.telemetry.snapshot([]string{"default"})["default"].results[resultOK]; got != 1 {
-			t.Errorf("%d mints are counted, want 1", got)
+			t.Errorf("got %d mints, want 1", got)
 		}
 		m.elsewhere(func(other *testMount) { other.do(logical.DeleteOperation, "config", nil) }, "config/default")
 		synctest.Wait()
 		if got := m.kept().accounts; got != 0 {
-			t.Errorf("%d accounts are kept of configs that are gone", got)
+			t.Errorf("got %d accounts of deleted configs, want 0", got)
 		}
 	})
 }

@@ -18,10 +18,9 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// What a read of creds gets: which token, how long it may take, and what it is told
-// when there is none.
+// What a read of creds returns: which token, how soon, and which error if there is none.
 
-func TestCredsAnswerHasEveryKey(t *testing.T) {
+func TestCredsResponseHasEveryKey(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"scopes": "b,a"})
 		got := m.read("creds/app") // checked against the response schema
@@ -78,7 +77,7 @@ func TestManyColdReadersCauseOneMint(t *testing.T) {
 		}
 		wg.Wait()
 		if failed.Load() != 0 || answered.Load() != readers {
-			t.Errorf("%d of %d readers got no or another token", failed.Load(), answered.Load())
+			t.Errorf("%d of %d readers got no token or another one", failed.Load(), answered.Load())
 		}
 		m.wantMints(1)
 	})
@@ -101,9 +100,9 @@ func TestCachedReadTouchesNoStorage(t *testing.T) {
 	})
 }
 
-// Not even a mint is in the way of a token that is good, nor a write that waits
-// for MojoAuth or for storage.
-func TestCachedReadWaitsForNobody(t *testing.T) {
+// Neither a mint nor a write that waits for MojoAuth or for storage delays a read of a
+// good token.
+func TestCachedReadNeverWaits(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.write("roles/slow", nil)
@@ -119,19 +118,19 @@ func TestCachedReadWaitsForNobody(t *testing.T) {
 		if waited := time.Since(began); waited != 0 {
 			t.Errorf("a cached read waited %s", waited)
 		}
-		time.Sleep(2 * time.Hour) // until the write has ended
+		time.Sleep(2 * time.Hour) // until the write is done
 	})
 }
 
-func TestReaderWaitsTwoSecondsWhileTheOldTokenWouldDo(t *testing.T) {
-	// L is an hour: R 15 min, F 1 min.
-	// Afterwards the stand-in behaves as then says, and n tokens were asked for: the next
-	// one is under way, since the write ends the back-off.
+func TestReaderWithAUsableTokenWaitsTwoSeconds(t *testing.T) {
+	// L is an hour: R is 15 min, F 1 min. Afterward the stand-in behaves as then
+	// specifies, and there were n token requests: the next one is in progress, because
+	// the write ends the back-off.
 	toRefreshWindow := func(m *testMount, then func(*standIn)) (n int64) {
 		m.t.Helper()
 		m.configure("app", map[string]any{"min_ttl": "20m"}) // R is 20 min
 		m.wantToken("app", 1)
-		m.mojo.set(func(s *standIn) { s.fail = errDown }) // so that nothing is refreshed ahead
+		m.mojo.set(func(s *standIn) { s.fail = errDown }) // prevents renewals
 		time.Sleep(41 * time.Minute)
 		synctest.Wait()
 		m.mojo.set(then)
@@ -169,7 +168,7 @@ func TestReaderWaitsTwoSecondsWhileTheOldTokenWouldDo(t *testing.T) {
 			wg.Wait()
 			time.Sleep(3 * time.Second)
 			synctest.Wait()
-			m.wantToken("app", n+1) // what the readers did not wait for was kept
+			m.wantToken("app", n+1) // the mint that the readers did not wait for was kept
 			m.wantMints(n + 1)
 		})
 	})
@@ -182,7 +181,7 @@ func TestReaderWaitsTwoSecondsWhileTheOldTokenWouldDo(t *testing.T) {
 					t.Errorf("got ttl %d with the old token, want 30 to 60", got.ttl)
 				}
 				if len(got.warnings) != 1 || !strings.Contains(got.warnings[0], "HTTP 503") {
-					t.Errorf("got the warnings %q, want one that says why", got.warnings)
+					t.Errorf("got the warnings %q, want one with the reason", got.warnings)
 				}
 			}
 			m.wantMints(n + 1) // and then a back-off
@@ -190,7 +189,7 @@ func TestReaderWaitsTwoSecondsWhileTheOldTokenWouldDo(t *testing.T) {
 	})
 }
 
-func TestSpentTokenIsNeverServed(t *testing.T) {
+func TestExpiredTokenIsNeverServed(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -222,16 +221,16 @@ func TestReaderWhoGivesUpDoesNotCancelTheMint(t *testing.T) {
 		go func() { time.Sleep(time.Millisecond); patient <- m.creds("app", nil) }()
 		go func() { time.Sleep(time.Second); cancel() }()
 		if got := m.credsCtx(ctx, "app", nil); !errors.Is(got.err, context.Canceled) {
-			t.Errorf("who gave up got %v", got)
+			t.Errorf("the reader that gave up got %v", got)
 		}
 		if got := <-patient; got.err != nil {
-			t.Errorf("who waited got %v", got.err)
+			t.Errorf("the reader that waited got %v", got.err)
 		}
 		m.wantMints(1)
 	})
 }
 
-func TestLifetimeNobodyTellsIsAssumedWithAWarning(t *testing.T) {
+func TestMissingLifetimeIsAssumedWithAWarning(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.mojo.set(func(s *standIn) { s.lifetime = 0 })
 		m.configure("app", nil)
@@ -242,7 +241,7 @@ func TestLifetimeNobodyTellsIsAssumedWithAWarning(t *testing.T) {
 		if got, want := resp.Data["expires_at_seconds"], time.Now().Add(5*time.Minute).Unix(); got != want {
 			t.Errorf("got expires_at_seconds %v, want %v", got, want)
 		}
-		m.write("roles/app", map[string]any{"max_ttl": "30m"}) // applies to the token that is held
+		m.write("roles/app", map[string]any{"max_ttl": "30m"}) // applies to the cached token
 		resp = m.do(logical.ReadOperation, "creds/app", nil)
 		if len(resp.Warnings) != 0 || resp.Data["expires_at_seconds"] != time.Now().Add(30*time.Minute).Unix() {
 			t.Errorf("with max_ttl: got %v", resp)
@@ -260,7 +259,7 @@ func TestNarrowerGrantIsAWarning(t *testing.T) {
 			t.Errorf("got the warnings %q", resp.Warnings)
 		}
 		if resp := m.do(logical.ReadOperation, "creds/app", map[string]any{"scopes": "a"}); len(resp.Warnings) != 0 {
-			t.Errorf("got the warnings %q for what was granted", resp.Warnings)
+			t.Errorf("got the warnings %q for scopes that were granted", resp.Warnings)
 		}
 	})
 }
@@ -273,7 +272,7 @@ func TestTimeoutIsAGatewayTimeout(t *testing.T) {
 	})
 }
 
-func TestStorageErrorsStayWhatTheyAre(t *testing.T) {
+func TestStorageErrorsAreReturnedUnchanged(t *testing.T) {
 	m := newTestMount(t)
 	broken := errors.New("disk on fire")
 	m.storage.fail.Store(&broken)
@@ -282,7 +281,7 @@ func TestStorageErrorsStayWhatTheyAre(t *testing.T) {
 	}
 }
 
-func TestStoredEntryThatCannotBeReadIsNamed(t *testing.T) {
+func TestErrorNamesUndecodableEntry(t *testing.T) {
 	for _, key := range []string{"config/default", "roles/app"} {
 		m := newTestMount(t)
 		m.configure("app", nil)
@@ -291,7 +290,7 @@ func TestStoredEntryThatCannotBeReadIsNamed(t *testing.T) {
 		}
 		m.InvalidateKey(t.Context(), key)
 		if got := m.creds("app", nil); got.err == nil || !strings.Contains(got.err.Error(), key) {
-			t.Errorf("got %v, want the key %s in it", got.err, key)
+			t.Errorf("got %v, want it to name the key %s", got.err, key)
 		}
 	}
 }
@@ -308,18 +307,18 @@ func TestMinTTLOfAReaderOnlyRaises(t *testing.T) {
 		if got := m.creds("app", map[string]any{"min_ttl": "45m"}); !strings.HasPrefix(got.token, "token-2-") || len(got.warnings) != 0 {
 			t.Errorf("got %v, want a new token for 45 minutes", got)
 		}
-		m.wantToken("app", 2) // it is everybody's
+		m.wantToken("app", 2) // all readers get it
 		got := m.creds("app", map[string]any{"min_ttl": "2h"})
 		if !strings.HasPrefix(got.token, "token-2-") || len(got.warnings) != 1 || !strings.Contains(got.warnings[0], "its lifetime is 1h0m0s") {
-			t.Errorf("got %v, want a warning that no token lives that long", got)
+			t.Errorf("got %v, want a warning that no token is valid for that long", got)
 		}
 		m.wantMints(2)
-		// It narrows, never widens: the role's stays the least.
+		// A reader's min_ttl can only raise the role's.
 		m.write("roles/app", map[string]any{"min_ttl": "45m"})
 		time.Sleep(20 * time.Minute)
 		synctest.Wait()
 		if got := m.creds("app", map[string]any{"min_ttl": "1m"}); !strings.HasPrefix(got.token, "token-3-") {
-			t.Errorf("got %v, want the role's min_ttl kept", got)
+			t.Errorf("got %v, want the role's min_ttl to apply", got)
 		}
 	})
 }
@@ -337,7 +336,7 @@ func TestLeaseEndsBeforeItsTokenAndRevokesNothing(t *testing.T) {
 			t.Errorf("got the data %v, want the same keys as without a lease", resp.Data)
 		}
 
-		// Revoking touches nothing, and works when everything is gone.
+		// Revoking changes nothing, and works after role and config are deleted.
 		revoke := func() {
 			t.Helper()
 			before := m.storage.operations.Load()
@@ -354,7 +353,7 @@ func TestLeaseEndsBeforeItsTokenAndRevokesNothing(t *testing.T) {
 		m.do(logical.DeleteOperation, "config", nil)
 		revoke()
 
-		// While no new token can be had, the lease on the old one is short.
+		// While no new token is available, a lease on the old one is short.
 		m.configure("app", map[string]any{"generate_lease": true})
 		m.wantToken("app", 2)
 		m.mojo.set(func(s *standIn) { s.fail = errDown })
@@ -366,7 +365,7 @@ func TestLeaseEndsBeforeItsTokenAndRevokesNothing(t *testing.T) {
 	})
 }
 
-// 10,000 readers share a role and do as ttl says: they must not come in a crowd.
+// 10,000 readers share a role and read again after ttl: their reads must be spread out.
 func TestTTLSpreadsReaders(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		const readers = 10_000
@@ -397,13 +396,13 @@ func TestTTLSpreadsReaders(t *testing.T) {
 			}
 		}
 		if busiest == 0 || busiest >= readers/100 {
-			t.Errorf("the busiest second saw %d of %d readers, want fewer than 1 %%", busiest, readers)
+			t.Errorf("got %d of %d readers in the busiest second, want fewer than 1 %%", busiest, readers)
 		}
-		t.Logf("the busiest second saw %d of %d readers; %d tokens were minted in 3 hours", busiest, readers, m.mojo.mints.Load())
+		t.Logf("%d of %d readers in the busiest second; %d tokens were minted in 3 hours", busiest, readers, m.mojo.mints.Load())
 	})
 }
 
-func TestTokenThatHasExpiredOnArrivalIsAnError(t *testing.T) {
+func TestTokenExpiredOnArrivalIsAnError(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"max_ttl": "1s"})
 		m.mojo.set(func(s *standIn) { s.latency = 1500 * time.Millisecond })
@@ -417,13 +416,13 @@ func TestTokenThatHasExpiredOnArrivalIsAnError(t *testing.T) {
 	})
 }
 
-// Not in a bubble, where time stands still while somebody waits for a lock.
+// Not in a bubble, where time stands still while a goroutine waits for a lock.
 func TestManyColdReadersCauseOneClient(t *testing.T) {
 	var made atomic.Int64
 	mojo := &standIn{lifetime: time.Hour}
 	m := newTestMountWith(t, mojo, func(config *configEntry) (minter, error) {
 		made.Add(1)
-		time.Sleep(10 * time.Millisecond) // as asking Vault for its version takes
+		time.Sleep(10 * time.Millisecond) // as long as asking Vault for its version takes
 		return mojo.client(config)
 	})
 	m.write("config", testConfig(nil))
@@ -435,13 +434,13 @@ func TestManyColdReadersCauseOneClient(t *testing.T) {
 	wg.Wait()
 	m.wantMints(20)
 	if got := made.Load(); got != 1 {
-		t.Errorf("%d clients were made for one config, want 1", got)
+		t.Errorf("%d clients were created for one config, want 1", got)
 	}
 }
 
-// Whatever a token endpoint does, a read is answered within request_timeout plus a
-// second. The endpoint here takes a request and never says a word, and the client does
-// not notice that its context has ended.
+// Whatever a token endpoint does, a read gets a response within request_timeout plus a
+// second. This endpoint accepts a request and never answers, and the client ignores its
+// canceled context.
 func TestReadIsAnsweredWithinOneDeadline(t *testing.T) {
 	const bound = 3 * time.Second // request_timeout + 1s
 	silent := func(m *testMount) (release func()) {
@@ -462,7 +461,7 @@ func TestReadIsAnsweredWithinOneDeadline(t *testing.T) {
 			wantStatus(t, got.err, http.StatusGatewayTimeout, `role "app"`)
 		})
 	})
-	t.Run("with a token that comes to its floor meanwhile", func(t *testing.T) {
+	t.Run("with a token that reaches its floor in the meantime", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.write("config", testConfig(map[string]any{"request_timeout": "2s"}))
 			m.write("roles/app", nil)
@@ -472,7 +471,7 @@ func TestReadIsAnsweredWithinOneDeadline(t *testing.T) {
 			time.Sleep(19*time.Minute - time.Second)
 			for range 5 {
 				if got, took := m.patiently("app", nil); took > bound {
-					t.Errorf("the read took %s and got %v, want an answer within %s", took, got, bound)
+					t.Errorf("the read took %s and got %v, want a response within %s", took, got, bound)
 					break
 				}
 				time.Sleep(500 * time.Millisecond)
@@ -481,9 +480,9 @@ func TestReadIsAnsweredWithinOneDeadline(t *testing.T) {
 	})
 }
 
-// The deadline is the read's, not each wait's: a reader who waited for the probe of
-// another role has only the rest of it for a mint of its own. That mint goes on, for
-// whoever comes next.
+// The deadline applies to the whole read, not to each wait: a reader that has waited for
+// another role's probe has only the rest of it for its own mint. That mint continues for
+// later readers.
 func TestReadHasOneDeadlineForAProbeAndItsOwnMint(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("first", nil) // request_timeout is 10s
@@ -498,22 +497,22 @@ func TestReadHasOneDeadlineForAProbeAndItsOwnMint(t *testing.T) {
 
 		got, took := m.patiently("second", nil)
 		if took > 11*time.Second {
-			t.Errorf("a reader waited %s for a probe of 9s and a mint of 9s, want an answer within 11s (got %v)", took, got)
+			t.Errorf("a reader waited %s for a probe of 9s and a mint of 9s, want a response within 11s (got %v)", took, got)
 		}
 		if got := <-probe; got.err != nil {
 			t.Errorf("the probe's reader got %v", got.err)
 		}
 		time.Sleep(10 * time.Second)
 		if got, took := m.patiently("second", nil); got.err != nil || took != 0 {
-			t.Errorf("after the mint has ended a read took %s and got %v, want its token at once", took, got.err)
+			t.Errorf("after the mint, a read took %s and got %v, want its token immediately", took, got.err)
 		}
 		m.wantMints(3)
 	})
 }
 
-// A token that is at or below its floor when it arrives is a failed mint, with a class
-// of its own that everything which counts failures counts.
-func TestTokenOverOnArrivalIsCountedAsAFailure(t *testing.T) {
+// A token that arrives at or below its floor is a failed mint, with a class of its own in
+// everything that counts failures.
+func TestTokenExpiredOnArrivalCountsAsAFailure(t *testing.T) {
 	for name, latency := range map[string]time.Duration{
 		"over":            1500 * time.Millisecond,
 		"below its floor": 950 * time.Millisecond, // F is 100 ms
@@ -524,7 +523,7 @@ func TestTokenOverOnArrivalIsCountedAsAFailure(t *testing.T) {
 				m.configure("app", map[string]any{"max_ttl": "1s"})
 				m.write("roles/other", nil)
 				if line := `mojoauth_mints_total{config="default",result="expired_on_arrival"} 0`; !strings.Contains(m.metrics(), line) {
-					t.Errorf("before the first mint the metrics do not tell %s", line)
+					t.Errorf("before the first mint, the metrics do not have %s", line)
 				}
 				m.mojo.set(func(s *standIn) { s.latency = latency })
 				got := m.creds("app", nil)
@@ -538,20 +537,20 @@ func TestTokenOverOnArrivalIsCountedAsAFailure(t *testing.T) {
 					t.Errorf("mint_failures: got %v, want one expired_on_arrival", failures)
 				}
 				if status["mints"] != int64(0) {
-					t.Errorf("mints: got %v, want 0: nobody got that token", status["mints"])
+					t.Errorf("mints: got %v, want 0: the token was not served", status["mints"])
 				}
 				config := status["configs"].(map[string]any)["default"].(map[string]any)
 				if config["last_error_class"] != "expired_on_arrival" || config["last_error"] == nil || config["last_error_at"] == nil {
-					t.Errorf("the config tells %v, want the failure", config)
+					t.Errorf("got the config's status %v, want the failure", config)
 				}
 				if config["last_mint_at"] != nil {
 					t.Errorf("last_mint_at: got %v, want none", config["last_mint_at"])
 				}
 				if line := `mojoauth_mints_total{config="default",result="expired_on_arrival"} 1`; !strings.Contains(m.metrics(), line) {
-					t.Errorf("the metrics do not tell %s", line)
+					t.Errorf("the metrics do not have %s", line)
 				}
 
-				// It concerns the role alone.
+				// Only this role is affected.
 				m.creds("app", nil)
 				m.wantMints(1)
 				if got := m.creds("other", nil); got.err != nil {

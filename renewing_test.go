@@ -10,12 +10,12 @@ import (
 	"time"
 )
 
-// When the engine mints the next token of a role, and which of two tokens stays.
+// When the engine mints the next token of a role, and which of two tokens it keeps.
 
-// renewed is when a token of an hour is renewed at the latest: L/100 before R.
+// renewed is the latest time at which a one-hour token is renewed: L/100 before R.
 const renewed = 45*time.Minute - time.Hour/100
 
-func TestTokenInUseIsRenewedBeforeItIsAskedFor(t *testing.T) {
+func TestTokenInUseIsRenewedAheadOfReads(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.random = func() float64 { return 0 }
 		m.configure("app", nil)
@@ -41,18 +41,18 @@ func TestIdleRoleLapses(t *testing.T) {
 		m.wantToken("app", 1)
 		time.Sleep(46 * time.Minute)
 		synctest.Wait()
-		m.wantMints(2) // once ahead, since the first was read
+		m.wantMints(2) // renewed once, because the first token was read
 		time.Sleep(48 * time.Hour)
 		synctest.Wait()
 		m.wantMints(2)
 		if n := m.kept().slots; n != 0 {
-			t.Errorf("%d slots are left of an idle role, want none", n)
+			t.Errorf("got %d slots of an idle role, want 0", n)
 		}
 		m.wantToken("app", 3)
 	})
 }
 
-func TestRefreshAheadTriesAgainAfterEachBackoff(t *testing.T) {
+func TestRenewalTriesAgainAfterEachBackoff(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.random = func() float64 { return 0 }
 		m.configure("app", nil)
@@ -68,10 +68,10 @@ func TestRefreshAheadTriesAgainAfterEachBackoff(t *testing.T) {
 		time.Sleep(30 * time.Second)
 		synctest.Wait()
 		n := m.mojo.mints.Load()
-		m.wantToken("app", n) // there without a reader having waited
+		m.wantToken("app", n) // minted before the read, so the reader does not wait
 		m.wantMints(n)
 
-		// Past the floor nothing is tried without a reader.
+		// Past the floor the engine does not try again without a reader.
 		m.mojo.set(func(s *standIn) { s.fail = errDown })
 		time.Sleep(60 * time.Minute)
 		synctest.Wait()
@@ -82,7 +82,7 @@ func TestRefreshAheadTriesAgainAfterEachBackoff(t *testing.T) {
 	})
 }
 
-func TestTokenThatIsFirstReadInABackoffIsRenewed(t *testing.T) {
+func TestTokenFirstReadInABackoffIsRenewed(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("a", nil)
 		m.write("roles/b", nil)
@@ -90,7 +90,7 @@ func TestTokenThatIsFirstReadInABackoffIsRenewed(t *testing.T) {
 		m.creds("b", nil)
 		time.Sleep(46 * time.Minute)
 		synctest.Wait()
-		m.wantMints(4) // both ahead, and neither read since
+		m.wantMints(4) // both renewed, and neither read since
 		time.Sleep(46 * time.Minute)
 		synctest.Wait()
 		m.mojo.set(func(s *standIn) {
@@ -102,18 +102,18 @@ func TestTokenThatIsFirstReadInABackoffIsRenewed(t *testing.T) {
 		m.mojo.set(func(s *standIn) { s.fail = nil })
 		time.Sleep(2*time.Minute + 2*time.Second)
 		synctest.Wait()
-		m.wantMints(7) // each by itself
+		m.wantMints(7) // each automatically
 	})
 }
 
-// Of two tokens the one that ends later stays. An answer that brings no later end
-// renews nothing, and its key backs off as after a failure.
-func TestTokenThatEndsNoLaterRenewsNothing(t *testing.T) {
+// The engine keeps the token that expires later. An answer with a token that expires no
+// later renews nothing, and its key backs off as after a failure.
+func TestTokenThatExpiresNoLaterRenewsNothing(t *testing.T) {
 	for name, lifetime := range map[string]time.Duration{
 		"sooner":           5 * time.Minute,
 		"at the same time": 45 * time.Minute,
 	} {
-		t.Run("a reader asks for more life and gets "+name, func(t *testing.T) {
+		t.Run("a reader requests a longer lifetime and gets a token that expires "+name, func(t *testing.T) {
 			bubble(t, func(m *testMount) {
 				m.configure("app", nil)
 				m.write("roles/other", nil)
@@ -124,7 +124,7 @@ func TestTokenThatEndsNoLaterRenewsNothing(t *testing.T) {
 				for range 10 {
 					got := m.creds("app", map[string]any{"min_ttl": "50m"})
 					if got.err != nil || !strings.HasPrefix(got.token, "token-1-") || len(got.warnings) != 1 {
-						t.Errorf("got %v, want the token that lives longer, with a warning", got)
+						t.Errorf("got %v, want the token that expires later, with a warning", got)
 						break
 					}
 				}
@@ -134,42 +134,42 @@ func TestTokenThatEndsNoLaterRenewsNothing(t *testing.T) {
 				}
 				m.wantMints(2) // and then a back-off
 				if got := m.creds("other", nil); got.err != nil {
-					t.Errorf("another role got %v: the back-off is the key's", got.err)
+					t.Errorf("another role got %v: only the key should back off", got.err)
 				}
 				time.Sleep(5 * time.Second)
 				m.mojo.set(func(s *standIn) { s.lifetime = time.Hour })
 				if got := m.creds("app", map[string]any{"min_ttl": "50m"}); !strings.HasPrefix(got.token, "token-4-") {
-					t.Errorf("after the back-off got %v, want the new token that lives longer", got)
+					t.Errorf("after the back-off got %v, want the new token, which expires later", got)
 				}
 			})
 		})
 	}
 
-	t.Run("a renewal gets sooner", func(t *testing.T) {
+	t.Run("a renewal gets a token that expires sooner", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
 			m.wantToken("app", 1)
 			began := time.Now()
 			m.mojo.set(func(s *standIn) { s.lifetime = 5 * time.Minute })
-			for time.Since(began) < 54*time.Minute { // while the first ends later than a new one
+			for time.Since(began) < 54*time.Minute { // while the first expires later than a new one
 				time.Sleep(20 * time.Second)
 				if got := m.creds("app", nil); got.err != nil || !strings.HasPrefix(got.token, "token-1-") {
-					m.t.Fatalf("after %s got %v, want the token that ends later", time.Since(began), got)
+					m.t.Fatalf("after %s got %v, want the token that expires later", time.Since(began), got)
 				}
 			}
-			// It is due from 42 to 45 minutes on.
+			// It is due after 42 to 45 minutes.
 			if n := m.mojo.mints.Load() - 1; n < 15 || n > 35 {
-				t.Errorf("%d renewals were tried in 9 to 12 minutes, want one for each back-off, which is 24s to 30s", n)
+				t.Errorf("%d renewals in 9 to 12 minutes, want one for each back-off of 24s to 30s", n)
 			}
 			time.Sleep(2 * time.Minute)
 			synctest.Wait()
 			if got := m.creds("app", nil); got.err != nil || strings.HasPrefix(got.token, "token-1-") {
-				t.Errorf("after 56m got %v, want a new token, which ends later now", got)
+				t.Errorf("after 56m got %v, want a new token, which now expires later", got)
 			}
 		})
 	})
 
-	t.Run("but a rotation takes what it gets", func(t *testing.T) {
+	t.Run("a rotation uses any new token", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
 			m.wantToken("app", 1)
@@ -180,14 +180,14 @@ func TestTokenThatEndsNoLaterRenewsNothing(t *testing.T) {
 	})
 }
 
-// A token of another lifetime has another floor: of two tokens the one that may be
-// served longer stays, though the other may end later.
-func TestTokenThatMayBeServedLongerStays(t *testing.T) {
+// A token with another lifetime has another floor. The engine keeps the token that it can
+// serve longer, even if the other one expires later.
+func TestTokenThatCanBeServedLongerIsKept(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
 		m.mojo.set(func(s *standIn) { s.fail = errDown })
-		time.Sleep(58*time.Minute + 58*time.Second) // 62 s left, of which 2 s above the floor
+		time.Sleep(58*time.Minute + 58*time.Second) // 62 s left, 2 s of them above the floor
 		synctest.Wait()
 		m.mojo.set(func(s *standIn) { s.fail, s.lifetime = nil, 61*time.Second })
 		n := m.mojo.mints.Load() + 1
@@ -199,9 +199,9 @@ func TestTokenThatMayBeServedLongerStays(t *testing.T) {
 	})
 }
 
-// The back-off after an answer that brings nothing newer ends with the cached token:
-// MojoAuth is well, so a reader who finds the token gone may ask.
-func TestNothingNewerKeepsNobodyFromTheNextToken(t *testing.T) {
+// The back-off after an answer with no newer token ends with the cached token: MojoAuth
+// works, so a reader that finds no token may request one.
+func TestRepeatedTokenDoesNotDelayTheNextOne(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -213,7 +213,7 @@ func TestNothingNewerKeepsNobodyFromTheNextToken(t *testing.T) {
 		}
 		m.mojo.set(func(s *standIn) { s.lifetime = time.Hour })
 		if got := m.creds("app", nil); got.err != nil {
-			t.Errorf("after the cached token came to its floor: got %v, want a new token at once", got)
+			t.Errorf("after the cached token reached its floor: got %v, want a new token immediately", got)
 		}
 	})
 }

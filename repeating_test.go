@@ -10,10 +10,11 @@ import (
 	"time"
 )
 
-// Some token endpoints keep tokens themselves: they give the same one again until it
-// ends, each time with what is left of its life.
+// Some token endpoints cache tokens themselves: they return the same one until it
+// expires, with its remaining lifetime.
 
-// repeats makes the endpoint give a token of an hour until it ends, and then the next.
+// repeats makes the endpoint return the same one-hour token until it expires, and then
+// the next.
 func (m *testMount) repeats() {
 	var ends time.Time
 	serial := 0
@@ -40,25 +41,25 @@ func TestRepeatedTokenKeepsItsTimes(t *testing.T) {
 			got := m.read("creds/app")
 			for _, key := range []string{"access_token", "last_vault_rotation", "expires_at", "expires_at_seconds", "rotation_period"} {
 				if got[key] != first[key] {
-					t.Errorf("%s: got %v, was %v when the token was first given", key, got[key], first[key])
+					t.Errorf("%s: got %v, want %v from the first time the token was returned", key, got[key], first[key])
 				}
 			}
 		}
 		if m.mojo.mints.Load() < 2 {
-			t.Error("the token was not asked for again: nothing was shown")
+			t.Error("there was no second token request: the test shows nothing")
 		}
 	})
 }
 
-// Its end only moves earlier, whatever later answers say.
-func TestRepeatedTokenEndsWhenItsSoonestAnswerSays(t *testing.T) {
+// The expiry only moves earlier, whatever later answers say.
+func TestRepeatedTokenKeepsItsEarliestExpiry(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.mojo.set(func(s *standIn) { s.alter = func(tok *token) { tok.accessToken = "same" } })
 		first := m.read("creds/app")
 		began := time.Now()
 		for i, c := range []struct {
-			after, says, end time.Duration // the time, what is told to be left, when the token ends
+			after, says, end time.Duration // the time, the remaining lifetime reported, the token's expiry
 		}{
 			{18 * time.Minute, time.Hour, 60 * time.Minute},
 			{19 * time.Minute, 20 * time.Minute, 39 * time.Minute},
@@ -66,22 +67,22 @@ func TestRepeatedTokenEndsWhenItsSoonestAnswerSays(t *testing.T) {
 		} {
 			time.Sleep(time.Until(began.Add(c.after)))
 			m.mojo.set(func(s *standIn) { s.lifetime = c.says })
-			m.creds("app", map[string]any{"min_ttl": "45m"}) // by which it is due
+			m.creds("app", map[string]any{"min_ttl": "45m"}) // makes the token due
 			m.wantMints(int64(i) + 2)
 			got := m.read("creds/app")
 			if want := began.Add(c.end).Unix(); got["expires_at_seconds"] != want {
-				t.Errorf("after %s, and an answer that says %s: got the end %v, want %d", c.after, c.says, got["expires_at_seconds"], want)
+				t.Errorf("after %s, and an answer that reports %s: got expiry %v, want %d", c.after, c.says, got["expires_at_seconds"], want)
 			}
 			if got["last_vault_rotation"] != first["last_vault_rotation"] {
-				t.Errorf("after %s: last_vault_rotation is %v, was %v when the token was first given", c.after, got["last_vault_rotation"], first["last_vault_rotation"])
+				t.Errorf("after %s: got last_vault_rotation %v, want %v from the first time the token was returned", c.after, got["last_vault_rotation"], first["last_vault_rotation"])
 			}
 		}
 	})
 }
 
-// Such an endpoint is asked at the pace of the back-off, its readers get the token until
-// 5 s before its end, and the next one soon after.
-func TestRepeatedTokenIsServedUntilFiveSecondsBeforeItsEnd(t *testing.T) {
+// The engine requests a token from such an endpoint at the pace of the back-off. Readers
+// get the token until 5 s before it expires, and the next one soon after.
+func TestRepeatedTokenIsServedUntilFiveSecondsBeforeItExpires(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.repeats()
@@ -105,18 +106,18 @@ func TestRepeatedTokenIsServedUntilFiveSecondsBeforeItsEnd(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 		if unwarned != 0 {
-			t.Errorf("below its floor the token came %d times without a warning", unwarned)
+			t.Errorf("below its floor the token was served %d times without a warning", unwarned)
 		}
 		asked := m.mojo.since(before)
 		for i := 1; i < len(asked); i++ {
 			if gap := asked[i].Sub(asked[i-1]); gap < 4*time.Second {
-				t.Errorf("requests %d and %d for a token that was repeated came %s apart, want a back-off of at least 4s", i, i+1, gap)
+				t.Errorf("requests %d and %d for a repeated token were %s apart, want a back-off of at least 4s", i, i+1, gap)
 				break
 			}
 		}
-		// Due from 18 to 15 minutes before the end on.
+		// Due from 18 to 15 minutes before it expires.
 		if n := len(asked); n < 20 || n > 50 {
-			t.Errorf("%d requests for a token that was repeated, want one for each back-off, which is 24s to 30s", n)
+			t.Errorf("%d requests for a repeated token, want one for each back-off of 24s to 30s", n)
 		}
 		for time.Until(end) > 0 {
 			if got := m.creds("app", nil); got.token == "same-1" {
@@ -127,7 +128,7 @@ func TestRepeatedTokenIsServedUntilFiveSecondsBeforeItsEnd(t *testing.T) {
 		}
 		for m.creds("app", nil).token != "same-2" {
 			if since := time.Since(end); since > 31*time.Second {
-				m.t.Fatalf("%s after the end of the token there is no new one", since)
+				m.t.Fatalf("%s after the token's expiry there is no new one", since)
 			}
 			time.Sleep(time.Second)
 		}

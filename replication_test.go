@@ -20,12 +20,13 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// Vault Enterprise and OpenBao have nodes that serve reads and may not write: standbys
-// of a cluster. Performance secondaries of Vault Enterprise are clusters of their own, and
-// may write what is local: tokens. Here the engine is told that it runs on one.
+// Vault Enterprise and OpenBao have nodes that serve reads but may not write: a cluster's
+// standbys. Performance secondaries of Vault Enterprise are clusters of their own, and
+// may write what is local to them: tokens. In these tests, the system view says that the
+// engine runs on such a node.
 
-// replica makes a node in that replication state, with the storage of m, which it may
-// not write to.
+// replica returns a node in the given replication state. It reads m's storage, and may
+// not write to it.
 func (m *testMount) replica(state consts.ReplicationState, local bool) (node *testMount, writes *atomic.Int64) {
 	m.t.Helper()
 	storage := &readOnlyStorage{Storage: m.storage.Storage}
@@ -39,7 +40,7 @@ func (m *testMount) replica(state consts.ReplicationState, local bool) (node *te
 	return newTestNode(m.t, m.mojo, m.mojo.client, &countingStorage{Storage: storage}, system), &storage.writes
 }
 
-// readOnlyStorage refuses writes as Vault does on such nodes, and counts them.
+// readOnlyStorage refuses writes as Vault does on such nodes, and counts the attempts.
 type readOnlyStorage struct {
 	logical.Storage
 	writable string // prefix of the keys that may be written; "" for none
@@ -62,7 +63,7 @@ func (s *readOnlyStorage) Delete(ctx context.Context, key string) error {
 	return logical.ErrReadOnly
 }
 
-// localTokens has a cluster's own tokens beside what another cluster replicates.
+// localTokens holds a cluster's own tokens next to what another cluster replicates.
 type localTokens struct {
 	logical.Storage
 	local logical.Storage
@@ -112,42 +113,42 @@ func TestReplicaServesReadsAndWritesNothing(t *testing.T) {
 					t.Errorf("got %v, then %v; want one token from the node's own cache", first, again)
 				}
 				if got := node.creds("app", map[string]any{"scopes": "a"}); got.err != nil || got.token == first.token {
-					t.Errorf("narrowed: got %v", got)
+					t.Errorf("scope subset: got %v", got)
 				}
-				if got := node.creds("leased", nil); isStandby(state) != (got.err == errForward) { //nolint:errorlint // a bare one is meant
+				if got := node.creds("leased", nil); isStandby(state) != (got.err == errForward) { //nolint:errorlint // it must be unwrapped
 					t.Errorf("leased: got %v", got.err)
 				}
 				for _, path := range []string{"config", "config/default", "roles/app", "status"} {
 					if node.read(path) == nil {
-						t.Errorf("%s: nothing", path)
+						t.Errorf("%s: no data", path)
 					}
 				}
 				for _, path := range []string{"config/", "roles/"} {
 					if keys := node.do(logical.ListOperation, path, nil).Data["keys"]; keys == nil {
-						t.Errorf("%s: nothing", path)
+						t.Errorf("%s: no keys", path)
 					}
 				}
 				if _, err := node.request(logical.ReadOperation, "metrics", nil); err != nil {
 					t.Error(err)
 				}
 				minted := m.mojo.mints.Load()
-				time.Sleep(time.Hour) // past the refresh ahead of both
+				time.Sleep(time.Hour) // past the renewal of both
 				if m.mojo.mints.Load() == minted {
-					t.Error("nothing was minted ahead")
+					t.Error("no token was renewed")
 				}
 				if got := node.creds("app", nil); got.err != nil || got.token == first.token {
-					t.Errorf("got %v after its end", got)
+					t.Errorf("after the token expired: got %v", got)
 				}
 				if n := writes.Load(); n != 0 {
-					t.Errorf("%d writes were tried", n)
+					t.Errorf("%d writes were attempted", n)
 				}
 			})
 		})
 	}
 }
 
-// What writes is refused with the bare error that makes Vault send the request on to
-// the node that may, and nothing is asked or changed before that.
+// A write gets the unwrapped error that makes Vault forward the request to a node that
+// may write. Before that, the engine sends and changes nothing.
 func TestReplicaForwardsWrites(t *testing.T) {
 	for name, state := range replicaStates {
 		t.Run(name, func(t *testing.T) {
@@ -169,23 +170,23 @@ func TestReplicaForwardsWrites(t *testing.T) {
 					{logical.UpdateOperation, "rotate-role/app", nil},
 				} {
 					resp, err := node.request(c.op, c.path, c.data)
-					if err != logical.ErrReadOnly || resp != nil { //nolint:errorlint // wrapped, it would not be forwarded
-						t.Errorf("%s %s: got %v, %v; want a bare ErrReadOnly", c.op, c.path, resp, err)
+					if err != logical.ErrReadOnly || resp != nil { //nolint:errorlint // Vault would not forward a wrapped error
+						t.Errorf("%s %s: got %v, %v; want an unwrapped ErrReadOnly", c.op, c.path, resp, err)
 					}
 				}
 				m.wantMints(0)
 				if n := writes.Load(); n != 0 {
-					t.Errorf("%d writes were tried", n)
+					t.Errorf("%d writes were attempted", n)
 				}
 				if got := m.read("config")["client_id"]; got != "client" {
-					t.Errorf("client_id is %v", got)
+					t.Errorf("got client_id %v", got)
 				}
 			})
 		})
 	}
 }
 
-// A mount with -local belongs to the cluster it is in, also if that is a secondary.
+// A mount with -local belongs to the cluster it is in, even if that is a secondary.
 func TestLocalMountOfASecondaryIsWritten(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		system := logical.TestSystemView()
@@ -199,9 +200,9 @@ func TestLocalMountOfASecondaryIsWritten(t *testing.T) {
 	})
 }
 
-// A storage that turns read-only in the middle, as when a node loses the leadership,
-// is told with Vault's own error, and what is in memory stays what is stored.
-func TestWritesThatMeetAReadOnlyStorage(t *testing.T) {
+// If storage turns read-only during a write, as when a node loses its leadership, the
+// caller gets Vault's own error, and memory still matches storage.
+func TestWritesToReadOnlyStorage(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"audience": "old"})
 		m.wantToken("app", 1)
@@ -216,12 +217,12 @@ func TestWritesThatMeetAReadOnlyStorage(t *testing.T) {
 			"rotate-role/app": nil,
 		} {
 			if _, err := m.request(logical.UpdateOperation, path, data); err != readOnly { //nolint:errorlint // see above
-				t.Errorf("writing %s: got %v, want a bare ErrReadOnly", path, err)
+				t.Errorf("writing %s: got %v, want an unwrapped ErrReadOnly", path, err)
 			}
 		}
 		for _, path := range []string{"config", "roles/app"} {
 			if _, err := m.request(logical.DeleteOperation, path, nil); err != readOnly { //nolint:errorlint // see above
-				t.Errorf("deleting %s: got %v, want a bare ErrReadOnly", path, err)
+				t.Errorf("deleting %s: got %v, want an unwrapped ErrReadOnly", path, err)
 			}
 		}
 		if client, audience := m.read("config")["client_id"], m.read("roles/app")["audience"]; client != "client" || audience != "old" {
@@ -254,7 +255,7 @@ func TestFailedDeleteKeepsTokens(t *testing.T) {
 	}
 }
 
-// failingWrites fails writes on demand.
+// failingWrites can be made to fail writes.
 type failingWrites struct {
 	logical.Storage
 	err   error
@@ -275,19 +276,19 @@ func (s *failingWrites) Delete(ctx context.Context, key string) error {
 	return s.Storage.Delete(ctx, key)
 }
 
-// A reader who comes to a node after it was told of a write gets a token for what was
-// written, or for something newer, however the two meet.
+// A reader that comes to a node after an invalidation gets a token for the invalidated
+// write or a later one, however the two interleave.
 func TestInvalidateRaces(t *testing.T) {
 	m := newTestMount(t)
 	m.configure("app", map[string]any{"scopes": "0"})
 	m.write("config", map[string]any{"client_id": "0", "verify_connection": false})
 	node, _ := m.replica(consts.ReplicationPerformanceSecondary, false)
-	// What was read from storage arrives late, so that much happens in between.
+	// Reads from storage return late, which leaves time for much to happen in between.
 	slow := func(string) { time.Sleep(rand.N(200 * time.Microsecond)) }
 	node.storage.afterGet.Store(&slow)
 
 	const rounds = 300
-	var role, config atomic.Int64 // the newest that the node was told of
+	var role, config atomic.Int64 // the newest invalidated on the node
 	done := make(chan struct{})
 	var writers, readers sync.WaitGroup
 	writers.Go(func() {
@@ -340,7 +341,7 @@ func TestInvalidateRaces(t *testing.T) {
 	}
 }
 
-// checkNewest checks that a token is for a role and config no older than these.
+// checkNewest checks that a token is for the given role and config or newer ones.
 func checkNewest(data map[string]any, role, config int64) error {
 	gotRole, err := strconv.ParseInt(data["scope"].(string), 10, 64)
 	if err != nil {
@@ -356,24 +357,24 @@ func checkNewest(data map[string]any, role, config int64) error {
 		return err
 	}
 	if gotRole < role || gotConfig < config {
-		return fmt.Errorf("got a token for role %d and config %d after the node was told of %d and %d", gotRole, gotConfig, role, config)
+		return fmt.Errorf("got a token for role %d and config %d after invalidations of %d and %d", gotRole, gotConfig, role, config)
 	}
 	return nil
 }
 
-// The first reader of a token that a standby was told of is forwarded, also one who came
-// while the standby was still loading it.
-func TestReaderWhoJoinsTheLoadOfANewTokenIsForwarded(t *testing.T) {
+// A standby forwards the first reader of a token that was invalidated, even if that
+// reader came while the standby was still loading the token.
+func TestReaderJoiningTheLoadOfANewTokenIsForwarded(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		node, _ := m.replica(consts.ReplicationPerformanceStandby, false)
 		wantForwarded := func() {
 			t.Helper()
-			if got := node.creds("app", nil); got.err != logical.ErrReadOnly { //nolint:errorlint // wrapped, it would not be forwarded
+			if got := node.creds("app", nil); got.err != logical.ErrReadOnly { //nolint:errorlint // Vault would not forward a wrapped error
 				t.Errorf("got %q, %v; want it forwarded", got.token, got.err)
 			}
 		}
-		wantForwarded() // there is none
+		wantForwarded() // no token is stored
 		m.wantToken("app", 1)
 		synctest.Wait()
 		slow := func(string) { time.Sleep(time.Second / 2) }

@@ -22,7 +22,7 @@ import (
 
 // What rotate-role replaces, and what it leaves.
 
-// A rotation that fails leaves nothing in memory, for good.
+// A failed rotation leaves nothing in memory.
 func TestFailedRotationKeepsNoSlot(t *testing.T) {
 	for _, persist := range []bool{true, false} {
 		bubble(t, func(m *testMount) {
@@ -30,11 +30,11 @@ func TestFailedRotationKeepsNoSlot(t *testing.T) {
 			m.write("config", map[string]any{"persist_tokens": persist, "verify_connection": false})
 			m.mojo.set(func(s *standIn) { s.fail = errDown })
 			if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); err == nil {
-				t.Fatal("rotated")
+				t.Fatal("the rotation succeeded")
 			}
 			time.Sleep(25 * time.Hour)
 			if n := m.kept().slots; n != 0 {
-				t.Errorf("persist_tokens=%v: %d slots are kept", persist, n)
+				t.Errorf("persist_tokens=%v: got %d slots, want 0", persist, n)
 			}
 		})
 	}
@@ -73,7 +73,7 @@ func TestRotateRole(t *testing.T) {
 			_, err := rotate(m)
 			wantStatus(t, err, http.StatusBadGateway, "HTTP 503")
 			m.wantToken("app", 1)
-			// A failure back-off is ignored.
+			// A rotation ignores the back-off after a failure.
 			m.mojo.set(func(s *standIn) { s.fail = nil })
 			if _, err := rotate(m); err != nil {
 				t.Error(err)
@@ -94,13 +94,13 @@ func TestRotateRole(t *testing.T) {
 			}
 			m.wantToken("app", 2)
 			if got := <-reader; !strings.HasPrefix(got.token, "token-1-") {
-				t.Errorf("who came before got %v", got)
+				t.Errorf("the earlier reader got %v", got)
 			}
 			m.wantToken("app", 2) // the older mint's token was not kept
 			m.wantMints(2)
 		})
 	})
-	t.Run("of a role that is changed meanwhile", func(t *testing.T) {
+	t.Run("of a role that changes during the rotation", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
 			m.mojo.set(func(s *standIn) { s.latency = 10 * time.Second })
@@ -113,7 +113,7 @@ func TestRotateRole(t *testing.T) {
 			}
 		})
 	})
-	t.Run("of what is not there", func(t *testing.T) {
+	t.Run("of a missing role", func(t *testing.T) {
 		m := newTestMount(t)
 		if text := m.refused(logical.UpdateOperation, "rotate-role/app", nil); !strings.Contains(text, `role "app" does not exist`) {
 			t.Errorf("got %q", text)
@@ -123,13 +123,13 @@ func TestRotateRole(t *testing.T) {
 		m := newTestMount(t)
 		props := m.Route("rotate-role/app").Operations[logical.UpdateOperation].Properties()
 		if !props.ForwardPerformanceStandby || !props.ForwardPerformanceSecondary {
-			t.Error("it is not")
+			t.Error("rotate-role is not forwarded")
 		}
 	})
 }
 
-// The rotation that was asked for last decides, however long an earlier one takes.
-func TestRotationsOfARoleGoOneAfterTheOther(t *testing.T) {
+// The last rotation requested wins, no matter how long an earlier one takes.
+func TestRotationsOfARoleRunOneAtATime(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.mojo.set(func(s *standIn) { s.latency = 9 * time.Second })
@@ -139,26 +139,26 @@ func TestRotationsOfARoleGoOneAfterTheOther(t *testing.T) {
 		m.mojo.set(func(s *standIn) { s.latency = time.Second })
 		later := m.do(logical.UpdateOperation, "rotate-role/app", nil)
 		if got := <-earlier; got.Data["last_vault_rotation"].(string) >= later.Data["last_vault_rotation"].(string) {
-			t.Errorf("the earlier rotation answers %v, the later one %v", got.Data, later.Data)
+			t.Errorf("the earlier rotation returned %v, the later one %v", got.Data, later.Data)
 		}
 		m.wantToken("app", 2)
 		m.wantMints(2)
 		m.mojo.set(func(s *standIn) {
 			if s.peak != 1 {
-				t.Errorf("%d rotations of a role were under way at once", s.peak)
+				t.Errorf("got %d concurrent rotations of a role", s.peak)
 			}
 		})
 		if sent := m.tokens.census().gates["default"].Sent; sent != 2 {
-			t.Errorf("%d turns at the gate were used up for 2 requests", sent)
+			t.Errorf("%d turns at the gate were used for 2 requests", sent)
 		}
 	})
 }
 
-// Those who ask for a rotation before its request has left get the same one.
+// Callers that request a rotation before its token request has left share it.
 func TestRotationIsSharedUntilItsRequestHasLeft(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
-		m.wantToken("app", 1) // the next turn is 200 ms away
+		m.wantToken("app", 1) // the next turn is in 200 ms
 		var wg sync.WaitGroup
 		for range 50 {
 			wg.Go(func() { m.do(logical.UpdateOperation, "rotate-role/app", nil) })
@@ -169,7 +169,7 @@ func TestRotationIsSharedUntilItsRequestHasLeft(t *testing.T) {
 	})
 }
 
-func TestRotateRoleKeepsTheTokenWhenTheNewOneIsOver(t *testing.T) {
+func TestRotateRoleKeepsTheTokenIfTheNewOneHasExpired(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -191,9 +191,9 @@ func TestRotateRoleKeepsTheTokenWhenTheNewOneIsOver(t *testing.T) {
 	})
 }
 
-// Who rotates a token does not read it. Whether it is renewed is decided by whether
-// somebody reads the role.
-func TestRotatedTokenIsRenewedWhenTheOneBeforeWasInUse(t *testing.T) {
+// Rotating a token does not count as reading it. Only reads of the role decide whether
+// the token is renewed.
+func TestRotatedTokenIsRenewedIfTheRoleIsRead(t *testing.T) {
 	t.Run("in use", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
@@ -206,7 +206,7 @@ func TestRotatedTokenIsRenewedWhenTheOneBeforeWasInUse(t *testing.T) {
 			synctest.Wait()
 			m.mojo.set(func(s *standIn) { s.latency = time.Hour })
 			if got, took := m.patiently("app", nil); took != 0 {
-				t.Errorf("the first reader after a rotation waited %s for a mint (got %v), want the next token there already", took, got.err)
+				t.Errorf("the first reader after a rotation waited %s for a mint (got %v), want the next token already cached", took, got.err)
 			}
 			m.wantMints(4)
 		})
@@ -215,7 +215,7 @@ func TestRotatedTokenIsRenewedWhenTheOneBeforeWasInUse(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("never", nil)
 			m.write("roles/lapsed", nil)
-			m.write("rotate-role/never", nil) // nobody ever read it
+			m.write("rotate-role/never", nil) // never read
 			m.creds("lapsed", nil)
 			time.Sleep(46 * time.Minute) // renewed once, and not read since
 			m.write("rotate-role/lapsed", nil)
@@ -227,8 +227,9 @@ func TestRotatedTokenIsRenewedWhenTheOneBeforeWasInUse(t *testing.T) {
 	})
 }
 
-// Readers who keep to ttl do not wait for MojoAuth because somebody rotated meanwhile.
-func TestReadersWhoKeepToTTLDoNotWaitAfterARotation(t *testing.T) {
+// Readers that come back after ttl do not wait for MojoAuth because of a rotation in the
+// meantime.
+func TestReadersWhoFollowTTLDoNotWaitAfterARotation(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		const roles = 200
 		m.write("config", testConfig(nil))
@@ -253,14 +254,15 @@ func TestReadersWhoKeepToTTLDoNotWaitAfterARotation(t *testing.T) {
 			m.write("rotate-role/"+name, nil)
 		}
 		wg.Wait()
-		// Few come in the very moment of the renewal.
+		// A few readers come just as the token is renewed.
 		if n := waited.Load(); n > roles/20 || failed.Load() != 0 {
-			t.Errorf("%d of %d readers who came back at ttl waited for a mint, and %d failed; want at most %d, and none", n, roles, failed.Load(), roles/20)
+			t.Errorf("%d of %d readers that came back after ttl waited for a mint, and %d failed; want at most %d, and none", n, roles, failed.Load(), roles/20)
 		}
 	})
 }
 
-// A rotation goes on when its caller has left, and then lets go of what the caller brought.
+// A rotation continues after its caller has left, and then releases what the caller
+// passed in.
 func TestRotationKeepsNothingOfItsCaller(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
@@ -274,12 +276,12 @@ func TestRotationKeepsNothingOfItsCaller(t *testing.T) {
 			return weak.Make(brought)
 		}
 		first := rotate()
-		rotate() // so that no stack has the first one's
+		rotate() // clears references to the first one from the stack
 		synctest.Wait()
 		runtime.GC()
 		runtime.GC()
 		if first.Value() != nil {
-			t.Error("what the caller of a rotation had in its context is still in memory")
+			t.Error("a value in the context of a rotation's caller is still in memory")
 		}
 	})
 }
@@ -304,7 +306,7 @@ func TestRotationIsAnsweredWithinOneDeadline(t *testing.T) {
 	})
 }
 
-// The deadline is for the token: when that is there, slow storage does not lose it.
+// The deadline applies to the token: if that has arrived, slow storage does not lose it.
 func TestRotationWithSlowStorageKeepsItsToken(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(map[string]any{"request_timeout": "2s"}))
@@ -317,14 +319,14 @@ func TestRotationWithSlowStorageKeepsItsToken(t *testing.T) {
 		}
 		m.storage.afterGet.Store(&slow)
 		if _, err := m.request(logical.UpdateOperation, "rotate-role/app", nil); err != nil {
-			m.t.Fatalf("got %v, want it done", err)
+			m.t.Fatalf("got %v, want success", err)
 		}
 		m.wantToken("app", 2)
 	})
 }
 
-// A token that nobody could use replaces none, and is counted as what it is.
-func TestRotationToATokenOverOnArrivalIsCountedAsAFailure(t *testing.T) {
+// An unusable token replaces none, and counts as what it is.
+func TestRotationToATokenExpiredOnArrivalCountsAsAFailure(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"max_ttl": "1s"})
 		m.mojo.set(func(s *standIn) { s.latency = 950 * time.Millisecond }) // F is 100 ms

@@ -21,12 +21,12 @@ type loadedSnapshot struct {
 	then logical.InmemStorage
 }
 
-// SnapshotStorage is the storage of the one snapshot there is.
+// SnapshotStorage returns the storage of the only snapshot.
 func (s *loadedSnapshot) SnapshotStorage(context.Context, string) (logical.Storage, error) {
 	return &s.then, nil
 }
 
-// loadSnapshot makes a snapshot of the mount as it is.
+// loadSnapshot takes a snapshot of the mount as it is now.
 func (m *testMount) loadSnapshot() *loadedSnapshot {
 	m.t.Helper()
 	s := &loadedSnapshot{testMount: m}
@@ -47,14 +47,14 @@ func (m *testMount) loadSnapshot() *loadedSnapshot {
 	return s
 }
 
-// from makes a request of the snapshot, as Vault does.
+// from sends a request to the snapshot, as Vault does.
 func (s *loadedSnapshot) from(op logical.Operation, path string) (*logical.Response, error) {
 	req := &logical.Request{Operation: op, Path: path, RequiresSnapshotID: "id", Storage: logical.NewSnapshotStorageRouter(s.storage, s)}
 	return s.HandleRequest(logical.CreateContextWithSnapshotID(context.Background(), "id"), req)
 }
 
-// recovers recovers path from what the snapshot has at source, as Vault does: it reads
-// there, and sends what came back.
+// recovers recovers path from the snapshot's source, as Vault does: it reads source
+// there, and sends the result in a recover request.
 func (s *loadedSnapshot) recovers(path, source string) *logical.Response {
 	s.t.Helper()
 	there, err := s.from(logical.ReadOperation, source)
@@ -79,8 +79,8 @@ func (s *loadedSnapshot) recovers(path, source string) *logical.Response {
 	return resp
 }
 
-// A config or role of a snapshot is read and listed as it was, without the secret, and is
-// not taken for the present one.
+// A config or role is read and listed from a snapshot as it was, without the secret, and
+// does not replace the current one in memory.
 func TestReadingASnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newTestMount(t)
@@ -108,11 +108,11 @@ func TestReadingASnapshot(t *testing.T) {
 			}
 			for field, value := range want {
 				if resp.Data[field] != value {
-					t.Errorf("%s of the snapshot has the %s %q, want %q", path, field, resp.Data[field], value)
+					t.Errorf("%s of the snapshot has %s %q, want %q", path, field, resp.Data[field], value)
 				}
 			}
 			if text := fmt.Sprint(resp.Data); strings.Contains(text, canary) {
-				t.Errorf("%s of the snapshot shows the client secret: %s", path, text)
+				t.Errorf("%s of the snapshot contains the client secret: %s", path, text)
 			}
 			if !matchesAny(paths, path) {
 				t.Errorf("%s is not among the paths that Vault reads from snapshots: %q", path, paths)
@@ -129,14 +129,14 @@ func TestReadingASnapshot(t *testing.T) {
 		}
 
 		if got := m.read("config")["client_id"]; got != "now" {
-			t.Errorf("the present config has the client_id %q, want now", got)
+			t.Errorf("the current config has client_id %q, want now", got)
 		}
 		if got := m.read("roles/app")["audience"]; got != "now" {
-			t.Errorf("the present role has the audience %q, want now", got)
+			t.Errorf("the current role has audience %q, want now", got)
 		}
 		for _, path := range []string{"config/gone", "roles/gone"} {
 			if got := m.read(path); got != nil {
-				t.Errorf("%s is there again: %v", path, got)
+				t.Errorf("the deleted %s exists again: %v", path, got)
 			}
 		}
 	})
@@ -152,8 +152,8 @@ func matchesAny(patterns []string, path string) bool {
 	return false
 }
 
-// No token comes out of a snapshot, and none is minted for one.
-func TestNoTokenOfASnapshot(t *testing.T) {
+// No token is read from a snapshot or minted for one.
+func TestNoTokenFromASnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newTestMount(t)
 		m.configure("app", nil)
@@ -173,7 +173,7 @@ func TestNoTokenOfASnapshot(t *testing.T) {
 			"tokens/default/app": logical.ReadOperation,
 		} {
 			if resp, err := s.from(op, path); err == nil {
-				t.Errorf("%s of %s: got %v, want it refused", op, path, resp)
+				t.Errorf("%s of %s: got %v, want an error response", op, path, resp)
 			}
 			if matchesAny(m.SpecialPaths().AllowSnapshotRead, path) {
 				t.Errorf("Vault may read %s from a snapshot", path)
@@ -182,12 +182,12 @@ func TestNoTokenOfASnapshot(t *testing.T) {
 		if got := m.mojo.mints.Load(); got != minted {
 			t.Errorf("%d tokens were minted for a snapshot", got-minted)
 		}
-		m.refused(logical.ReadOperation, "creds/app", nil) // the snapshot's role was not taken for a present one
+		m.refused(logical.ReadOperation, "creds/app", nil) // the snapshot's role is not used as the current one
 	})
 }
 
-// A recovered role is what it was, whatever it became since, and has no tokens: neither
-// the present ones nor those of the snapshot.
+// A recovered role is as it was in the snapshot, whatever it became since, and has no
+// tokens: neither the current ones nor the snapshot's.
 func TestRecoveringARole(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newTestMount(t)
@@ -214,7 +214,7 @@ func TestRecoveringARole(t *testing.T) {
 			t.Errorf("the recovered role serves %q, an older token", got)
 		}
 
-		// The same once more: nothing changes but the tokens.
+		// The same again: only the tokens change.
 		newer = m.read("creds/app")["access_token"]
 		s.recovers("roles/app", "roles/app")
 		m.wantStored()
@@ -238,13 +238,13 @@ func TestRecoveringARole(t *testing.T) {
 
 		s.recovers("roles/copy", "roles/app")
 		if got := m.read("roles/copy"); !reflect.DeepEqual(got, wanted) {
-			t.Errorf("recovered as roles/copy: %v, want %v", got, wanted)
+			t.Errorf("recovered as roles/copy: got %v, want %v", got, wanted)
 		}
 	})
 }
 
-// A recovered config has the client secret of its snapshot, together with the token_url of
-// its snapshot. Tokens stay where they belong to the same client.
+// A recovered config has its snapshot's client secret together with its snapshot's
+// token_url. Tokens of the same client are kept.
 func TestRecoveringAConfig(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newTestMount(t)
@@ -290,29 +290,29 @@ func TestRecoveringAConfig(t *testing.T) {
 			t.Fatal(err)
 		}
 		if now := m.configs.current("default"); now.entry.TokenGeneration == then.entry.TokenGeneration {
-			t.Error("tokens of the snapshot's generation count again")
+			t.Error("tokens of the snapshot's generation are valid again")
 		}
 
 		token = m.read("creds/app")["access_token"]
 		m.do(logical.DeleteOperation, "config", nil)
 		check("default", s.recovers("config", "config"))
 		if got := m.read("creds/app")["access_token"]; got == token {
-			t.Error("a token of the config that was deleted is served")
+			t.Error("a token of the deleted config is served")
 		}
 
 		check("copy", s.recovers("config/copy", "config/default"))
 		if resp := s.recovers("config/copy", "config"); !resp.IsError() {
-			t.Errorf("from another kind of path: got %v, want it refused", resp)
+			t.Errorf("from another kind of path: got %v, want an error response", resp)
 		}
 		if err := s.then.Delete(context.Background(), "config/default"); err != nil {
 			t.Fatal(err)
 		}
 		req := &logical.Request{Operation: logical.RecoverOperation, Path: "config", RequiresSnapshotID: "id", Storage: logical.NewSnapshotStorageRouter(s.storage, s)}
 		if resp, err := m.HandleRequest(context.Background(), req); err != nil || !resp.IsError() || !strings.Contains(resp.Error().Error(), `the snapshot has no config "default"`) {
-			t.Errorf("a config that the snapshot does not have: got %v, %v", resp, err)
+			t.Errorf("a config missing from the snapshot: got %v, %v", resp, err)
 		}
 		if text := fmt.Sprint(m.read("config"), m.read("status")); strings.Contains(text, canary) {
-			t.Errorf("the client secret is shown: %s", text)
+			t.Errorf("the client secret is visible: %s", text)
 		}
 	})
 }

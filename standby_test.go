@@ -18,13 +18,13 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// What a standby answers by itself, and what it has the active node answer.
+// What a standby serves itself, and what it forwards to the active node.
 
-// pair is a cluster of two: the active node is m.
+// pair is a cluster of two nodes, with m as the active one.
 type pair struct {
 	*testMount
 	standby *testMount
-	writes  *atomic.Int64 // that the standby tried
+	writes  *atomic.Int64 // attempted on the standby
 }
 
 func newPair(m *testMount) *pair {
@@ -32,14 +32,15 @@ func newPair(m *testMount) *pair {
 	return &pair{m, standby, writes}
 }
 
-// tell invalidates a key on the standby, as storage does when the active node wrote.
+// tell invalidates a key on the standby, as storage does after a write on the active
+// node.
 func (p *pair) tell(key string) {
 	synctest.Wait()
 	p.standby.InvalidateKey(context.Background(), key)
 	synctest.Wait()
 }
 
-// wantServed reads on the standby what it has to serve itself.
+// wantServed reads a token that the standby must serve itself.
 func (p *pair) wantServed(number int64, query map[string]any) got {
 	p.t.Helper()
 	got := p.standby.creds("app", query)
@@ -49,12 +50,12 @@ func (p *pair) wantServed(number int64, query map[string]any) got {
 	return got
 }
 
-// wantForwarded reads on the standby what it may not serve itself.
+// wantForwarded reads a token that the standby must not serve itself.
 func (p *pair) wantForwarded(role string, query map[string]any) {
 	p.t.Helper()
 	got := p.standby.creds(role, query)
-	if got.err != logical.ErrReadOnly { //nolint:errorlint // wrapped, it would not be forwarded
-		p.t.Errorf("%s %v: got %q, %v; want it forwarded by a bare ErrReadOnly", role, query, got.token, got.err)
+	if got.err != logical.ErrReadOnly { //nolint:errorlint // Vault would not forward a wrapped error
+		p.t.Errorf("%s %v: got %q, %v; want an unwrapped ErrReadOnly, which forwards it", role, query, got.token, got.err)
 	}
 }
 
@@ -65,14 +66,14 @@ func standbyBubble(t *testing.T, test func(p *pair)) {
 		p := newPair(m)
 		test(p)
 		if n := p.writes.Load(); n != 0 {
-			t.Errorf("the standby tried %d writes", n)
+			t.Errorf("the standby attempted %d writes", n)
 		}
 	})
 }
 
 func TestStandbyServesFromStorageAndMemory(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
-		p.wantForwarded("app", nil) // there is none
+		p.wantForwarded("app", nil) // no token is stored
 		p.wantToken("app", 1)
 		synctest.Wait()
 		p.wantServed(1, nil)
@@ -81,11 +82,11 @@ func TestStandbyServesFromStorageAndMemory(t *testing.T) {
 			p.wantServed(1, nil)
 		}
 		if n := p.standby.storage.operations.Load() - before; n != 0 {
-			t.Errorf("100 cached reads did %d storage operations", n)
+			t.Errorf("100 cached reads caused %d storage operations", n)
 		}
 		reads := p.standby.outcomes()
 		if reads["restored"] != int64(1) || reads["hit"] != int64(100) || reads["forwarded"] != int64(1) {
-			t.Errorf("reads are counted as %v", reads)
+			t.Errorf("got the counts of reads %v", reads)
 		}
 		p.wantMints(1)
 	})
@@ -104,9 +105,9 @@ func TestStandbyForwards(t *testing.T) {
 		p.wantForwarded("app", map[string]any{"scopes": "a"})
 		p.wantForwarded("app", map[string]any{"minted_after": formatTime(time.Now())})
 		p.wantServed(1, map[string]any{"min_ttl": "30m"})
-		p.wantServed(1, map[string]any{"scopes": "a,b"}) // all of them
+		p.wantServed(1, map[string]any{"scopes": "a,b"}) // all scopes
 		time.Sleep(30 * time.Minute)
-		p.wantForwarded("app", map[string]any{"min_ttl": "35m"}) // it is due for this reader only
+		p.wantForwarded("app", map[string]any{"min_ttl": "35m"}) // due for this reader only
 		p.write("roles/lost", map[string]any{"config": "unknown"})
 		p.wantForwarded("lost", nil)
 		if text := p.standby.refused(logical.ReadOperation, "creds/app", map[string]any{"scopes": "c"}); !strings.Contains(text, "scopes") {
@@ -116,8 +117,8 @@ func TestStandbyForwards(t *testing.T) {
 	})
 }
 
-// Role and config may change while a reader waits: then what they have become counts.
-func TestStandbyForwardsWhatChangedWhileItWasRead(t *testing.T) {
+// Role and config may change while a reader waits. Then the new values apply.
+func TestStandbyForwardsIfRoleOrConfigChangesDuringARead(t *testing.T) {
 	for name, query := range map[string]map[string]any{
 		"narrowed": {"scopes": "a"},
 		"leased":   nil,
@@ -138,7 +139,7 @@ func TestStandbyForwardsWhatChangedWhileItWasRead(t *testing.T) {
 				p.write("rotate-role/app", nil)
 				p.tell("config/default")
 				p.tell("roles/app")
-				if got := <-read; got.err != logical.ErrReadOnly { //nolint:errorlint // a bare one is meant
+				if got := <-read; got.err != logical.ErrReadOnly { //nolint:errorlint // it must be unwrapped
 					t.Errorf("got %q, %v; want it forwarded", got.token, got.err)
 				}
 			})
@@ -146,7 +147,7 @@ func TestStandbyForwardsWhatChangedWhileItWasRead(t *testing.T) {
 	}
 }
 
-// A standby that mints for itself forwards only leases and what it does not know.
+// A standby that mints for itself forwards only leases and unknown roles.
 func TestStandbyWithoutStoredTokensMints(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
@@ -161,7 +162,7 @@ func TestStandbyWithoutStoredTokensMints(t *testing.T) {
 		p.wantMints(4)
 		p.wantForwarded("leased", nil)
 		p.wantForwarded("unknown", nil)
-		for range 120 { // a minute's doubt costs neither token nor back-off
+		for range 120 { // a minute of doubt costs neither token nor back-off
 			time.Sleep(time.Minute)
 			p.standby.PeriodicFunc(context.Background(), nil) //nolint:errcheck // never fails
 			if got := p.standby.creds("app", nil); got.err != nil {
@@ -172,8 +173,8 @@ func TestStandbyWithoutStoredTokensMints(t *testing.T) {
 	})
 }
 
-// The first reader of each token that a standby was told of goes to the active node,
-// which so knows that it is read, and renews it ahead.
+// The first reader of each invalidated token is forwarded. This tells the active node
+// that the token is read, so it renews the token.
 func TestStandbyAnnouncesThatATokenIsRead(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
@@ -183,7 +184,7 @@ func TestStandbyAnnouncesThatATokenIsRead(t *testing.T) {
 		p.wantMints(2)
 		p.tell("tokens/default/app")
 		p.wantForwarded("app", nil)
-		p.wantToken("app", 2) // where it was forwarded to
+		p.wantToken("app", 2) // to which it was forwarded
 		p.wantServed(2, nil)
 		p.wantServed(2, nil)
 		time.Sleep(45 * time.Minute)
@@ -191,13 +192,13 @@ func TestStandbyAnnouncesThatATokenIsRead(t *testing.T) {
 		p.tell("tokens/default/app")
 		time.Sleep(45 * time.Minute) // nobody read it
 		p.wantMints(3)
-		// Told of the same once more, it has nothing to announce.
+		// After another invalidation for the same token, it has nothing to announce.
 		p.tell("tokens/default/app")
 		p.tell("tokens/default/app")
 	})
 }
 
-func TestStandbyIsToldOfTheSameTokenTwice(t *testing.T) {
+func TestStandbyIsInvalidatedTwiceForTheSameToken(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
 		synctest.Wait()
@@ -207,8 +208,8 @@ func TestStandbyIsToldOfTheSameTokenTwice(t *testing.T) {
 	})
 }
 
-// A write that comes while the standby reads storage is not missed.
-func TestStandbyIsToldWhileItLooks(t *testing.T) {
+// A standby does not miss a write that comes while it reads storage.
+func TestStandbyIsInvalidatedWhileItLoads(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
 		synctest.Wait()
@@ -221,7 +222,7 @@ func TestStandbyIsToldWhileItLooks(t *testing.T) {
 			}
 		}
 		p.standby.storage.afterGet.Store(&hook)
-		p.tell("tokens/default/app") // what it reads now is old when it comes
+		p.tell("tokens/default/app") // what it reads now is outdated when it arrives
 		time.Sleep(45 * time.Minute)
 		p.wantMints(2)
 		p.tell("tokens/default/app")
@@ -232,8 +233,8 @@ func TestStandbyIsToldWhileItLooks(t *testing.T) {
 	})
 }
 
-// A due token goes on being served, and one reader in five seconds goes to the active
-// node, when storage has nothing newer.
+// A standby continues to serve a token that is due. If storage has no newer one, it
+// forwards one read in five seconds to the active node.
 func TestStandbyServesADueToken(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
@@ -251,7 +252,7 @@ func TestStandbyServesADueToken(t *testing.T) {
 			case got.err != nil || !strings.HasPrefix(got.token, "token-1-"):
 				t.Errorf("got %q, %v", got.token, got.err)
 			case got.ttl < 30 || got.ttl > 60:
-				t.Errorf("ttl %d, want that of an old token", got.ttl)
+				t.Errorf("got ttl %d, want that of an old token", got.ttl)
 			}
 			time.Sleep(200 * time.Millisecond)
 		}
@@ -259,9 +260,9 @@ func TestStandbyServesADueToken(t *testing.T) {
 			t.Errorf("%d of 100 reads in 20 s were forwarded, want 4", forwarded)
 		}
 		if n := p.standby.storage.operations.Load() - gets; n != 4 {
-			t.Errorf("%d look-ups, want 4", n)
+			t.Errorf("got %d look-ups, want 4", n)
 		}
-		// With a newer one there, nobody is.
+		// If storage has a newer one, it forwards no reads.
 		p.mojo.set(func(s *standIn) { s.fail = nil })
 		time.Sleep(time.Minute)
 		synctest.Wait()
@@ -273,7 +274,7 @@ func TestStandbyServesADueToken(t *testing.T) {
 	})
 }
 
-func TestStandbyAtTheEndOfAToken(t *testing.T) {
+func TestStandbyWhenATokenExpires(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
 		synctest.Wait()
@@ -283,14 +284,14 @@ func TestStandbyAtTheEndOfAToken(t *testing.T) {
 		p.wantForwarded("app", nil)
 		time.Sleep(time.Hour)
 		if n := p.standby.kept().slots; n != 0 {
-			t.Errorf("%d slots are kept", n)
+			t.Errorf("got %d slots, want 0", n)
 		}
 	})
 }
 
-// Whatever the standby was not told of, it finds out within a minute of doubt: a role, a
-// config and a token that a restored snapshot brought back.
-func TestStandbyFindsOutAboutARestoredSnapshot(t *testing.T) {
+// What the standby missed, it finds within a minute: a role, a config and a token that a
+// restored snapshot brought back.
+func TestStandbyNoticesARestoredSnapshot(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
 		synctest.Wait()
@@ -329,7 +330,7 @@ func TestStandbyFindsOutAboutARestoredSnapshot(t *testing.T) {
 			readers.Go(func() { p.wantServed(9, nil) })
 		}
 		readers.Wait()
-		// And no token any more.
+		// And no stored token.
 		if err := p.storage.Storage.Delete(context.Background(), "tokens/default/app"); err != nil {
 			t.Fatal(err)
 		}
@@ -338,7 +339,8 @@ func TestStandbyFindsOutAboutARestoredSnapshot(t *testing.T) {
 	})
 }
 
-// A reader who gives up while an entry is compared with storage leaves that to the next.
+// If a reader gives up while the standby compares an entry with storage, the next reader
+// repeats the comparison.
 func TestReaderWhoLeavesSettlesNoDoubt(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
@@ -358,7 +360,7 @@ func TestReaderWhoLeavesSettlesNoDoubt(t *testing.T) {
 	})
 }
 
-// slowStorage takes its time to read.
+// slowStorage takes a while to read.
 type slowStorage struct{ logical.Storage }
 
 func (s *slowStorage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
@@ -370,8 +372,8 @@ func (s *slowStorage) Get(ctx context.Context, key string) (*logical.StorageEntr
 	}
 }
 
-// A config that another node wrote is loaded for tokens that came from storage, too.
-func TestTokensFromStorageGoByTheirConfig(t *testing.T) {
+// A config written by another node is loaded for tokens from storage as well.
+func TestTokensFromStorageFollowTheirConfig(t *testing.T) {
 	t.Run("dropped", func(t *testing.T) {
 		standbyBubble(t, func(p *pair) {
 			p.wantToken("app", 1)
@@ -380,7 +382,7 @@ func TestTokensFromStorageGoByTheirConfig(t *testing.T) {
 			p.write("config", map[string]any{"client_id": "other", "verify_connection": false})
 			p.tell("config/default")
 			if n := p.standby.kept().slots; n != 0 {
-				t.Errorf("%d slots are kept", n)
+				t.Errorf("got %d slots, want 0", n)
 			}
 		})
 	})
@@ -397,7 +399,7 @@ func TestTokensFromStorageGoByTheirConfig(t *testing.T) {
 	})
 }
 
-// Once a standby mints for itself, what it doubted is served without a look at the slot.
+// Once a standby mints for itself, it serves tokens without re-checking the stored copy.
 func TestStandbyThatMintsForItselfHasNoDoubts(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
@@ -409,13 +411,14 @@ func TestStandbyThatMintsForItselfHasNoDoubts(t *testing.T) {
 		p.wantServed(1, nil)
 		for _, s := range p.standby.tokens.all() {
 			if s.unsure.Load() {
-				t.Error("the slot is in doubt for good")
+				t.Error("the slot is in doubt forever")
 			}
 		}
 	})
 }
 
-// Also a token that it found when it no longer had to look is not deleted by a standby.
+// A standby never deletes a token, not even one that it loaded just before it stopped
+// using stored tokens.
 func TestStandbyDeletesNothing(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantForwarded("app", nil)
@@ -428,21 +431,21 @@ func TestStandbyDeletesNothing(t *testing.T) {
 		p.wantToken("app", 1)
 		synctest.Wait()
 		p.standby.storage.afterGet.Store(&hook)
-		p.tell("tokens/default/app") // it looks
+		p.tell("tokens/default/app") // it starts to load
 		p.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
 		synctest.Wait()
 		stored := p.tokens.all()[0]
-		p.store("tokens/default/app", newStoredToken(stored.token.Load(), stored.key)) // as when deleting it failed
+		p.store("tokens/default/app", newStoredToken(stored.token.Load(), stored.key)) // as if deleting it had failed
 		p.tell("config/default")
 		close(release)
 		p.wantServed(1, nil)
-		p.Cleanup(context.Background()) // so it is not the active node that deletes it
+		p.Cleanup(context.Background()) // so the active node cannot be the one that deletes it
 		time.Sleep(2 * time.Hour)
 	})
 }
 
-// Storage that fails takes nothing from a standby that it holds.
-func TestStandbyWithoutStorageServesWhatItHolds(t *testing.T) {
+// A standby keeps serving its cached tokens while storage fails.
+func TestStandbyWithoutStorageServesCachedTokens(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
 		synctest.Wait()
@@ -456,7 +459,7 @@ func TestStandbyWithoutStorageServesWhatItHolds(t *testing.T) {
 	})
 }
 
-// The doubt of a minute costs a few storage operations, and not one for each read.
+// A minute of doubt costs a few storage operations, not one for each read.
 func TestDoubtCostsOneLookEach(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)
@@ -471,14 +474,14 @@ func TestDoubtCostsOneLookEach(t *testing.T) {
 			time.Sleep(time.Minute)
 		}
 		if n := p.standby.storage.operations.Load() - before; n != 30 {
-			t.Errorf("%d storage operations in ten minutes, want one a minute for role, config and token each", n)
+			t.Errorf("%d storage operations in ten minutes, want one a minute each for role, config and token", n)
 		}
 	})
 }
 
-// The state is asked for once, and early: a node that is going down says that it may
-// write.
-func TestStandbyStaysOne(t *testing.T) {
+// The engine reads the replication state once, at the start: a node that is shutting down
+// claims that it may write.
+func TestStandbyStaysAStandby(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		system := logical.TestSystemView()
@@ -492,7 +495,7 @@ func TestStandbyStaysOne(t *testing.T) {
 	})
 }
 
-// A promoted node is a new one, and serves the tokens there are.
+// A promoted node starts a new backend, which serves the stored tokens.
 func TestPromotion(t *testing.T) {
 	standbyBubble(t, func(p *pair) {
 		p.wantToken("app", 1)

@@ -18,23 +18,23 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// Every release leaves in testdata/storage what it stores, and what was read of it.
-// Before the release of 0.2.0:
+// Each release adds to testdata/storage what it stores, and how it reads that. Before the
+// release of 0.2.0:
 //
 //	go test -run TestStorageOfReleases -write-storage=0.2.0 .
 //
-// Fixtures are written and read in bubbles, whose clocks all start at the same time: so
+// Fixtures are written and read in bubbles, whose clocks all start at the same time. So
 // the stored tokens are always new.
 var writeStorage = flag.String("write-storage", "", "write testdata/storage of this version")
 
-// storageFixture is what a version of the engine stored, and answered.
+// storageFixture is what a version of the engine stored, and what it returned for reads.
 type storageFixture struct {
 	Stored map[string]json.RawMessage `json:"stored"` // by key
 	Reads  map[string]map[string]any  `json:"reads"`  // by path
 }
 
-// What a released version has stored is read by this one as it was by that one. Tokens
-// are served from it, and minted with it.
+// This version reads what a released version stored in the same way. It serves tokens
+// from it, and mints tokens with it.
 func TestStorageOfReleases(t *testing.T) {
 	if *writeStorage != "" {
 		ca := testCertificates(t, 1)[0]
@@ -72,14 +72,14 @@ func (f *storageFixture) check(m *testMount) {
 	time.Sleep(time.Second) // the sweep deletes none of it
 	for path, data := range f.Reads {
 		got := readAsJSON(m, path)
-		for field, value := range data { // new fields may have come
+		for field, value := range data { // there may be new fields
 			if !reflect.DeepEqual(got[field], value) {
 				t.Errorf("%s of %s: got %v, want %v", field, path, got[field], value)
 			}
 		}
 	}
 	m.wantMints(0)
-	m.mojo.mints.Store(100) // what it gives out from here on is not what is stored
+	m.mojo.mints.Store(100) // tokens minted from here on differ from the stored ones
 	for path := range f.Reads {
 		name, ok := strings.CutPrefix(path, rolePrefix)
 		if !ok {
@@ -87,10 +87,10 @@ func (f *storageFixture) check(m *testMount) {
 		}
 		m.write(rotatePrefix+name, nil)
 		if got := m.creds(name, nil); got.err != nil || !strings.HasSuffix(got.token, canary[:6]) {
-			t.Errorf("a token of %s: got %q, %v; want it minted with the stored secret", name, got.token, got.err)
+			t.Errorf("a token of %s: got %q, %v; want one minted with the stored secret", name, got.token, got.err)
 		}
 	}
-	// A write of what is stored already drops no token.
+	// Writing the stored values again drops no token.
 	before := m.creds("full", nil)
 	m.write("roles/full", map[string]any{"scopes": f.Reads["roles/full"]["scopes"]})
 	m.write("config/full", map[string]any{"client_secret": canary, "verify_connection": false})
@@ -99,7 +99,7 @@ func (f *storageFixture) check(m *testMount) {
 	}
 }
 
-// newStorageFixture stores configs and roles with every field, and with none, and their
+// newStorageFixture stores configs and roles with every field and with none, and their
 // tokens.
 func newStorageFixture(m *testMount, ca string) *storageFixture {
 	m.t.Helper()
@@ -134,7 +134,7 @@ func newStorageFixture(m *testMount, ca string) *storageFixture {
 	}
 	for _, key := range []string{"tokens/default/plain", "tokens/full/full"} {
 		if f.Stored[key] == nil {
-			m.t.Errorf("%s is not stored, but %q", key, keys)
+			m.t.Errorf("%s is not stored; the stored keys are %q", key, keys)
 		}
 	}
 	return f

@@ -20,13 +20,13 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// What is stored of tokens, when, and what a later process makes of it.
+// What the engine stores of tokens, when, and how a later process uses it.
 
-// restart starts the mount anew over the same storage, as after a kill -9: the old one
-// does nothing any more.
+// restart starts the mount again over the same storage, as after a kill -9: the old one
+// does nothing more.
 func (m *testMount) restart() *testMount {
 	m.t.Helper()
-	synctest.Wait() // what was under way is done
+	synctest.Wait() // everything in progress is done
 	old := m.storage.Storage
 	m.storage.Storage = deadStorage{}
 	m.Cleanup(context.Background())
@@ -40,7 +40,7 @@ func (m *testMount) restart() *testMount {
 
 var errDead = errors.New("the process is dead")
 
-// deadStorage is what a dead process reaches.
+// deadStorage is the storage of a dead process.
 type deadStorage struct{}
 
 func (deadStorage) Get(context.Context, string) (*logical.StorageEntry, error) { return nil, errDead }
@@ -48,7 +48,7 @@ func (deadStorage) List(context.Context, string) ([]string, error)             {
 func (deadStorage) Put(context.Context, *logical.StorageEntry) error           { return errDead }
 func (deadStorage) Delete(context.Context, string) error                       { return errDead }
 
-// stored is the token that storage has at a key, nil when there is none.
+// stored returns the token that storage has at a key, or nil if there is none.
 func (m *testMount) stored(key string) *storedToken {
 	m.t.Helper()
 	entry, err := m.storage.Storage.Get(context.Background(), key)
@@ -65,7 +65,7 @@ func (m *testMount) stored(key string) *storedToken {
 	return stored
 }
 
-// store puts a token into storage past the engine.
+// store puts a token into storage without the engine.
 func (m *testMount) store(key string, stored *storedToken) {
 	m.t.Helper()
 	entry, err := logical.StorageEntryJSON(key, stored)
@@ -77,7 +77,7 @@ func (m *testMount) store(key string, stored *storedToken) {
 	}
 }
 
-// storedKeys are the keys below tokens/.
+// storedKeys returns the keys below tokens/.
 func (m *testMount) storedKeys() []string {
 	m.t.Helper()
 	keys, err := logical.CollectKeysWithPrefix(context.Background(), m.storage.Storage, tokenPrefix)
@@ -117,9 +117,9 @@ func TestTokensOutliveTheProcess(t *testing.T) {
 		m.wantMints(1)
 		m.wantToken("app", 1)
 		if got := m.outcomes(); got["restored"] != int64(1) || got["hit"] != int64(1) {
-			t.Errorf("reads are counted as %v", got)
+			t.Errorf("got the counts of reads %v", got)
 		}
-		// It is renewed as it would have been, now that it was read.
+		// It is renewed as before the restart, because it was read.
 		m.mojo.set(func(s *standIn) { s.fail = nil })
 		time.Sleep(45 * time.Minute)
 		m.wantToken("app", 2)
@@ -127,7 +127,7 @@ func TestTokensOutliveTheProcess(t *testing.T) {
 	})
 }
 
-// All that wait for the first token after a restart share one look-up.
+// All readers of the first token after a restart share one look-up.
 func TestReadersShareTheLookUp(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
@@ -155,7 +155,7 @@ func TestReadersShareTheLookUp(t *testing.T) {
 	})
 }
 
-// A mint is one write, after its readers were answered; a cached read is no operation.
+// A mint is one write, after its readers got the token; a cached read is no operation.
 func TestStorageOperationsOfReads(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", map[string]any{"scopes": "a,b"})
@@ -176,19 +176,19 @@ func TestStorageOperationsOfReads(t *testing.T) {
 			m.creds("app", nil)
 		}
 		if n := m.storage.operations.Load() - before; n != 0 {
-			t.Errorf("200 cached reads did %d storage operations", n)
+			t.Errorf("200 cached reads caused %d storage operations", n)
 		}
 		m.creds("app", map[string]any{"scopes": "a"})
 		time.Sleep(time.Hour) // both were renewed
 		synctest.Wait()
 		if got := writes.to("tokens/default/app"); got != int(m.mojo.mints.Load())-2 {
-			t.Errorf("%d writes of %d mints, 2 of which were narrowed", got, m.mojo.mints.Load())
+			t.Errorf("%d writes of %d mints, 2 of which were for a scope subset", got, m.mojo.mints.Load())
 		}
 		m.wantStored("tokens/default/app")
 	})
 }
 
-// countingWrites counts the writes and deletions of each key, and takes its time.
+// countingWrites counts the writes and deletions of each key, and takes a while.
 type countingWrites struct {
 	logical.Storage
 	slow time.Duration
@@ -208,7 +208,7 @@ func (s *countingWrites) count(what, key string) {
 	s.log = append(s.log, what+" "+key)
 }
 
-// to is how many writes and deletions of a key there were.
+// to returns the number of writes and deletions of a key.
 func (s *countingWrites) to(key string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -225,7 +225,7 @@ func (s *countingWrites) Delete(ctx context.Context, key string) error {
 	return s.Storage.Delete(ctx, key)
 }
 
-func TestStoredTokenThatMayNotBeServedIsAsNone(t *testing.T) {
+func TestUnservableStoredTokenIsIgnored(t *testing.T) {
 	for name, change := range map[string]func(m *testMount, stored *storedToken){
 		"another role generation":   func(_ *testMount, s *storedToken) { s.RoleGeneration += "x" },
 		"another config generation": func(_ *testMount, s *storedToken) { s.ConfigGeneration += "x" },
@@ -252,7 +252,7 @@ func TestStoredTokenThatMayNotBeServedIsAsNone(t *testing.T) {
 			})
 		})
 	}
-	t.Run("what can't be decoded", func(t *testing.T) {
+	t.Run("invalid JSON", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
 			m.wantToken("app", 1)
@@ -265,7 +265,7 @@ func TestStoredTokenThatMayNotBeServedIsAsNone(t *testing.T) {
 	})
 }
 
-func TestStoredTokenOfAClockAheadIsServedWithinItsFloor(t *testing.T) {
+func TestStoredTokenFromAClockAheadIsServedWithinItsFloor(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -278,7 +278,7 @@ func TestStoredTokenOfAClockAheadIsServedWithinItsFloor(t *testing.T) {
 	})
 }
 
-// What later versions add is no obstacle.
+// Fields added by later versions are ignored.
 func TestStoredTokenWithUnknownFields(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
@@ -297,9 +297,9 @@ func TestStoredTokenWithUnknownFields(t *testing.T) {
 	})
 }
 
-// A token without a lifetime keeps the assumed one, and one that MojoAuth returns again
-// its first end, also over a restart.
-func TestRestoredTokensKeepWhatTheirAnswersSaid(t *testing.T) {
+// After a restart, a token without a lifetime keeps the assumed one, and a token that
+// MojoAuth returned again keeps its first expiry.
+func TestRestoredTokensKeepTheirTimes(t *testing.T) {
 	t.Run("no lifetime", func(t *testing.T) {
 		bubble(t, func(m *testMount) {
 			m.mojo.set(func(s *standIn) { s.lifetime = 0 })
@@ -317,10 +317,10 @@ func TestRestoredTokensKeepWhatTheirAnswersSaid(t *testing.T) {
 			m.mojo.set(func(s *standIn) { s.alter = func(tok *token) { tok.accessToken = "token-1-again" } })
 			m.configure("app", nil)
 			before := m.do(logical.ReadOperation, "creds/app", nil).Data
-			time.Sleep(50 * time.Minute) // it was asked for again
+			time.Sleep(50 * time.Minute) // MojoAuth returned it again
 			synctest.Wait()
 			if m.stored("tokens/default/app").RepeatedUntil.IsZero() {
-				t.Error("storage does not know that it came again")
+				t.Error("storage does not record that the token was returned again")
 			}
 			m = m.restart()
 			time.Sleep(9*time.Minute + 30*time.Second) // below the usual floor
@@ -333,7 +333,7 @@ func TestRestoredTokensKeepWhatTheirAnswersSaid(t *testing.T) {
 	})
 }
 
-func TestWhatDropsTokensDeletesThem(t *testing.T) {
+func TestDroppedTokensAreDeleted(t *testing.T) {
 	for name, drop := range map[string]func(m *testMount){
 		"role deleted":   func(m *testMount) { m.do(logical.DeleteOperation, "roles/app", nil) },
 		"role changed":   func(m *testMount) { m.write("roles/app", map[string]any{"audience": "other"}) },
@@ -345,7 +345,7 @@ func TestWhatDropsTokensDeletesThem(t *testing.T) {
 		"endpoint changed": func(m *testMount) {
 			m.write("config", testConfig(map[string]any{"token_url": "https://other.test/oauth2/token"}))
 		},
-		"not to be stored": func(m *testMount) {
+		"persist_tokens disabled": func(m *testMount) {
 			m.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
 		},
 	} {
@@ -382,9 +382,9 @@ func TestWhatDropsTokensDeletesThem(t *testing.T) {
 	}
 }
 
-// The process dies between the write and the deletion: what is left is not served, and
-// the next start sweeps it away.
-func TestWhatADyingProcessLeavesIsNotServedAndSwept(t *testing.T) {
+// The process dies between the write and the deletion. The next one does not serve what
+// is left, and its sweep deletes it.
+func TestTokensLeftByAKilledProcessAreSweptNotServed(t *testing.T) {
 	for name, drop := range map[string]func(m *testMount){
 		"role deleted": func(m *testMount) {
 			m.do(logical.DeleteOperation, "roles/app", nil)
@@ -424,7 +424,7 @@ func TestWhatADyingProcessLeavesIsNotServedAndSwept(t *testing.T) {
 	}
 }
 
-// A write succeeds with a warning when its token can't be deleted.
+// A write succeeds with a warning if its token cannot be deleted.
 func TestTokenThatCannotBeDeletedIsAWarning(t *testing.T) {
 	for path, op := range map[string]logical.Operation{"roles/app": logical.DeleteOperation, "config": logical.DeleteOperation} {
 		bubble(t, func(m *testMount) {
@@ -449,7 +449,7 @@ func TestTokenThatCannotBeDeletedIsAWarning(t *testing.T) {
 	}
 }
 
-// failingTokens fails what concerns stored tokens, on demand.
+// failingTokens can be made to fail operations on stored tokens.
 type failingTokens struct {
 	logical.Storage
 	fails atomic.Bool
@@ -492,8 +492,9 @@ func (s *failingTokens) Delete(ctx context.Context, key string) error {
 	return s.Storage.Delete(ctx, key)
 }
 
-// Storage that fails harms nobody: it is counted, logged once, and used again.
-func TestFailingTokenStorageHarmsNobody(t *testing.T) {
+// Failing storage affects no reader: failures are counted and logged once, and storage is
+// used again later.
+func TestFailingTokenStorageAffectsNoReader(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		var log syncBuffer
 		m.Setup(context.Background(), &logical.BackendConfig{ //nolint:errcheck // never fails
@@ -516,7 +517,7 @@ func TestFailingTokenStorageHarmsNobody(t *testing.T) {
 			}
 		}
 		if n := strings.Count(log.String(), "cannot use stored tokens"); n != 2 {
-			t.Errorf("%d lines in the log, want one for loads and one for saves:\n%s", n, log.String())
+			t.Errorf("got %d lines in the log, want one for loads and one for saves:\n%s", n, log.String())
 		}
 		if strings.Contains(log.String(), "token-") {
 			t.Errorf("a token is in the log:\n%s", log.String())
@@ -527,7 +528,7 @@ func TestFailingTokenStorageHarmsNobody(t *testing.T) {
 	})
 }
 
-// syncBuffer is a log that may be read while it is written.
+// syncBuffer is a log that can be read while it is written.
 type syncBuffer struct {
 	mu   sync.Mutex
 	text strings.Builder
@@ -545,8 +546,8 @@ func (b *syncBuffer) String() string {
 	return b.text.String()
 }
 
-// A node that may write remembers that storage has nothing, so an outage costs one
-// look-up, however many come.
+// A node that may write remembers that storage has no token. An outage costs one look-up,
+// no matter how many readers come.
 func TestBackOffCostsOneLookUp(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
@@ -572,8 +573,8 @@ func TestBackOffCostsOneLookUp(t *testing.T) {
 	})
 }
 
-// Nor does one look-up follow another for each reader while storage fails: a key has one
-// a second at most, and is served once storage is well.
+// While storage fails, the engine does not repeat the look-up for each reader, but at
+// most once a second for each key. Once storage works, it serves the token.
 func TestFailingStorageCostsOneLookUpASecond(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
@@ -603,8 +604,8 @@ func TestFailingStorageCostsOneLookUpASecond(t *testing.T) {
 	})
 }
 
-// A read whose time is over while it looks for a token says so.
-func TestReadThatStorageHoldsUpSaysSo(t *testing.T) {
+// If a read's time is over while it looks for a stored token, the error says so.
+func TestReadDelayedByStorageSaysSo(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.write("config", testConfig(map[string]any{"request_timeout": 1}))
 		m.write("roles/app", nil)
@@ -616,7 +617,7 @@ func TestReadThatStorageHoldsUpSaysSo(t *testing.T) {
 			}
 		}
 		m.storage.afterGet.Store(&slow)
-		for _, after := range []time.Duration{500 * time.Millisecond, 1500 * time.Millisecond} { // it looks again for each
+		for _, after := range []time.Duration{500 * time.Millisecond, 1500 * time.Millisecond} { // each time it looks again
 			time.AfterFunc(after, func() {
 				role := m.storedRole("app")
 				role.TokenGeneration += "x"
@@ -638,7 +639,7 @@ func TestReadThatStorageHoldsUpSaysSo(t *testing.T) {
 	})
 }
 
-// A stored token is served during a back-off too.
+// A stored token is also served during a back-off.
 func TestStoredTokenIsServedDuringABackOff(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
@@ -653,8 +654,8 @@ func TestStoredTokenIsServedDuringABackOff(t *testing.T) {
 	})
 }
 
-// A role entry comes first, then its token, and then the answer.
-func TestRotationIsStoredBeforeItIsAnswered(t *testing.T) {
+// The role entry is written first, then its token; then the rotation returns.
+func TestRotationIsStoredBeforeItReturns(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -672,8 +673,8 @@ func TestRotationIsStoredBeforeItIsAnswered(t *testing.T) {
 	})
 }
 
-// After a restart too, a rotation that brings the token there is has rotated nothing.
-func TestRotationOfAStoredTokenThatComesAgainFails(t *testing.T) {
+// Also after a restart, a rotation that returns the same token fails.
+func TestRotationThatReturnsTheStoredTokenFails(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.mojo.set(func(s *standIn) { s.alter = func(tok *token) { tok.accessToken = "token-1-again" } })
 		m.configure("app", nil)
@@ -686,8 +687,9 @@ func TestRotationOfAStoredTokenThatComesAgainFails(t *testing.T) {
 	})
 }
 
-// A rotation replaces what another node minted, even if that node's clock was ahead.
-func TestRotationReplacesATokenOfAClockAhead(t *testing.T) {
+// A rotation replaces a token that another node minted, even if that node's clock was
+// ahead.
+func TestRotationReplacesATokenFromAClockAhead(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		m.wantToken("app", 1)
@@ -706,15 +708,15 @@ func TestRotationReplacesATokenOfAClockAhead(t *testing.T) {
 	})
 }
 
-// An older token whose write was held up does not follow a newer one.
-func TestAHeldUpSaveDoesNotOutdoANewerOne(t *testing.T) {
+// The delayed write of an older token does not overwrite a newer one.
+func TestDelayedSaveDoesNotOverwriteANewerToken(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
 		synctest.Wait() // nothing uses it
 		m.storage.Storage = held
 		m.wantToken("app", 1)
-		synctest.Wait() // its write is under way
+		synctest.Wait() // its write is in progress
 		time.Sleep(2 * time.Second)
 		refused := formatTime(time.Now())
 		if got := m.creds("app", map[string]any{"minted_after": refused}); got.err != nil {
@@ -729,8 +731,8 @@ func TestAHeldUpSaveDoesNotOutdoANewerOne(t *testing.T) {
 	})
 }
 
-// A save that was held up until its role was deleted leaves nothing.
-func TestAHeldUpSaveDoesNotOutliveItsRole(t *testing.T) {
+// A save that is delayed until its role is deleted leaves no token.
+func TestDelayedSaveDoesNotOutliveItsRole(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		held := &heldWrites{Storage: m.storage.Storage, until: make(chan struct{})}
@@ -747,15 +749,15 @@ func TestAHeldUpSaveDoesNotOutliveItsRole(t *testing.T) {
 	})
 }
 
-// Nor does one that was held up until its config drops its tokens, though storage does
-// not list it yet.
-func TestAHeldUpSaveDoesNotOutliveItsConfig(t *testing.T) {
+// Nor does a save that is delayed until its config drops its tokens, even though storage
+// does not list it yet.
+func TestDelayedSaveDoesNotOutliveItsConfig(t *testing.T) {
 	for name, drop := range map[string]func(m *testMount){
 		"config deleted": func(m *testMount) { m.do(logical.DeleteOperation, "config", nil) },
 		"client changed": func(m *testMount) {
 			m.write("config", map[string]any{"client_id": "other", "verify_connection": false})
 		},
-		"not to be stored": func(m *testMount) {
+		"persist_tokens disabled": func(m *testMount) {
 			m.write("config", map[string]any{"persist_tokens": false, "verify_connection": false})
 		},
 	} {
@@ -778,7 +780,7 @@ func TestAHeldUpSaveDoesNotOutliveItsConfig(t *testing.T) {
 	}
 }
 
-// heldWrites holds up the writes of tokens.
+// heldWrites delays the writes of tokens.
 type heldWrites struct {
 	logical.Storage
 	until chan struct{}
@@ -791,7 +793,7 @@ func (s *heldWrites) Put(ctx context.Context, e *logical.StorageEntry) error {
 	return s.Storage.Put(ctx, e)
 }
 
-// Closing waits for a write under way.
+// Closing waits for a write in progress.
 func TestClosingWaitsForASave(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
@@ -806,13 +808,13 @@ func TestClosingWaitsForASave(t *testing.T) {
 	})
 }
 
-func TestTokensThatEndedAreDeleted(t *testing.T) {
+func TestExpiredTokensAreDeleted(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.mojo.set(func(s *standIn) { s.lifetime = 20 * time.Second })
 		m.configure("app", nil)
 		m.wantToken("app", 1)
 		m.wantStored("tokens/default/app")
-		time.Sleep(time.Minute) // it was renewed once, since it was read, and lapsed
+		time.Sleep(time.Minute) // it was renewed once, because it was read, and lapsed
 		m.wantStored()
 		m.wantMints(2)
 	})
@@ -864,8 +866,9 @@ func TestSweep(t *testing.T) {
 	})
 }
 
-// A role or config that cannot be read has no tokens: a new one has another generation.
-func TestSweepTakesTokensOfWhatCannotBeRead(t *testing.T) {
+// A role or config that cannot be decoded has no tokens: a new one has another
+// generation.
+func TestSweepDeletesTokensOfUndecodableEntries(t *testing.T) {
 	for _, key := range []string{"roles/app", "config/default"} {
 		bubble(t, func(m *testMount) {
 			m.configure("app", nil)
@@ -881,7 +884,7 @@ func TestSweepTakesTokensOfWhatCannotBeRead(t *testing.T) {
 	}
 }
 
-// The sweep leaves storage to others, and ends with the mount.
+// The sweep leaves room for other storage operations, and stops when the mount closes.
 func TestSweepIsPaced(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
@@ -905,8 +908,8 @@ func TestSweepIsPaced(t *testing.T) {
 	})
 }
 
-// Many tokens of one config go in the background.
-func TestManyTokensOfAConfigGoInTheBackground(t *testing.T) {
+// If a config has many tokens, they are deleted in the background.
+func TestManyTokensOfAConfigAreDeletedInTheBackground(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)
 		for i := range 250 {
@@ -918,7 +921,7 @@ func TestManyTokensOfAConfigGoInTheBackground(t *testing.T) {
 			t.Errorf("the request took %s", took)
 		}
 		if n := len(m.storedKeys()); n > 150 || n == 0 {
-			t.Errorf("%d tokens are left at once, want 150", n)
+			t.Errorf("right after the write, %d tokens are left, want 150", n)
 		}
 		time.Sleep(time.Minute)
 		m.wantStored()

@@ -17,8 +17,8 @@ import (
 	"github.com/hashicorp/vault/sdk/framework"
 )
 
-// FuzzTokenURL looks for a URL that is accepted and would take the client secret
-// somewhere it must not go.
+// FuzzTokenURL searches for a URL that the engine accepts and that would send the client
+// secret somewhere it must not go.
 func FuzzTokenURL(f *testing.F) {
 	for _, seed := range []string{
 		"https://your-app.mojoauth.com/oauth2/token?env=test",
@@ -36,7 +36,7 @@ func FuzzTokenURL(f *testing.F) {
 		}
 		u, err := url.Parse(raw)
 		if err != nil {
-			t.Fatalf("%q: accepted, but cannot be read: %v", raw, err)
+			t.Fatalf("%q: accepted, but cannot be parsed: %v", raw, err)
 		}
 		if u.Scheme != "https" && (u.Scheme != "http" || !isLoopback(u.Hostname())) {
 			t.Errorf("%q: the secret would be sent unencrypted to %s", raw, u.Host)
@@ -44,7 +44,8 @@ func FuzzTokenURL(f *testing.F) {
 		if u.User != nil || u.Fragment != "" || u.Hostname() == "" {
 			t.Errorf("%q: accepted", raw)
 		}
-		// What is dialed is what an operator reads in the URL, but for the case.
+		// The engine connects to the host that an operator reads in the URL, apart from
+		// case.
 		_, after, _ := strings.Cut(raw, "://")
 		authority := after
 		if end := strings.IndexAny(after, "/?#"); end >= 0 {
@@ -53,7 +54,7 @@ func FuzzTokenURL(f *testing.F) {
 		dialed := dialedBy(t, raw, "")
 		host, port, err := net.SplitHostPort(dialed.address)
 		if err != nil {
-			t.Fatalf("%q dials %q: %v", raw, dialed.address, err)
+			t.Fatalf("%q connects to %q: %v", raw, dialed.address, err)
 		}
 		if strings.Contains(host, ":") {
 			host = "[" + host + "]"
@@ -61,16 +62,16 @@ func FuzzTokenURL(f *testing.F) {
 		switch given := strings.TrimSuffix(authority, ":"); given {
 		case host, host + ":" + port:
 		default:
-			t.Errorf("%q: what is dialed is %s", raw, dialed.address)
+			t.Errorf("%q: the connection goes to %s", raw, dialed.address)
 		}
 		if dialed.encrypted != (u.Scheme == "https") {
-			t.Errorf("%q: encrypted %v", raw, dialed.encrypted)
+			t.Errorf("%q: got encrypted %v", raw, dialed.encrypted)
 		}
 	})
 }
 
-// FuzzRedirectWithoutSecret looks for a write without the client secret that has
-// the stored secret sent to another address, or has another server believed.
+// FuzzRedirectWithoutSecret searches for a write without the client secret that sends the
+// stored secret to another address, or makes the engine trust another server.
 func FuzzRedirectWithoutSecret(f *testing.F) {
 	certificates := testCertificates(f, 2)
 	pick := func(n uint8) string { return append(certificates, "", "\n"+certificates[0])[n%4] }
@@ -118,23 +119,23 @@ func FuzzRedirectWithoutSecret(f *testing.F) {
 		}
 		before, after := dialedBy(t, old.TokenURL, old.CACert), dialedBy(t, changed.TokenURL, changed.CACert)
 		if before.address != after.address || before.encrypted != after.encrypted {
-			t.Errorf("from %q to %q without the secret: it went to %v and goes to %v", was, becomes, before, after)
+			t.Errorf("from %q to %q without the secret: it went to %v and now goes to %v", was, becomes, before, after)
 		}
 		if !before.trusts.Equal(after.trusts) {
-			t.Errorf("ca_cert from %q to %q without the secret: other servers are believed", old.CACert, changed.CACert)
+			t.Errorf("ca_cert from %q to %q without the secret: the engine trusts other servers", old.CACert, changed.CACert)
 		}
 	})
 }
 
-// dialed is where a request goes, and who is believed there.
+// dialed is where a request goes, and which servers are trusted there.
 type dialed struct {
-	address   string // as the dialer gets it
+	address   string // as passed to the dialer
 	encrypted bool
 	trusts    *x509.CertPool
 }
 
-// dialedBy tells where Go's own client sends a request to the URL, without sending
-// it.
+// dialedBy returns where Go's own client would send a request for the URL, without
+// sending it.
 func dialedBy(t *testing.T, rawURL, caCert string) dialed {
 	t.Helper()
 	d := dialed{trusts: x509.NewCertPool()}
@@ -160,7 +161,7 @@ func dialedBy(t *testing.T, rawURL, caCert string) dialed {
 		_ = resp.Body.Close()
 	}
 	if !errors.Is(err, seen) {
-		t.Fatalf("%q: accepted, but cannot be dialed: %v", rawURL, err)
+		t.Fatalf("%q: accepted, but there is nothing to connect to: %v", rawURL, err)
 	}
 	return d
 }

@@ -20,18 +20,18 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// How long a token of the agents' tests lives: F = 4 s, m = 4 s. The roles' min_ttl of 24 s
-// makes R = 24 s, so that a token that is due outlives a server that is down for a third
-// of a lifetime and the back-off after that.
+// Lifetime of the tokens: F = 4 s, m = 4 s. The roles' min_ttl of 24 s makes R = 24 s, so
+// a token that is due outlasts a server that is down for a third of a lifetime and the
+// back-off after that.
 const agentTokenLifetime = 40 * time.Second
 
-// Applications call the API five times a second with what a real Vault Agent keeps
-// in a file for them, and are not rejected once, while Vault, the plugin, the OAuth
-// server or the agents fail. Each fault has a Vault and agents of its own, so that they
-// can be waited for together.
+// Applications call the API five times a second with the token that a real Vault Agent
+// keeps in a file for them. They are not rejected once while Vault, the plugin, the OAuth
+// server or the agents fail. Each fault has its own Vault and agents, so the faults can
+// run in parallel.
 //
-// AGENT_LIFETIMES sets how many lifetimes each fault is given, and comes again in every
-// second of them; `make soak-agent` asks for more than the 2 of every run.
+// AGENT_LIFETIMES sets the number of lifetimes for each fault. The fault recurs in every
+// second lifetime. `make soak-agent` uses more than the default of 2.
 func TestAgentKeepsApplicationsSupplied(t *testing.T) {
 	t.Parallel()
 	for name, fault := range map[string]func(w *world, agents map[string]*harness.Agent){
@@ -63,7 +63,8 @@ func TestAgentKeepsApplicationsSupplied(t *testing.T) {
 	}
 }
 
-// keepSupplied has applications use what agents keep for them, while the fault happens.
+// keepSupplied lets applications use the tokens that agents keep for them while the fault
+// happens.
 func keepSupplied(t *testing.T, fault func(w *world, agents map[string]*harness.Agent)) {
 	const lifetime = agentTokenLifetime
 	count := 2
@@ -71,7 +72,7 @@ func keepSupplied(t *testing.T, fault func(w *world, agents map[string]*harness.
 		count = n
 	}
 	w := newWorld(t)
-	w.oauth.SetLifetime(lifetime + time.Second) // it rounds down
+	w.oauth.SetLifetime(lifetime + time.Second) // the server rounds down
 	w.write("config", w.config(nil))
 	w.write("roles/hinted", role(map[string]any{"min_ttl": "24s"}))
 	w.write("roles/leased", role(map[string]any{"min_ttl": "24s", "generate_lease": true}))
@@ -94,8 +95,8 @@ template {
 	}
 	hinted := w.vault.StartAgent(t, "hinted", policy("hinted"), files("hinted"))
 	leased := w.vault.StartAgent(t, "leased", policy("leased"), files("leased"))
-	// The agent starts this program with the token in its environment, and again
-	// whenever there is a new one.
+	// The agent starts this program with the token in its environment, and restarts it
+	// for each new token.
 	supervisor := w.vault.StartAgent(t, "supervisor", policy("hinted"), `
 env_template "MOJOAUTH_TOKEN" {
   contents = "{{ with secret \"mojoauth/creds/hinted\" }}{{ .Data.access_token }}{{ end }}"
@@ -111,7 +112,7 @@ exec {
 	read := func(a *harness.Agent, file string) (string, error) {
 		content, err := os.ReadFile(filepath.Join(a.Dir, file))
 		if err == nil && len(content) == 0 {
-			err = errors.New("it is empty")
+			err = errors.New("the file is empty")
 		}
 		return string(content), err
 	}
@@ -119,14 +120,14 @@ exec {
 		harness.Eventually(t, name+" has a token", func() error { _, err := read(agent, "token"); return err })
 		info, err := os.Stat(filepath.Join(agent.Dir, "token"))
 		if err != nil || info.Mode().Perm() != 0o600 {
-			t.Errorf("%s: the token's file has the mode %v, %v", name, info.Mode(), err)
+			t.Errorf("%s: the token's file has mode %v, %v", name, info.Mode(), err)
 		}
 	}
 	for _, agent := range []*harness.Agent{hinted, leased} {
 		harness.Eventually(t, "the header's file", func() error { _, err := read(agent, "header"); return err })
 		header, _ := read(agent, "header")
 		if token, ok := strings.CutPrefix(header, "Authorization: Bearer "); !ok || w.callAPI(strings.TrimSpace(token)) != 200 {
-			t.Errorf("the header's file holds %q", header)
+			t.Errorf("the header's file contains %q", header)
 		}
 	}
 
@@ -153,7 +154,7 @@ exec {
 				called.Add(1)
 				if status := w.callAPI(token); status != 200 {
 					refused.Add(1)
-					t.Errorf("%s: the API answered %d at %s", name, status, time.Now().Format(time.TimeOnly))
+					t.Errorf("%s: the API returned %d at %s", name, status, time.Now().Format(time.TimeOnly))
 				}
 			}
 		})
@@ -164,7 +165,7 @@ exec {
 		begin := time.Now()
 		// Not at the beginning, when all tokens are fresh.
 		time.Sleep(lifetime / 3)
-		t.Logf("it happens at %s", time.Now().Format(time.TimeOnly))
+		t.Logf("the fault happens at %s", time.Now().Format(time.TimeOnly))
 		fault(w, agents)
 		time.Sleep(time.Until(begin.Add(2 * lifetime)))
 	}
@@ -186,14 +187,14 @@ exec {
 	for name := range agents {
 		t.Logf("%s: %d calls of the API, %d rejected", name, calls[name].Load(), rejected[name].Load())
 		if float64(calls[name].Load()) < lifetimes*lifetime.Seconds()*3 {
-			t.Errorf("%s: only %d calls: the test did not look closely", name, calls[name].Load())
+			t.Errorf("%s: only %d calls: too few to show anything", name, calls[name].Load())
 		}
 		if t.Failed() {
 			t.Logf("the log of %s:\n%s", name, agents[name].Log())
 		}
 	}
-	// An agent that ignores the hints reads every five minutes, one that takes a
-	// ttl for 0 every second.
+	// An agent that ignores the hints reads every five minutes; one that takes ttl for 0
+	// reads every second.
 	if perLifetime := float64(reads) / 5 / lifetimes; perLifetime > 8 {
 		t.Errorf("each template was read %.1f times per lifetime", perLifetime)
 	}

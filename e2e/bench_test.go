@@ -21,10 +21,10 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// BenchmarkThroughVault compares reads through a real Vault: the engine's cached
-// token with and without a lease, KV version 1 (which is part of Vault, and
-// reads storage), and a plugin that does nothing. It prints a table; the ratios
-// in it can be compared between machines, the numbers cannot.
+// BenchmarkThroughVault compares reads through a real Vault: the engine's cached token
+// with and without a lease, KV version 1 (which is part of Vault and reads storage), and
+// a plugin that does nothing. It prints a table. Compare the ratios between machines, not
+// the numbers.
 func BenchmarkThroughVault(b *testing.B) {
 	const (
 		rounds = 7
@@ -59,7 +59,7 @@ func BenchmarkThroughVault(b *testing.B) {
 		table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
 		fmt.Fprintln(table, "connections\ttarget\trequests/s\tp50\tp99\tof no-op (median of rounds)\t")
 		for _, connections := range []int{1, 32} {
-			// Interleaved, so that what the machine does meanwhile hits all alike.
+			// Interleaved, to make other load on the machine affect all of them alike.
 			results := make([][]load, len(targets))
 			for range rounds {
 				for i, target := range targets {
@@ -94,7 +94,7 @@ type load struct {
 	p50, p99 time.Duration
 }
 
-// generate reads a path over that many connections for that long.
+// generate reads a path over the given number of connections for the given time.
 func generate(t testing.TB, vault *harness.Vault, path string, connections int, length time.Duration) load {
 	t.Helper()
 	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: connections}}

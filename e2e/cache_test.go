@@ -20,8 +20,8 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// Not parallel, like all that load the machine: those that wait for seconds to pass
-// run beside each other when these have ended.
+// Not parallel, like all tests that load the machine: tests that wait for time to pass
+// run in parallel after these.
 func TestManyColdReadersThroughVault(t *testing.T) {
 	w := newWorld(t)
 	w.write("config", w.config(nil))
@@ -57,7 +57,7 @@ func TestManyColdReadersThroughVault(t *testing.T) {
 	}
 }
 
-// reader is a client for many goroutines at once that does not record responses.
+// reader returns a client for many concurrent goroutines that does not record responses.
 func (w *world) reader(connections int) *api.Client {
 	w.Helper()
 	config := api.DefaultConfig()
@@ -73,9 +73,8 @@ func (w *world) reader(connections int) *api.Client {
 	return client
 }
 
-// Tokens that live for seconds show whether readers who do as the hints say are
-// ever left with one that is spent. A lifetime of 20 s has F = 2 s, m = 2 s and
-// R = 5 s.
+// Tokens that are valid for seconds show whether readers that follow the hints ever have
+// an expired one. A lifetime of 20 s has F = 2 s, m = 2 s and R = 5 s.
 func TestReadersOfShortLivedTokens(t *testing.T) {
 	t.Parallel()
 	const (
@@ -84,8 +83,8 @@ func TestReadersOfShortLivedTokens(t *testing.T) {
 		lifetimes = 5
 	)
 	w := newWorld(t)
-	// The server tells whole seconds and rounds down: with one more, the lifetime
-	// it tells is exact.
+	// The server reports whole seconds and rounds down. With one second more, the
+	// reported lifetime is exact.
 	w.oauth.SetLifetime(lifetime + time.Second)
 	w.write("config", w.config(nil))
 	w.write("roles/hinted", role(nil))
@@ -95,13 +94,13 @@ func TestReadersOfShortLivedTokens(t *testing.T) {
 
 	end := time.Now().Add(lifetimes * lifetime)
 	var reads atomic.Int64
-	// follow reads the role until the end, and lets pass what wait says.
+	// follow reads the role until the end, and waits between reads as long as wait returns.
 	follow := func(role string, wait func(*api.Secret) time.Duration) {
 		var token string
 		for {
 			if token != "" {
 				if status := w.callAPI(token); status != http.StatusOK {
-					t.Errorf("%s: just before it was replaced, the API answered %d to the token", role, status)
+					t.Errorf("%s: just before its replacement, the API returned %d for the token", role, status)
 					return
 				}
 			}
@@ -159,8 +158,8 @@ func TestReadersOfShortLivedTokens(t *testing.T) {
 	}
 	perLifetime := float64(mints) / 2 / lifetimes
 	t.Logf("%d reads by 100 readers over %d lifetimes of %s; %d mints for two roles: %.2f per lifetime and role", reads.Load(), lifetimes, lifetime, mints, perLifetime)
-	// A token is renewed when a quarter of its life is left, or up to a twentieth sooner:
-	// so a role has its first token, and one for each 0.70 lifetimes.
+	// A token is renewed with a quarter of its lifetime left, or up to a twentieth
+	// earlier. So a role has its first token, and another one for each 0.70 lifetimes.
 	if most := 2 * (1 + lifetimes*100/70); mints > most {
 		t.Errorf("%d tokens were minted for two roles, want at most %d", mints, most)
 	}
@@ -176,16 +175,16 @@ func TestRevokingLeasesTouchesNoOtherReader(t *testing.T) {
 	unchanged := func(after string) {
 		t.Helper()
 		if w.token("app") != token {
-			t.Errorf("after %s another token is read", after)
+			t.Errorf("after %s: got another token", after)
 		}
 		if status := w.callAPI(token); status != http.StatusOK {
-			t.Errorf("after %s the API answered %d", after, status)
+			t.Errorf("after %s: the API returned %d", after, status)
 		}
 	}
 
 	secret := w.read("creds/app")
 	if secret.LeaseID == "" || secret.Renewable || secret.LeaseDuration > 3600-300 || secret.LeaseDuration < 3200 {
-		t.Errorf("got lease %q of %d s, renewable %v; want one that ends 5 minutes before the token", secret.LeaseID, secret.LeaseDuration, secret.Renewable)
+		t.Errorf("got lease %q of %d s, renewable %v; want one that ends 5 minutes before the token expires", secret.LeaseID, secret.LeaseDuration, secret.Renewable)
 	}
 	if err := sys.Revoke(secret.LeaseID); err != nil {
 		t.Errorf("revoking one lease: %v", err)
@@ -214,14 +213,14 @@ func TestRevokingLeasesTouchesNoOtherReader(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := application.Logical().Read("mojoauth/config"); err == nil {
-		t.Error("an application's policy let it read the config")
+		t.Error("an application's policy allows reading the config")
 	}
 	if err := w.vault.Auth().Token().RevokeTree(child.Auth.ClientToken); err != nil {
 		t.Errorf("revoking the parent token: %v", err)
 	}
 	unchanged("revoking the parent token")
 
-	// A lease outlives what it was made from.
+	// A lease outlives the role and config it came from.
 	orphan := w.read("creds/app").LeaseID
 	for _, path := range []string{"roles/app", "config"} {
 		if _, err := w.vault.Logical().Delete("mojoauth/" + path); err != nil {
@@ -229,10 +228,10 @@ func TestRevokingLeasesTouchesNoOtherReader(t *testing.T) {
 		}
 	}
 	if err := sys.RevokeWithOptions(&api.RevokeOptions{LeaseID: orphan, Sync: true}); err != nil {
-		t.Errorf("revoking a lease of a role and config that are gone: %v", err)
+		t.Errorf("revoking a lease of a deleted role and config: %v", err)
 	}
 	if _, err := sys.Lookup(orphan); err == nil {
-		t.Error("the lease is still there")
+		t.Error("the lease still exists")
 	}
 }
 
@@ -247,14 +246,14 @@ func TestRotateRoleThroughVault(t *testing.T) {
 		t.Errorf("got %v, want three keys and no token", rotated.Data)
 	}
 	if w.token("app") == old {
-		t.Error("the old token is still read")
+		t.Error("the old token is still served")
 	}
 	current := w.token("app")
 	w.oauth.Close()
 	_, err := w.vault.Logical().Write("mojoauth/rotate-role/app", nil)
 	w.wantError(err, 502, `role "app"`, "connection refused")
 	if w.token("app") != current {
-		t.Error("a rotation that failed dropped the token")
+		t.Error("a failed rotation dropped the token")
 	}
 }
 
@@ -272,21 +271,20 @@ func TestNarrowedReadsThroughVault(t *testing.T) {
 		return secret
 	}
 	if got := read(map[string][]string{"scopes": {"write:data"}}); got.Data["scope"] != "write:data" || w.callAPI(got.Data["access_token"].(string)) != http.StatusForbidden {
-		t.Errorf("got scope %v, want a token that may only write", got.Data["scope"])
+		t.Errorf("got scope %v, want a token with only write:data", got.Data["scope"])
 	}
 	all := read(map[string][]string{"scopes": {""}})
 	if got := read(map[string][]string{"scopes": {"write:data read:data"}}); got.Data["access_token"] != all.Data["access_token"] {
-		t.Error("all scopes in another order are another token")
+		t.Error("all scopes in another order: got another token")
 	}
 	if got := read(map[string][]string{"min_ttl": {"30m"}}); got.Data["access_token"] != all.Data["access_token"] || number(w, got.Data["rotation_period"]) > 1800 {
-		t.Errorf("got %v, want the same token, to be read again sooner", got.Data)
+		t.Errorf("got %v, want the same token with an earlier next read", got.Data)
 	}
 	_, err := w.vault.Logical().ReadWithData("mojoauth/creds/app", map[string][]string{"scopes": {"read:data,admin"}})
 	w.wantError(err, 400, `scopes contains "admin"`, `role "app"`)
 }
 
-// A platform team sizes Vault's hosts by this: 10,000 roles with a token of
-// 1.5 KB each.
+// Platform teams size Vault's hosts by this: 10,000 roles with a token of 1.5 KB each.
 func TestMemoryOfManyRoles(t *testing.T) {
 	harness.Once(t)
 	const (
@@ -294,11 +292,11 @@ func TestMemoryOfManyRoles(t *testing.T) {
 		limit = 80 << 20
 	)
 	w := newWorld(t)
-	w.oauth.SetPadding(900) // beside the 600 bytes that a token has anyhow
+	w.oauth.SetPadding(900) // in addition to the 600 bytes of any token
 	w.write("config", w.config(unpaced(nil)))
 	w.write("roles/first", role(nil))
 	if size := len(w.token("first")); size < 1500 || size > 1700 {
-		t.Errorf("a token has %d bytes, want about 1.5 KB", size)
+		t.Errorf("got a token of %d bytes, want about 1.5 KB", size)
 	}
 	client := w.reader(32)
 	each := func(do func(i int) error) {
@@ -315,7 +313,7 @@ func TestMemoryOfManyRoles(t *testing.T) {
 		}
 		wg.Wait()
 	}
-	// What the plugin takes for being asked so often is not what it holds.
+	// Memory that the plugin needs to handle many requests is not memory that it keeps.
 	each(func(int) error {
 		_, err := client.Logical().Read("mojoauth/creds/first")
 		return err
@@ -333,7 +331,7 @@ func TestMemoryOfManyRoles(t *testing.T) {
 	grown := residentMemory(t, pid) - before
 	t.Logf("resident memory of the plugin: %.1f MiB before, grown by %.1f MiB with %d roles", float64(before)/(1<<20), float64(grown)/(1<<20), roles)
 	if grown > limit {
-		t.Errorf("it grew by %d bytes, want at most %d", grown, limit)
+		t.Errorf("memory grew by %d bytes, want at most %d", grown, limit)
 	}
 }
 

@@ -25,50 +25,50 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// Tokens of the role "short" live 90 s, and are due when 60 s are left: who reads
-// often holds one that outlives any fault here. Those of the other roles live an hour,
-// so that none is requested again, whatever happens.
+// Tokens of the role "short" are valid for 90 s, and due with 60 s left: a frequent
+// reader always has one that outlasts any of the faults. Tokens of the other roles are
+// valid for an hour, so none is requested again, whatever happens.
 const (
 	shortLifetime = 90 * time.Second
 	shortMinTTL   = 60 * time.Second
 )
 
-// longRoles are the roles whose tokens live an hour, with their scopes.
+// longRoles are the roles with one-hour tokens, and their scopes.
 var longRoles = map[string]string{"long-read": "read:data", "long-write": "write:data", "long-both": "read:data write:data"}
 
-// clusterWorld is a cluster whose readers and writers never rest.
+// clusterWorld is a cluster under a constant load of reads and writes.
 type clusterWorld struct {
 	testing.TB
-	name    string // begins the names of what is written
+	name    string // prefix of the names of what is written
 	cluster *harness.Cluster
-	mount   string // where the engine is; mojoauth if it is ""
+	mount   string // where the engine is mounted; "" means mojoauth
 	oauth   *oauthserver.Server
 	seed    uint64
-	clients map[*harness.Vault]*api.Client // whose responses are not kept
+	clients map[*harness.Vault]*api.Client // their responses are not kept
 
-	binary string                    // of the plugin that runs
-	static map[string]map[string]any // what is at the paths that nobody writes
+	binary string                    // of the running plugin
+	static map[string]map[string]any // data at the paths that are not rewritten
 
-	reading sync.RWMutex // read-held by each read of a token
+	reading sync.RWMutex // read-locked during each read of a token
 	readers []*reader
 
-	writing sync.RWMutex // read-held by each write
+	writing sync.RWMutex // read-locked during each write
 	writers []*writer
 	strikes []strike     // so far
-	half    atomic.Int64 // 0 or 1: the half of the paths that is written
-	filler  *writer      // of large roles, when it is told to
+	half    atomic.Int64 // 0 or 1: which half of the paths is written
+	filler  *writer      // writes large roles when told to
 
 	stop chan struct{}
 	work sync.WaitGroup
 }
 
-// newClusterWorld makes a cluster of three with the engine, of that binary and
-// version, at mojoauth/, and puts it under load.
+// newClusterWorld starts a cluster of three nodes with the given plugin binary and
+// version at mojoauth/, and puts it under load.
 func newClusterWorld(t testing.TB, binary, version string, seed uint64) *clusterWorld {
 	t.Helper()
 	w := &clusterWorld{TB: t, name: "written", cluster: harness.StartCluster(t, vaultBinary, pluginDir, 3), seed: seed, binary: binary}
 	short := demoClient("short", canary)
-	short.Lifetime = shortLifetime + time.Second // it rounds down
+	short.Lifetime = shortLifetime + time.Second // the server rounds down
 	w.oauth = startOAuthFor(t, short, demoClient("long", canary))
 	active := w.cluster.Active(t)
 	active.Register(t, pluginDir, binary, pluginName, version)
@@ -80,7 +80,7 @@ func newClusterWorld(t testing.TB, binary, version string, seed uint64) *cluster
 	w.write("roles/short", role(map[string]any{
 		"config": "short", "min_ttl": int(shortMinTTL.Seconds()), "extra_params": map[string]any{"role": "short"}, // for requestsFor
 	}))
-	w.write("roles/rotated", role(map[string]any{"config": "short"})) // that nobody reads
+	w.write("roles/rotated", role(map[string]any{"config": "short"})) // never read
 	for name, scopes := range longRoles {
 		w.write("roles/"+name, role(map[string]any{"config": "long", "scopes": scopes}))
 	}
@@ -93,7 +93,7 @@ func newClusterWorld(t testing.TB, binary, version string, seed uint64) *cluster
 	return w
 }
 
-// connect makes the clients.
+// connect creates the clients.
 func (w *clusterWorld) connect() {
 	w.Helper()
 	w.clients = make(map[*harness.Vault]*api.Client)
@@ -102,8 +102,8 @@ func (w *clusterWorld) connect() {
 	}
 }
 
-// startLoad lets readers read all roles through all nodes, ten times a second each,
-// and writers write configs and roles.
+// startLoad starts readers that read each role through each node ten times a second, and
+// writers of configs and roles.
 func (w *clusterWorld) startLoad() {
 	w.Helper()
 	w.stop = make(chan struct{})
@@ -128,12 +128,12 @@ func (w *clusterWorld) startLoad() {
 		}
 	}
 	w.work.Go(w.runChurn)
-	// Before the cluster is taken down.
+	// Before the cluster shuts down.
 	w.Cleanup(w.rest)
 	w.awaitReads("the load has begun", w.cluster, time.Now())
 }
 
-// rest ends the load.
+// rest stops the load.
 func (w *clusterWorld) rest() {
 	select {
 	case <-w.stop:
@@ -143,14 +143,14 @@ func (w *clusterWorld) rest() {
 	w.work.Wait()
 }
 
-// reader reads a role through one node, and holds the token it got last.
+// reader reads a role through one node, and keeps its latest token.
 type reader struct {
 	node   *harness.Vault
 	role   string
 	client *api.Client
 
 	mu        sync.Mutex
-	attempts  []attempt // since they were last forgotten
+	attempts  []attempt // since the last call of forget
 	token     string
 	expiresAt time.Time
 }
@@ -178,13 +178,13 @@ func (w *clusterWorld) runReader(r *reader) {
 		var expiresAt time.Time
 		switch {
 		case err != nil:
-		case secret == nil: // a node that is just losing its mounts
+		case secret == nil: // the node is just losing its mounts
 			err = errors.New("status 404")
 		default:
 			token, _ = secret.Data["access_token"].(string)
 			expires, _ := secret.Data["expires_at"].(string)
 			if expiresAt, err = time.Parse(time.RFC3339, expires); err == nil && token == "" {
-				err = errors.New("an answer without a token")
+				err = errors.New("no token in the response")
 			}
 		}
 		a.err = err
@@ -200,17 +200,18 @@ func (w *clusterWorld) runReader(r *reader) {
 			continue
 		}
 		if now := time.Now(); !now.Before(expiresAt) {
-			w.Errorf("%s through %s: holds a token that expired %s ago", r.role, r.node.Address(), now.Sub(expiresAt))
+			w.Errorf("%s through %s: has a token that expired %s ago", r.role, r.node.Address(), now.Sub(expiresAt))
 		}
-		if n%10 == 0 && r.role != "long-write" { // whose scope the API does not take
+		if n%10 == 0 && r.role != "long-write" { // the API does not accept its scope
 			if status, err := callAPI(w.oauth, token); err != nil || status != http.StatusOK {
-				w.Errorf("%s through %s: the API answered %d, %v", r.role, r.node.Address(), status, err)
+				w.Errorf("%s through %s: the API returned %d, %v", r.role, r.node.Address(), status, err)
 			}
 		}
 	}
 }
 
-// runChurn reads tokens of roles that come and go, so that the cache does too.
+// runChurn reads tokens of roles that are created and deleted all the time, to make the
+// cache change too.
 func (w *clusterWorld) runChurn() {
 	ticker := time.NewTicker(time.Second / 5)
 	defer ticker.Stop()
@@ -227,7 +228,7 @@ func (w *clusterWorld) runChurn() {
 	}
 }
 
-// forget makes the readers forget what became of their attempts.
+// forget clears the readers' recorded attempts.
 func (w *clusterWorld) forget() {
 	for _, r := range w.readers {
 		r.mu.Lock()
@@ -236,15 +237,15 @@ func (w *clusterWorld) forget() {
 	}
 }
 
-// since returns the attempts since they were last forgotten.
+// since returns the attempts since the last call of forget.
 func (r *reader) since() []attempt {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Clone(r.attempts)
 }
 
-// awaitReads waits until each reader of those nodes has read a token after that moment.
-// It returns when the last one had.
+// awaitReads waits until each reader of the given nodes has read a token after the given
+// time. It returns when the last one did.
 func (w *clusterWorld) awaitReads(what string, through *harness.Cluster, after time.Time) (all time.Time) {
 	w.Helper()
 	harness.Eventually(w, what+": all readers read", func() error {
@@ -256,7 +257,7 @@ func (w *clusterWorld) awaitReads(what string, through *harness.Cluster, after t
 			attempts := r.since()
 			good := slices.IndexFunc(attempts, func(a attempt) bool { return a.err == nil && a.began.After(after) })
 			if good < 0 {
-				err := errors.New("it has not tried")
+				err := errors.New("no attempt yet")
 				if len(attempts) > 0 {
 					err = attempts[len(attempts)-1].err
 				}
@@ -271,12 +272,11 @@ func (w *clusterWorld) awaitReads(what string, through *harness.Cluster, after t
 	return all
 }
 
-// writtenKeys is how many configs or roles a writer has. Half of them are written at a
-// time: what was written before and while something happened must not be written again
-// before it is looked at.
+// writtenKeys is the number of configs or roles of a writer. It writes half of them at a
+// time: what was written before and during a fault must not change before it is checked.
 const writtenKeys = 8
 
-// writer writes configs or roles, and knows what it was told of each.
+// writer writes configs or roles, and records the outcome of each write.
 type writer struct {
 	kind    string // config or roles
 	name    string // of what it writes, without the number
@@ -288,12 +288,12 @@ type writer struct {
 	keys map[string]*key // by path
 }
 
-// key is what may be stored at a path: the value that was acknowledged last, or one
-// that was written after it and neither acknowledged nor seen to be refused.
+// key records what may be stored at a path: the last acknowledged value, or a later one
+// that was neither acknowledged nor clearly refused.
 type key struct {
-	acknowledged string // "" when there is nothing
+	acknowledged string // "" if there is nothing
 	uncertain    []string
-	history      []string // of the last writes, for whoever looks for a lost one
+	history      []string // the last writes, to find a lost one
 }
 
 func (w *clusterWorld) runWriter(wr *writer) {
@@ -311,7 +311,7 @@ func (w *clusterWorld) runWriter(wr *writer) {
 	}
 }
 
-// write writes a new value, or deletes one, through any node.
+// write writes a new value through any node, or deletes the path.
 func (wr *writer) write() {
 	path, value := wr.next()
 	client := wr.clients[wr.rand.IntN(len(wr.clients))]
@@ -327,9 +327,9 @@ func (wr *writer) write() {
 	}
 }
 
-// send writes data, or deletes what is there when data is nil, and remembers what was
-// answered. Not by the client's Logical: it takes a redirect for a success when it comes
-// twice, as when the nodes do not agree.
+// send writes data, or deletes the path if data is nil, and records the outcome. It does
+// not use the client's Logical, which takes two redirects in a row for a success, as
+// happens while the nodes disagree.
 func (wr *writer) send(client *api.Client, path, value string, data map[string]any) error {
 	began := time.Now()
 	request := client.NewRequest(http.MethodDelete, "/v1/mojoauth/"+path)
@@ -339,7 +339,7 @@ func (wr *writer) send(client *api.Client, path, value string, data map[string]a
 			return err
 		}
 	}
-	resp, err := client.RawRequest(request) //nolint:staticcheck // nothing else tells the status
+	resp, err := client.RawRequest(request) //nolint:staticcheck // nothing else returns the status
 	if resp != nil {
 		resp.Body.Close()
 	}
@@ -350,14 +350,14 @@ func (wr *writer) send(client *api.Client, path, value string, data map[string]a
 	return err
 }
 
-// next is what is to be written next, and where: a value that was not there before.
+// next returns what to write next and where: a value that was not used before.
 func (wr *writer) next() (path, value string) {
 	wr.count++
 	n := wr.rand.IntN(writtenKeys/2) + int(wr.half.Load())*writtenKeys/2
 	return fmt.Sprintf("%s/%s-%d", wr.kind, wr.name, n), fmt.Sprint(1000 + wr.count)
 }
 
-// writeLarge writes a role that takes a few hundred kilobytes.
+// writeLarge writes a role of a few hundred kilobytes.
 func (wr *writer) writeLarge() error {
 	path, value := wr.next()
 	return wr.send(wr.clients[0], path, value, map[string]any{
@@ -365,7 +365,7 @@ func (wr *writer) writeLarge() error {
 	})
 }
 
-// note remembers what became of a write.
+// note records the outcome of a write.
 func (wr *writer) note(path, value string, through *api.Client, began time.Time, err error) {
 	k := wr.keys[path]
 	if k == nil {
@@ -382,8 +382,8 @@ func (wr *writer) note(path, value string, through *api.Client, began time.Time,
 	k.acknowledged, k.uncertain = value, nil
 }
 
-// verify compares what all nodes have stored with what was acknowledged, and
-// mints with a secret that was stored.
+// verify compares what each node has stored with what was acknowledged, and mints with a
+// stored secret.
 func (w *clusterWorld) verify(after string) {
 	w.Helper()
 	w.writing.Lock()
@@ -392,9 +392,9 @@ func (w *clusterWorld) verify(after string) {
 	for _, node := range w.cluster.Nodes {
 		for path, want := range w.static {
 			got := w.read(node, path)
-			maps.DeleteFunc(got, func(field string, _ any) bool { _, known := want[field]; return !known }) // of a newer version
+			maps.DeleteFunc(got, func(field string, _ any) bool { _, known := want[field]; return !known }) // a newer version's fields
 			if !reflect.DeepEqual(got, want) {
-				w.Errorf("after %s, %s through %s is %v, want %v", after, path, node.Address(), got, want)
+				w.Errorf("after %s, %s through %s: got %v, want %v", after, path, node.Address(), got, want)
 			}
 		}
 		for _, wr := range w.writers {
@@ -412,7 +412,7 @@ func (w *clusterWorld) verify(after string) {
 					time.Sleep(20 * time.Millisecond)
 				}
 				if lost() {
-					w.Errorf("after %s, %s through %s is %q, want %q, which was acknowledged, or one of %q:\n%s", after, path, node.Address(), got, k.acknowledged, k.uncertain, strings.Join(k.history, "\n"))
+					w.Errorf("after %s, %s through %s: got %q, want the acknowledged %q or one of %q:\n%s", after, path, node.Address(), got, k.acknowledged, k.uncertain, strings.Join(k.history, "\n"))
 				}
 			}
 		}
@@ -420,8 +420,7 @@ func (w *clusterWorld) verify(after string) {
 	w.write("rotate-role/rotated", nil)
 }
 
-// mints counts the requests to the OAuth server for each of the roles whose tokens
-// live long.
+// mints counts the token requests for each role with one-hour tokens.
 func (w *clusterWorld) mints() map[string]int {
 	w.Helper()
 	counts := make(map[string]int)
@@ -439,17 +438,18 @@ func (w *clusterWorld) mints() map[string]int {
 	return counts
 }
 
-// at is a path of the engine's.
+// at returns a path of the engine.
 func (w *clusterWorld) at(path string) string { return cmp.Or(w.mount, "mojoauth") + "/" + path }
 
-// strike is when a fault happened.
+// strike records when a fault happened.
 type strike struct{ began, ended time.Time }
 
-// renewals checks that the role "short" was minted once a life since that moment, but for
-// mints that a fault cut off before their token was stored.
+// renewals checks that the role "short" was minted once per renewal interval since the
+// given time, except for mints whose token a fault kept from being stored.
 func (w *clusterWorld) renewals(since time.Time) {
 	w.Helper()
-	// It is due when min_ttl is left, and renewed up to a twentieth of its life earlier.
+	// A token is due with min_ttl left, and renewed up to a twentieth of its lifetime
+	// earlier.
 	const life = shortLifetime - shortMinTTL - shortLifetime/20
 	var last time.Time
 	mints, again := 0, 0
@@ -464,12 +464,12 @@ func (w *clusterWorld) renewals(since time.Time) {
 				return last.After(s.began.Add(-2*time.Second)) && last.Before(s.ended)
 			})
 			if !cutOff {
-				w.Errorf("short was minted at %s and again %.1f s later, and no fault cut off the first one", last.Format(time.TimeOnly), sooner.Seconds())
+				w.Errorf("short was minted at %s and again %.1f s later, although no fault interrupted the first mint", last.Format(time.TimeOnly), sooner.Seconds())
 			}
 		}
 		last = request.At
 	}
-	w.Logf("short: %d mints in %.0f s for all nodes, %d of them since a fault had cut off the one before", mints, time.Since(since).Seconds(), again)
+	w.Logf("short: %d mints in %.0f s for all nodes, %d of them after a fault had interrupted the one before", mints, time.Since(since).Seconds(), again)
 }
 
 // write writes through the active node, once there is one.
@@ -481,7 +481,7 @@ func (w *clusterWorld) write(path string, data map[string]any) {
 	})
 }
 
-// read answers the data at a path, nil when there is none.
+// read returns the data at a path, or nil if there is none.
 func (w *clusterWorld) read(node *harness.Vault, path string) map[string]any {
 	w.Helper()
 	var secret *api.Secret
@@ -495,10 +495,10 @@ func (w *clusterWorld) read(node *harness.Vault, path string) map[string]any {
 	return secret.Data
 }
 
-// noCanary looks for the client secret in what the nodes and their plugins logged.
+// noCanary searches the logs of the nodes and their plugins for the client secret.
 func (w *clusterWorld) noCanary() {
 	w.Helper()
-	plugins := 0 // a node that was never the active one runs none
+	plugins := 0 // a node that was never active runs none
 	for _, node := range w.cluster.Nodes {
 		log := node.Log(w)
 		plugins += strings.Count(log, pluginBinary)
@@ -512,6 +512,6 @@ func (w *clusterWorld) noCanary() {
 		}
 	}
 	if plugins == 0 {
-		w.Error("no log says anything of the plugin")
+		w.Error("no log has a line of the plugin")
 	}
 }

@@ -23,32 +23,31 @@ import (
 )
 
 const (
-	// grace is how soon reads have to be answered again once the nodes agree on an
-	// active one.
+	// grace is how soon reads must succeed again once the nodes agree on an active one.
 	grace = 2 * time.Second
 
-	// An older state of the project, from which it is upgraded and to which it goes
-	// back. There was no release yet.
+	// An older state of the project, for the upgrade and the rollback. There is no
+	// release yet.
 	olderCommit  = "bd33e2a"
 	olderVersion = "v0.0.9"
 )
 
-// fault is something that happens to a cluster under load.
+// fault is something that goes wrong in a cluster under load.
 type fault struct {
 	name string
-	// strike makes it happen, and returns the node that is out of service then, if any,
-	// and how that is mended.
+	// strike causes the fault. It returns the node that is out of service as a result, if
+	// any, and a function that heals the fault.
 	strike func(w *clusterWorld) (down *harness.Vault, heal func())
-	// forgets is set if the plugin that runs before or afterwards keeps no tokens in
-	// storage: so that each role that is read is asked for once more at the OAuth server.
+	// forgets is set if the plugin before or after the fault stores no tokens. Each role
+	// that is read then causes one more token request.
 	forgets bool
 	// failover is set if another node becomes active.
 	failover bool
-	// retried is set if a reader who tries once more after a second sees no failure.
+	// retried is set if a reader that tries again after a second sees no failure.
 	retried bool
 	// unnoticed is set if no read fails at all.
 	unnoticed bool
-	// gentle is set if the active node's plugin goes on running.
+	// gentle is set if the active node's plugin keeps running.
 	gentle bool
 }
 
@@ -101,8 +100,8 @@ var faults = []fault{
 }
 
 // diskFull fills the active node's disk while configs and roles are written. The node
-// loses the lead, may win it back while a little still fits, and may even end: so space
-// is made again as part of the fault, and the node restarted if it has ended.
+// loses leadership, may win it back while a little still fits, and may even crash. So the
+// fault includes freeing the space and restarting the node if it has crashed.
 var diskFull = fault{name: "disk of the active node full for 3 s", strike: func(w *clusterWorld) (*harness.Vault, func()) {
 	active := w.cluster.Active(w)
 	free := active.FillDisk(w)
@@ -111,7 +110,7 @@ var diskFull = fault{name: "disk of the active node full for 3 s", strike: func(
 		refused = w.filler.writeLarge()
 	}
 	if refused == nil {
-		w.Error("nothing was refused: the disk was not full")
+		w.Error("no write failed: the disk was not full")
 	}
 	time.Sleep(3 * time.Second)
 	free()
@@ -132,17 +131,17 @@ func (w *clusterWorld) signalPlugin(signal syscall.Signal) {
 	w.cluster.Active(w).SignalPlugin(w, w.binary, signal)
 }
 
-// plugin is the process, or processes, of the engine on the active node.
+// plugin returns the engine's processes on the active node.
 func (w *clusterWorld) plugin() []int {
 	w.Helper()
 	pids := w.cluster.Active(w).PluginProcesses(w, w.binary)
 	if len(pids) == 0 {
-		w.Fatalf("no process of %s runs", w.binary)
+		w.Fatalf("there is no process of %s", w.binary)
 	}
 	return pids
 }
 
-// changeTo upgrades the mount to another version of the plugin, or goes back to it.
+// changeTo upgrades the mount to another version of the plugin, or rolls it back.
 func changeTo(binary, version string) fault {
 	return fault{name: "change to version " + version, retried: true, strike: func(w *clusterWorld) (*harness.Vault, func()) {
 		root, err := harness.Root()
@@ -161,7 +160,7 @@ func changeTo(binary, version string) fault {
 			harness.Eventually(w, node.Address()+" runs version "+version, func() error {
 				mount, err := node.Logical().Read("sys/mounts/mojoauth")
 				if err == nil && (mount == nil || mount.Data["running_plugin_version"] != version) {
-					err = fmt.Errorf("the mount is %v", mount)
+					err = fmt.Errorf("got the mount %v", mount)
 				}
 				return err
 			})
@@ -170,22 +169,22 @@ func changeTo(binary, version string) fault {
 	}}
 }
 
-// recovery is how long a fault was felt, from its beginning.
+// recovery is how long a fault had an effect, from its beginning.
 type recovery struct {
 	agreed time.Duration // until all nodes knew an active one
-	reads  time.Duration // until the last read that failed had been answered
+	reads  time.Duration // until the response to the last failed read
 	failed int           // reads
 }
 
 func (r recovery) String() string {
 	failed := "no read failed"
 	if r.failed > 0 {
-		failed = fmt.Sprintf("%d reads failed, the last %.2f s after it began", r.failed, r.reads.Seconds())
+		failed = fmt.Sprintf("%d reads failed, the last %.2f s after the fault began", r.failed, r.reads.Seconds())
 	}
 	return fmt.Sprintf("%s; the nodes agreed on an active one after %.2f s", failed, r.agreed.Seconds())
 }
 
-// suffer lets a fault happen, and checks that nothing is lost by it.
+// suffer causes a fault and verifies that nothing is lost.
 func (w *clusterWorld) suffer(f fault) {
 	w.Helper()
 	before, was, activations := w.mints(), w.cluster.Active(w), w.cluster.Activations(w)
@@ -197,22 +196,22 @@ func (w *clusterWorld) suffer(f fault) {
 	harness.Eventually(w, f.name+": the nodes agree", func() error {
 		active, err := others.Agreed()
 		if err == nil && f.failover && active == was {
-			err = errors.New("the active node is still the same")
+			err = errors.New("the active node has not changed")
 		}
 		return err
 	})
 	agreed := time.Now()
-	w.half.Store(1 - w.half.Load()) // what was written so far stays for verify to see
+	w.half.Store(1 - w.half.Load()) // keeps what was written so far for verify
 	if back := w.awaitReads(f.name, others, agreed); back.After(agreed.Add(grace)) {
-		w.Errorf("%s: a reader had to wait for %s after the nodes agreed", f.name, back.Sub(agreed))
+		w.Errorf("%s: a reader waited %s after the nodes agreed", f.name, back.Sub(agreed))
 	}
-	time.Sleep(time.Until(agreed.Add(grace + time.Second/2))) // for failures that come late
+	time.Sleep(time.Until(agreed.Add(grace + time.Second/2))) // for late failures
 	felt := w.examine(f, others, began, agreed)
 
 	if heal != nil {
 		heal()
-		harness.Eventually(w, f.name+": the nodes agree when it is mended", func() error { _, err := w.cluster.Agreed(); return err })
-		w.awaitReads(f.name+", mended", w.cluster, time.Now())
+		harness.Eventually(w, f.name+": the nodes agree after healing", func() error { _, err := w.cluster.Agreed(); return err })
+		w.awaitReads(f.name+", healed", w.cluster, time.Now())
 	}
 	most := 0
 	if f.forgets { // once for each cache that began empty
@@ -226,7 +225,7 @@ func (w *clusterWorld) suffer(f fault) {
 		n -= before[name]
 		asked += n
 		if n > most {
-			w.Errorf("%s: %d requests for role %s, want at most %d", f.name, n, name, most)
+			w.Errorf("%s: got %d requests for role %s, want at most %d", f.name, n, name, most)
 		}
 	}
 	w.verify(f.name)
@@ -234,14 +233,14 @@ func (w *clusterWorld) suffer(f fault) {
 	w.Logf("%s  %s: %s; %d requests for %d roles", began.Format(time.TimeOnly), f.name, felt, asked, len(longRoles))
 }
 
-// examine looks at what became of the reads through those nodes.
+// examine evaluates the reads through the given nodes.
 func (w *clusterWorld) examine(f fault, through *harness.Cluster, began, agreed time.Time) (felt recovery) {
 	w.Helper()
 	for _, reader := range w.readers {
 		if !slices.Contains(through.Nodes, reader.node) {
 			continue
 		}
-		var first time.Time // that failed, of those in a row
+		var first time.Time // the first failed read of a series
 		for _, a := range reader.since() {
 			if a.err == nil {
 				first = time.Time{}
@@ -253,14 +252,14 @@ func (w *clusterWorld) examine(f fault, through *harness.Cluster, began, agreed 
 			felt.failed++
 			felt.reads = max(felt.reads, a.ended.Sub(began))
 			if late := a.began.After(agreed.Add(grace)); late || f.unnoticed || f.retried && a.began.Sub(first) > time.Second {
-				w.Errorf("%s: reading %s through %s %s after it began failed: %v", f.name, reader.role, reader.node.Address(), a.began.Sub(began), a.err)
+				w.Errorf("%s: reading %s through %s %s after the fault began: %v", f.name, reader.role, reader.node.Address(), a.began.Sub(began), a.err)
 			}
 		}
 	}
 	return felt
 }
 
-// chooseSeed is CLUSTER_SEED, to repeat a run, or a new one.
+// chooseSeed returns CLUSTER_SEED, to repeat a run, or a new seed.
 func chooseSeed(t testing.TB) uint64 {
 	seed, err := strconv.ParseUint(os.Getenv("CLUSTER_SEED"), 10, 64)
 	if err != nil {
@@ -270,10 +269,11 @@ func chooseSeed(t testing.TB) uint64 {
 	return seed
 }
 
-// Nothing that was acknowledged is lost, no reader is left with an expired token, and
-// reads are answered again soon, whatever happens to a cluster of three.
+// Whatever happens to a cluster of three, no acknowledged write is lost, no reader is
+// left with an expired token, and reads soon succeed again.
 //
-// Not beside other tests: nodes that get no time to answer elect another by themselves.
+// The test does not run in parallel with others: nodes that get no CPU time hold
+// elections on their own.
 func TestCluster(t *testing.T) {
 	const randomFor = 20 * time.Second
 	older, err := harness.BuildPluginOf(t, olderCommit, pluginDir, strings.TrimPrefix(olderVersion, "v"))
@@ -285,7 +285,7 @@ func TestCluster(t *testing.T) {
 	}
 	w := newClusterWorld(t, older, olderVersion, chooseSeed(t))
 	for i, f := range []fault{changeTo(pluginBinary, pluginVersion), changeTo(older, olderVersion), changeTo(pluginBinary, pluginVersion)} {
-		f.forgets = i < 2 // the last one finds what the first one has stored
+		f.forgets = i < 2 // the last one finds what the first one stored
 		w.suffer(f)
 	}
 	upgraded := time.Now()
@@ -304,21 +304,21 @@ func TestCluster(t *testing.T) {
 	w.noCanary()
 }
 
-// allFaults adds to the faults what not every machine lets happen.
+// allFaults adds the faults that not every machine allows.
 func (w *clusterWorld) allFaults() []fault {
 	w.Helper()
 	switch {
 	case w.cluster.HasDisks(w):
 		return append(slices.Clone(faults), diskFull)
 	case os.Getenv("CI") != "":
-		w.Error("this process may not mount a disk, so that none can be full")
+		w.Error("this process may not mount a disk, so it cannot fill one")
 	default:
-		harness.NotTested(w, "a full disk, since this process may not mount one")
+		harness.NotTested(w, "a full disk, because this process may not mount one")
 	}
 	return faults
 }
 
-// restoreElsewhere takes a snapshot, and puts it into a new cluster.
+// restoreElsewhere takes a snapshot and restores it in a new cluster.
 func (w *clusterWorld) restoreElsewhere() {
 	w.Helper()
 	snapshot := w.cluster.Snapshot(w)
@@ -332,6 +332,6 @@ func (w *clusterWorld) restoreElsewhere() {
 	restored.suffer(faults[0])
 	restored.rest()
 	if after := w.mints(); !maps.Equal(after, before) {
-		w.Errorf("the tokens that the snapshot holds were requested again: %v requests before, %v after", before, after)
+		w.Errorf("the snapshot's tokens were requested again: %v requests before, %v after", before, after)
 	}
 }

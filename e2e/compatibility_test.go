@@ -23,16 +23,16 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// The servers do what docs/compatibility.md says of them.
+// The servers do what docs/compatibility.md describes.
 
-// answer is what a server says to a request that was sent as it is written.
+// answer is a server's response to a request sent verbatim.
 type answer struct {
 	status   int
-	location string // where a redirect leads, which nobody follows
+	location string // where a redirect leads; the client does not follow it
 	body     string
 }
 
-// ask makes a request with a header that is set, if any.
+// ask sends a request, with a header set to true if it is not "".
 func ask(t *testing.T, client *api.Client, method, path, header string) answer {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, client.Address()+path, nil)
@@ -63,7 +63,7 @@ func TestCompatibility(t *testing.T) {
 	w.write("roles/cold", role(nil))
 	token := w.token("app")
 
-	t.Run("a policy with an attribute twice", func(t *testing.T) {
+	t.Run("a policy with a duplicate attribute", func(t *testing.T) {
 		err := w.vault.Sys().PutPolicy("twice", "path \"mojoauth/creds/app\" {\n  capabilities = [\"read\"]\n  capabilities = [\"list\"]\n}")
 		if accepted := w.vault.Product.Has(harness.DuplicateAttributes); accepted != (err == nil) {
 			t.Errorf("got %v, want it accepted: %v", err, accepted)
@@ -75,7 +75,7 @@ func TestCompatibility(t *testing.T) {
 			got := ask(t, w.vault.Client, http.MethodGet, "/v1/"+path, "")
 			redirected := got.status == http.StatusTemporaryRedirect && got.location == "/v1/mojoauth/creds/app"
 			if !redirected && got.status/100 != 4 || strings.Contains(got.body, token) {
-				t.Errorf("%s: got %+v, want it refused, or the canonical path named", path, got)
+				t.Errorf("%s: got %+v, want an error, or a redirect to the canonical path", path, got)
 			}
 		}
 	})
@@ -96,15 +96,15 @@ func TestCompatibility(t *testing.T) {
 		w.wantError(err, http.StatusBadRequest, "declarative, config-based audit device management")
 	})
 
-	// Last, since it leaves a quota.
-	t.Run("a 429 of the engine, and one of a quota", func(t *testing.T) {
+	// Last, because it leaves a quota.
+	t.Run("a 429 from the engine, and one from a quota", func(t *testing.T) {
 		w.oauth.SetFaults(oauthserver.Faults{Status: http.StatusTooManyRequests, Header: map[string]string{"Retry-After": "20"}})
 		_, err := w.vault.Logical().Read("mojoauth/creds/cold")
 		w.wantError(err, http.StatusTooManyRequests, `no token for role "cold"`, "Try again in ")
 		if _, err := w.vault.Logical().Write("sys/quotas/rate-limit/creds", map[string]any{"path": "mojoauth/creds/*", "rate": 1}); err != nil {
 			t.Fatal(err)
 		}
-		for range 10 { // a second may begin between two
+		for range 10 { // a new second may begin between two reads
 			before := w.read("status").Data["reads"]
 			if _, err = w.vault.Logical().Read("mojoauth/creds/app"); err == nil {
 				continue
@@ -118,8 +118,8 @@ func TestCompatibility(t *testing.T) {
 	})
 }
 
-// Without forwarding a standby redirects what it does not answer itself: in Vault all, in
-// OpenBao what the active node has to do.
+// With forwarding switched off, a standby redirects what it does not serve itself: in
+// Vault everything, in OpenBao what needs the active node.
 func TestForwardingSwitchedOff(t *testing.T) {
 	t.Parallel()
 	cluster := harness.StartCluster(t, vaultBinary, pluginDir, 2)
@@ -152,8 +152,8 @@ func TestForwardingSwitchedOff(t *testing.T) {
 			forwarded = append(forwarded, struct{ method, path string }{http.MethodGet, path})
 			continue
 		}
-		// The first read of a token that came from the active node is forwarded.
-		harness.Eventually(t, "the standby answers by itself", func() error {
+		// The first read of a token that the active node minted is forwarded.
+		harness.Eventually(t, "the standby serves reads itself", func() error {
 			if got := ask(t, standby, http.MethodGet, "/v1/mojoauth/"+path, header); got.status != http.StatusOK {
 				return fmt.Errorf("%s: %+v", path, got)
 			}
@@ -173,9 +173,9 @@ func TestForwardingSwitchedOff(t *testing.T) {
 	}
 }
 
-// What the project shows for policies and configuration is accepted by servers that refuse
-// attributes that are there twice, wildcards in what templates of policies become, and
-// paths that are not canonical.
+// Servers with strict parsing accept the policies and configuration in the documents:
+// they have no duplicate attributes, no wildcards in the values of policy templates, and
+// only canonical paths.
 func TestDocumentedHCL(t *testing.T) {
 	t.Parallel()
 	root, err := harness.Root()
@@ -214,13 +214,13 @@ func TestDocumentedHCL(t *testing.T) {
 	}
 	for _, name := range []string{"README.md", "SECURITY.md", "docs/consumers.md", "docs/container.md"} {
 		if found[name] == 0 {
-			t.Errorf("no HCL was found in %s", name)
+			t.Errorf("%s: no HCL found", name)
 		}
 	}
 }
 
-// hclIn is the HCL in a text, as code of its own and as a policy on standard input.
-// Terraform's is another HCL.
+// hclIn returns the HCL in a text: code blocks, and policies on standard input. It skips
+// Terraform's, which is another HCL.
 func hclIn(text string) (blocks []string) {
 	for _, block := range regexp.MustCompile("(?ms)^ *```hcl\n(.*?)^ *```$").FindAllStringSubmatch(text, -1) {
 		if !strings.Contains(block[1], "resource \"") {

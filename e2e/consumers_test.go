@@ -17,7 +17,7 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// as is a client of the world's Vault with another token.
+// as returns a client of the world's Vault with another token.
 func (w *world) as(request *api.TokenCreateRequest) *api.Client {
 	w.Helper()
 	secret, err := w.vault.Auth().Token().Create(request)
@@ -40,8 +40,8 @@ func (w *world) policy(name, rules string) {
 	}
 }
 
-// documentedPolicies are the policies in docs/consumers.md, in their order, for a role
-// and a scope of the tests.
+// documentedPolicies returns the policies in docs/consumers.md in order, changed to use a
+// role and a scope of the tests.
 func documentedPolicies(t *testing.T) []string {
 	t.Helper()
 	root, err := harness.Root()
@@ -61,7 +61,8 @@ func documentedPolicies(t *testing.T) []string {
 	return policies
 }
 
-// The policies that docs/consumers.md and the README show, and what each may do.
+// TestLeastPrivilegePolicies checks what each policy shown in docs/consumers.md and the
+// README allows.
 func TestLeastPrivilegePolicies(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -109,15 +110,15 @@ func TestLeastPrivilegePolicies(t *testing.T) {
 			var answer *api.ResponseError
 			switch may := slices.Contains(request.may, who); {
 			case may && err != nil:
-				t.Errorf("%s may not %s: %v", who, request.name, err)
+				t.Errorf("%s: %s is denied: %v", who, request.name, err)
 			case !may && (!errors.As(err, &answer) || answer.StatusCode != 403):
-				t.Errorf("%s may %s: %v", who, request.name, err)
+				t.Errorf("%s: %s is allowed: %v", who, request.name, err)
 			}
 		}
 	}
 
-	// A policy can allow only certain scopes: Vault looks at parameter constraints on
-	// a read too.
+	// A policy can allow only certain scopes: Vault checks parameter constraints on reads
+	// as well.
 	if err := w.vault.Sys().PutPolicy("constrained", documented[1]); err != nil {
 		t.Fatal(err)
 	}
@@ -136,8 +137,8 @@ func TestLeastPrivilegePolicies(t *testing.T) {
 	}
 }
 
-// Vault's policies compare paths as they are sent, and the engine takes a name for no
-// other one.
+// Vault compares paths with policies as they are sent, and to the engine, names that differ
+// are different names.
 func TestPoliciesCompareNamesAsSent(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -165,7 +166,7 @@ path "mojoauth/creds/app" { capabilities = ["deny"] }`)
 	}
 }
 
-// The ways in which Vault's own features meet a read.
+// How reads work with Vault's own features.
 func TestVaultFeatures(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -183,7 +184,7 @@ func TestVaultFeatures(t *testing.T) {
 		for _, role := range []string{"app", "leased"} {
 			secret, err := client.Logical().Read("mojoauth/creds/" + role)
 			if err != nil || secret.WrapInfo == nil || secret.Data != nil {
-				t.Fatalf("%s: got %v, %v; want it wrapped", role, secret, err)
+				t.Fatalf("%s: got %v, %v; want a wrapped response", role, secret, err)
 			}
 			unwrapped, err := w.vault.Logical().Unwrap(secret.WrapInfo.Token)
 			if err != nil || unwrapped.Data["access_token"] == nil {
@@ -214,7 +215,7 @@ func TestVaultFeatures(t *testing.T) {
 			}
 		}
 	})
-	t.Run("the header of a namespace", func(t *testing.T) {
+	t.Run("a namespace header", func(t *testing.T) {
 		client, err := w.vault.CloneWithHeaders()
 		if err != nil {
 			t.Fatal(err)
@@ -234,8 +235,8 @@ func TestVaultFeatures(t *testing.T) {
 	})
 }
 
-// Reading through the API listener of a Vault Agent or a Vault Proxy, with and without
-// its cache: the cache keeps what it can renew, and these answers it cannot, leased or
+// Reads through the API listener of a Vault Agent or a Vault Proxy, with and without its
+// cache. The cache keeps only renewable responses; these are not renewable, leased or
 // not.
 func TestAPIListeners(t *testing.T) {
 	t.Parallel()
@@ -278,7 +279,7 @@ listener "tcp" {
 				t.Fatalf("%s: %s\n%s", c.name, err, agent.Log())
 			}
 			if status := w.callAPI(first.Data["access_token"].(string)); status != http.StatusOK {
-				t.Errorf("the API answered %d", status)
+				t.Errorf("the API returned %d", status)
 			}
 			w.write("rotate-role/"+role, nil)
 			second, err := read(role)
@@ -287,7 +288,7 @@ listener "tcp" {
 			}
 			fromCache := first.Data["access_token"] == second.Data["access_token"]
 			if fromCache {
-				t.Errorf("%s, role %s: it kept an answer that cannot be renewed", c.name, role)
+				t.Errorf("%s, role %s: the cache kept a response that is not renewable", c.name, role)
 			}
 		}
 	}

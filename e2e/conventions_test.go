@@ -16,8 +16,8 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// What Vault's own commands say of a plugin's version, they say of this one.
-func TestVersionsAsVaultTellsThem(t *testing.T) {
+// Vault's own commands show the plugin's version.
+func TestVersionsInVaultsCommands(t *testing.T) {
 	t.Parallel()
 	vault := harness.StartVault(t, vaultBinary, pluginDir)
 	content, err := os.ReadFile(filepath.Join(pluginDir, pluginBinary))
@@ -36,7 +36,7 @@ func TestVersionsAsVaultTellsThem(t *testing.T) {
 	}
 	register := []string{"plugin", "register", "-sha256=" + sum, "-command=" + pluginBinary}
 
-	// A version that is not the binary's own is refused.
+	// Vault refuses a version other than the binary's own.
 	if out, err := vault.CLI(t.Context(), append(register, "-version=v9.9.9", "secret", pluginName)...); err == nil || !strings.Contains(err.Error(), "version mismatch") {
 		t.Errorf("registering %s as v9.9.9: got %v\n%s", pluginVersion, err, out)
 	}
@@ -54,12 +54,12 @@ func TestVersionsAsVaultTellsThem(t *testing.T) {
 	paths := []string{"chosen/"}
 	t.Run("a pinned version", func(t *testing.T) {
 		harness.NoPluginPins.Skip(t, vault.Product)
-		// It is what all mounts run; none may name its own from then on.
+		// All mounts run the pinned version; from then on, none may name one.
 		cli("write", "sys/plugins/pins/secret/"+pluginName, "version="+pluginVersion)
 		cli("secrets", "enable", "-path=pinned", pluginName)
 		paths = append(paths, "pinned/")
 		if _, err := vault.CLI(t.Context(), "secrets", "enable", "-path=other", "-plugin-version="+pluginVersion, pluginName); err == nil || !strings.Contains(err.Error(), "pinned") {
-			t.Errorf("naming a version beside the pinned one: %v", err)
+			t.Errorf("naming a version in addition to the pinned one: %v", err)
 		}
 	})
 	var mounts map[string]struct {
@@ -72,15 +72,15 @@ func TestVersionsAsVaultTellsThem(t *testing.T) {
 	}
 	for _, path := range paths {
 		if got := mounts[path]; got.Type != pluginName || got.Running != pluginVersion || got.SHA256 != sum {
-			t.Errorf("vault secrets list -detailed tells of %s: %+v", path, got)
+			t.Errorf("vault secrets list -detailed shows for %s: %+v", path, got)
 		}
 		if out := cli("read", "-field=version", path+"status"); strings.TrimSpace(out) != pluginVersion {
-			t.Errorf("%sstatus tells the version %s", path, out)
+			t.Errorf("%sstatus has version %s", path, out)
 		}
 	}
 }
 
-// The run lists what was skipped, and why, of which only harness.Skip knows.
+// A run lists skipped tests with the reason, which requires harness.Skip.
 func TestSkipsAreListed(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob("*_test.go")

@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// What Vault's help and its OpenAPI document say of the engine.
+// Vault's help and OpenAPI document for the engine.
 func TestDescriptions(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -35,7 +35,7 @@ func TestDescriptions(t *testing.T) {
 		}
 		for _, word := range words {
 			if !strings.Contains(out, word) {
-				t.Errorf("path-help mojoauth/%s does not say %q:\n%s", path, word, out)
+				t.Errorf("path-help mojoauth/%s does not contain %q:\n%s", path, word, out)
 			}
 		}
 		if strings.Contains(out, "<no value>") || strings.Contains(out, "No help") {
@@ -94,7 +94,7 @@ func TestDescriptions(t *testing.T) {
 			}
 		}
 		if n != 1 {
-			t.Errorf("operation %s is there %d times in %q", id, n, got)
+			t.Errorf("operation %s appears %d times in %q", id, n, got)
 		}
 	}
 }
@@ -108,7 +108,7 @@ func toJSON(t *testing.T, v any) string {
 	return string(b)
 }
 
-// mute is the address of a server that accepts connections and never answers.
+// mute returns the address of a server that accepts connections and never answers.
 func mute(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")

@@ -22,8 +22,8 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// printedCommands are what each command that `make dev` prints has to answer, by how it
-// begins; $PROGRAM is the server's own.
+// printedCommands maps the beginning of each command that `make dev` prints to what its
+// output must contain; $PROGRAM is the server's command.
 var printedCommands = []struct{ begins, answers string }{
 	{"export ", ""},
 	{"$PROGRAM read mojoauth/creds/demo", "access_token "},
@@ -39,8 +39,8 @@ var printedCommands = []struct{ begins, answers string }{
 	{"curl -X DELETE ", ""},
 }
 
-// `make dev` is the first thing a newcomer runs: it has to end in a token that
-// opens the API, print commands that work in another terminal, and leave nothing behind.
+// `make dev` is the first thing a newcomer runs. It must get a token that the API
+// accepts, print commands that work in another terminal, and leave nothing behind.
 func TestDevScript(t *testing.T) {
 	t.Parallel()
 	root, err := harness.Root()
@@ -61,13 +61,13 @@ func TestDevScript(t *testing.T) {
 	}
 	exited := make(chan error, 1)
 	go func() { exited <- cmd.Wait() }()
-	defer cmd.Process.Signal(syscall.SIGTERM) //nolint:errcheck // it has ended if all went well
+	defer cmd.Process.Signal(syscall.SIGTERM) //nolint:errcheck // it has exited if all went well
 
-	// It compiles, beside other tests.
+	// It compiles, in parallel with other tests.
 	harness.EventuallyWithin(t, 5*time.Minute, "dev.sh is up", func() error {
 		select {
 		case err := <-exited:
-			t.Fatalf("it has ended: %v\n%s", err, out.String())
+			t.Fatalf("dev.sh exited: %v\n%s", err, out.String())
 		default:
 		}
 		if !strings.Contains(out.String(), "Press Ctrl-C") {
@@ -77,15 +77,15 @@ func TestDevScript(t *testing.T) {
 	})
 	for _, want := range []string{
 		fmt.Sprintf("==> Running %s %s, named by %s; for ", product, version, variable),
-		"access_token ", `200 {"message":"hello demo-client"}`, "200 with what the agent wrote", "supervised.log",
+		"access_token ", `200 {"message":"hello demo-client"}`, "200 with the header that the agent wrote", "supervised.log",
 	} {
 		if !strings.Contains(out.String(), want) {
-			t.Errorf("it did not print %q:\n%s", want, out.String())
+			t.Errorf("dev.sh did not print %q:\n%s", want, out.String())
 		}
 	}
 	address := regexp.MustCompile(`VAULT_ADDR=(\S+)`).FindStringSubmatch(out.String())
 	if address == nil {
-		t.Fatalf("it did not print VAULT_ADDR:\n%s", out.String())
+		t.Fatalf("dev.sh did not print VAULT_ADDR:\n%s", out.String())
 	}
 	tryPrintedCommands(t, product, out.String())
 
@@ -98,16 +98,16 @@ func TestDevScript(t *testing.T) {
 			t.Errorf("after an interrupt: %v\n%s", err, out.String())
 		}
 	case <-time.After(30 * time.Second):
-		t.Fatal("it did not end after an interrupt")
+		t.Fatal("dev.sh did not exit after an interrupt")
 	}
 	if resp, err := http.Get(address[1]); err == nil {
 		resp.Body.Close()
-		t.Errorf("%s still runs", product)
+		t.Errorf("%s is still running", product)
 	}
 }
 
-// tryPrintedCommands runs every command that dev.sh printed, in their order, as in a
-// terminal that has been opened for them.
+// tryPrintedCommands runs every command that dev.sh printed, in order, as in a newly
+// opened terminal.
 func tryPrintedCommands(t *testing.T, product harness.Product, printed string) {
 	t.Helper()
 	_, printed, _ = strings.Cut(printed, "In another terminal:\n")
@@ -124,7 +124,7 @@ func tryPrintedCommands(t *testing.T, product harness.Product, printed string) {
 			}
 		}
 		if begins == "" {
-			t.Errorf("it printed %q, of which this test knows no answer", command)
+			t.Errorf("dev.sh printed %q, which is not in printedCommands", command)
 			continue
 		}
 		tried[begins] = true
@@ -139,10 +139,10 @@ func tryPrintedCommands(t *testing.T, product harness.Product, printed string) {
 			answers = "The next attempt is at"
 		}
 		if (err != nil) != refused || !strings.Contains(string(answer), answers) {
-			t.Errorf("%s: got %v, %s; want it to answer %q and to fail: %v", command, err, answer, answers, refused)
+			t.Errorf("%s: got %v, %s; want output with %q, and failure: %v", command, err, answer, answers, refused)
 		}
 		if strings.Contains(string(answer), "client_secret ") {
-			t.Errorf("%s: it shows the client secret:\n%s", command, answer)
+			t.Errorf("%s: the output contains the client secret:\n%s", command, answer)
 		}
 		if strings.HasPrefix(command, "export ") {
 			exports.WriteString(command + "\n")
@@ -150,11 +150,11 @@ func tryPrintedCommands(t *testing.T, product harness.Product, printed string) {
 		outage = outage && !strings.HasPrefix(command, "curl -X DELETE ") || strings.HasPrefix(command, "curl -X PUT ")
 	}
 	if len(tried) != len(printedCommands) {
-		t.Errorf("it printed %d of the %d kinds of commands that this test knows: %v", len(tried), len(printedCommands), tried)
+		t.Errorf("dev.sh printed %d of the %d commands in printedCommands: %v", len(tried), len(printedCommands), tried)
 	}
 }
 
-// lockedBuffer is a buffer that a process writes while a test reads.
+// lockedBuffer is a buffer that a process writes while a test reads it.
 type lockedBuffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer

@@ -18,8 +18,7 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// The first thing that must be true: a role's token comes out of a real Vault
-// and opens a real API.
+// The most basic test: Vault returns a role's token, and a real API accepts it.
 func TestTokenOpensTheAPI(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -31,7 +30,7 @@ func TestTokenOpensTheAPI(t *testing.T) {
 	before := time.Now()
 	secret := w.read("creds/app")
 	if status := w.callAPI(secret.Data["access_token"].(string)); status != http.StatusOK {
-		t.Errorf("the API answered %d to the token, want 200", status)
+		t.Errorf("the API returned %d for the token, want 200", status)
 	}
 	if secret.LeaseID != "" || secret.LeaseDuration != 0 {
 		t.Errorf("got lease %q of %d s, want none", secret.LeaseID, secret.LeaseDuration)
@@ -70,13 +69,13 @@ func TestTokenOpensTheAPI(t *testing.T) {
 	}
 
 	if again := w.token("app"); again != secret.Data["access_token"] {
-		t.Error("a second read gave another token")
+		t.Error("a second read returned another token")
 	}
 	if got := len(w.oauth.Requests()) - verification; got != 1 {
-		t.Errorf("two reads made %d token requests, want 1", got)
+		t.Errorf("two reads caused %d token requests, want 1", got)
 	}
 	if status := w.callAPI(w.token("writer")); status != http.StatusForbidden {
-		t.Errorf("the API answered %d to a token without its scope, want 403", status)
+		t.Errorf("the API returned %d for a token without its scope, want 403", status)
 	}
 }
 
@@ -103,11 +102,11 @@ func TestWireRequests(t *testing.T) {
 			"max_retries":                0,
 		}))
 		if method == "client_secret_basic" {
-			// A change of the method keeps the tokens; ask for a new one.
+			// A change of the method keeps the tokens, so request a new one.
 			w.write("roles/app", map[string]any{"extra_params": map[string]any{"resource": "other"}})
 		}
 		if status := w.callAPI(w.token("app")); status != http.StatusOK {
-			t.Errorf("%s: the API answered %d", method, status)
+			t.Errorf("%s: the API returned %d", method, status)
 		}
 		requests := w.oauth.Requests()
 		got := requests[len(requests)-1]
@@ -147,9 +146,9 @@ func TestWireRequests(t *testing.T) {
 	}
 }
 
-// What a user sees of each mistake and fault: Vault's status, and a text that
-// names what is wrong and how to mend it.
-func TestErrorsAsVaultTellsThem(t *testing.T) {
+// What a user sees of each mistake and fault: Vault's status, and an error that names the
+// cause and the remedy.
+func TestErrorsThroughVault(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	logical := w.vault.Logical()
@@ -170,7 +169,7 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 	_, err = logical.Write("mojoauth/config", w.config(map[string]any{"request_timeout": "never"}))
 	w.wantError(err, 400, "request_timeout")
 
-	// A secret that is sent twice is a list, and what is of the wrong type may be one.
+	// A secret sent twice is a list. A value of the wrong type may contain the secret.
 	for field, values := range map[string][]any{
 		"client_secret":   {[]string{canary, "x"}, map[string]any{"value": canary}},
 		"client_id":       {[]string{canary}},
@@ -188,7 +187,7 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 	w.write("config", w.config(map[string]any{"max_retries": 1, "request_timeout": "5s"}))
 	working := w.token("app")
 
-	// verify_connection keeps the old config, which goes on working.
+	// verify_connection keeps the old config, which continues to work.
 	_, err = logical.Write("mojoauth/config", map[string]any{"client_secret": "wrong"})
 	w.wantError(err, 400, "was not saved")
 	if got := w.token("app"); got != working {
@@ -197,7 +196,7 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 	w.write("roles/app2", role(nil))
 	w.token("app2") // the old secret still mints
 
-	// One field leaves the others.
+	// Writing one field keeps the others.
 	w.write("config", map[string]any{"request_timeout": "6s"})
 	config := w.read("config").Data
 	if number(w, config["request_timeout"]) != 6 || number(w, config["max_retries"]) != 1 || config["client_id"] != clientID {
@@ -207,7 +206,7 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 		t.Error("a read shows client_secret")
 	}
 
-	// The secret does not go where who does not know it wants it.
+	// The secret is not sent to another host unless the writer knows it.
 	_, err = logical.Write("mojoauth/config", map[string]any{"token_url": "http://127.0.0.1:1/token", "verify_connection": false})
 	w.wantError(err, 400, "token_url", "send client_secret in the same request")
 
@@ -218,16 +217,16 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 	_, err = logical.Read("mojoauth/creds/badaudience")
 	w.wantError(err, 400, `role "badaudience"`, `config "default"`, "invalid_request", "HTTP 400")
 	if got := w.token("app2"); got == "" {
-		t.Error("one role's refusal kept another from its token")
+		t.Error("one role's refusal kept another from getting a token")
 	}
 
-	// A wrong secret, saved without asking.
+	// A wrong secret, saved without verification.
 	w.write("config/wrong", w.config(map[string]any{"client_secret": "wrong", "verify_connection": false}))
 	w.write("roles/wrong", role(map[string]any{"config": "wrong"}))
 	_, err = logical.Read("mojoauth/creds/wrong")
 	w.wantError(err, 400, `config "wrong"`, "invalid_client", "HTTP 401", "Check client_id, client_secret", "The next attempt is at")
 
-	// A server that is not there.
+	// A server that is not running.
 	dead := "http://" + harness.FreeAddress(t) + "/oauth2/token"
 	_, err = logical.Write("mojoauth/config/dead", w.config(map[string]any{"token_url": dead}))
 	w.wantError(err, 400, `config "dead" was not saved`, "connection refused", "verify_connection=false")
@@ -236,13 +235,13 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 	_, err = logical.Read("mojoauth/creds/dead")
 	w.wantError(err, 502, `config "dead"`, "connection refused", "The next attempt is at", "token_url")
 
-	// A server that takes the request and says nothing.
+	// A server that accepts the request and never answers.
 	w.write("config/mute", w.config(map[string]any{"token_url": "http://" + mute(t), "verify_connection": false, "request_timeout": "1s"}))
 	w.write("roles/mute", role(map[string]any{"config": "mute"}))
 	_, err = logical.Read("mojoauth/creds/mute")
 	w.wantError(err, 504, `config "mute"`, "within the request_timeout of 1s", "The next attempt is at")
 
-	// Deleting a role or config ends its tokens.
+	// Deleting a role or config drops its tokens.
 	w.write("roles/app3", role(nil))
 	w.token("app3")
 	if _, err := logical.Delete("mojoauth/roles/app3"); err != nil {
@@ -259,8 +258,8 @@ func TestErrorsAsVaultTellsThem(t *testing.T) {
 	w.noCanary()
 }
 
-// noCanary looks for the client secret in everything that Vault has said, logged
-// or audited.
+// noCanary searches everything that Vault has returned, logged or audited for the client
+// secret.
 func (w *world) noCanary() {
 	w.Helper()
 	audit, err := os.ReadFile(w.vault.AuditFile)
@@ -273,15 +272,15 @@ func (w *world) noCanary() {
 		"the audit":  string(audit),
 	} {
 		if len(text) == 0 {
-			w.Errorf("%s is empty: nothing was looked through", place)
+			w.Errorf("%s is empty: nothing was searched", place)
 		}
 		if i := strings.Index(text, canary); i >= 0 {
 			w.Errorf("the client secret is in %s: …%s…", place, text[max(0, i-200):i])
 		}
 	}
-	// The plugin does log into Vault's log, so that it was looked through too.
+	// The plugin's own entries are in Vault's log, so they were searched too.
 	if !strings.Contains(w.vault.Log(w), pluginBinary) {
-		w.Error("the log says nothing of the plugin")
+		w.Error("the log has no line of the plugin")
 	}
 	for _, token := range w.oauth.Issued() {
 		if strings.Contains(w.vault.Log(w), token) || strings.Contains(string(audit), token) {
@@ -305,12 +304,12 @@ func TestStateSurvivesSealAndCrash(t *testing.T) {
 			got := w.read(path).Data
 			for field, value := range want {
 				if gotJSON, wantJSON := toJSON(t, got[field]), toJSON(t, value); gotJSON != wantJSON {
-					t.Errorf("after %s: %s of %s is %s, was %s", after, field, path, gotJSON, wantJSON)
+					t.Errorf("after %s: got %s of %s %s, was %s", after, field, path, gotJSON, wantJSON)
 				}
 			}
 		}
 		if status := w.callAPI(w.token("app")); status != http.StatusOK {
-			t.Errorf("after %s: the API answered %d", after, status)
+			t.Errorf("after %s: the API returned %d", after, status)
 		}
 	}
 
@@ -327,13 +326,13 @@ func TestStateSurvivesSealAndCrash(t *testing.T) {
 		return err
 	})
 	if now := w.vault.PluginProcesses(t, pluginBinary); len(now) == 0 || now[0] == old[0] {
-		t.Errorf("processes before the kill: %v, after: %v; want another", old, now)
+		t.Errorf("processes before the kill: %v, after: %v; want another one", old, now)
 	}
 	check("a crash of the plugin")
 	w.noCanary()
 }
 
-// A mount runs in the process of its plugin's other mounts, and shares nothing.
+// Mounts of the plugin run in one process, and share nothing else.
 func TestMountsShareAProcessAndNothingElse(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -344,7 +343,7 @@ func TestMountsShareAProcessAndNothingElse(t *testing.T) {
 	_, err := w.vault.Logical().Read("second/creds/app")
 	w.wantError(err, 400, `role "app" does not exist`)
 	if got := w.vault.PluginProcesses(t, pluginBinary); len(got) != 1 {
-		t.Errorf("got %d processes for two mounts, want one", len(got))
+		t.Errorf("got %d processes for two mounts, want 1", len(got))
 	}
 	if err := w.vault.Sys().Unmount("second"); err != nil {
 		t.Fatal(err)
@@ -352,21 +351,21 @@ func TestMountsShareAProcessAndNothingElse(t *testing.T) {
 	w.token("app")
 }
 
-// A plugin whose Vault was killed has nobody to tell it to end. Nothing is logged
-// either, which would end it too: the pipe is broken.
+// A plugin whose Vault was killed gets no signal to exit. It logs nothing either, which
+// would end it: the pipe is broken.
 func TestPluginEndsWithVault(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.read("status")
 	plugins := w.vault.PluginProcesses(t, pluginBinary)
 	if len(plugins) == 0 {
-		t.Fatal("no plugin runs")
+		t.Fatal("the plugin is not running")
 	}
 	w.vault.Kill(t)
 	for _, pid := range plugins {
-		harness.Eventually(t, "the plugin has ended", func() error {
+		harness.Eventually(t, "the plugin has exited", func() error {
 			if err := syscall.Kill(pid, 0); err == nil {
-				return fmt.Errorf("process %d still runs", pid)
+				return fmt.Errorf("process %d is still running", pid)
 			}
 			return nil
 		})

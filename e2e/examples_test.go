@@ -28,7 +28,7 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// exampleTools are the programs that the command of each example needs.
+// exampleTools are the programs that each example's command needs.
 var exampleTools = map[string][]string{
 	"Shell":   {"sh", "curl", "sed"},
 	"Go":      {"go"},
@@ -37,7 +37,7 @@ var exampleTools = map[string][]string{
 	"C#":      {"mcs", "mono"},
 }
 
-// The examples do what their README says, started by the commands in it.
+// The examples do what their README says, started with its commands.
 func TestExamples(t *testing.T) {
 	t.Parallel()
 	root, err := harness.Root()
@@ -50,9 +50,9 @@ func TestExamples(t *testing.T) {
 	}
 	rows := regexp.MustCompile("(?m)^\\| \\[(.+)\\]\\(.+\\) \\| .* \\| `(.+)` \\|$").FindAllStringSubmatch(string(readme), -1)
 	if len(rows) != len(exampleTools) {
-		t.Fatalf("examples/README.md has commands of %d examples, want %d: %q", len(rows), len(exampleTools), rows)
+		t.Fatalf("examples/README.md has commands for %d examples, want %d: %q", len(rows), len(exampleTools), rows)
 	}
-	if err := os.MkdirAll(filepath.Join(root, "bin"), 0o755); err != nil { // make dev makes it
+	if err := os.MkdirAll(filepath.Join(root, "bin"), 0o755); err != nil { // make dev creates it
 		t.Fatal(err)
 	}
 
@@ -65,11 +65,11 @@ func TestExamples(t *testing.T) {
 		t.Run(language, func(t *testing.T) {
 			tools := exampleTools[language]
 			if tools == nil {
-				t.Fatalf("it is not known what %s needs", language)
+				t.Fatalf("exampleTools does not have %s", language)
 			}
 			for _, tool := range tools {
 				if _, err := exec.LookPath(tool); err != nil {
-					harness.Missing(t, "%s is not on PATH: the example in %s is not tested", tool, language)
+					harness.Missing(t, "%s is not on PATH; not testing the example in %s", tool, language)
 				}
 			}
 			inner := *w
@@ -84,15 +84,15 @@ type example struct {
 	*world
 	root    string
 	command string
-	role    string   // that no other example reads
-	secrets []string // that no output may hold, beside the tokens
+	role    string   // not read by any other example
+	secrets []string // must not be in any output, in addition to the tokens
 }
 
-// monoAborts is what Mono 6.8 says when it aborts, now and then, while it ends: the program
-// has done its work, and the exit code is lost.
+// monoAborts is what Mono 6.8 prints when it occasionally aborts while exiting: the
+// program has done its work, and the exit code is lost.
 const monoAborts = "* Assertion at mono-threads.c:2005"
 
-// lostCode is in place of an exit code that was lost.
+// lostCode replaces an exit code that was lost.
 const lostCode = -1
 
 func (e *example) check() {
@@ -111,7 +111,7 @@ func (e *example) check() {
 	e.succeeds(strings.Repeat(hello, 3), "API_URL="+api, "CALLS=3", "INTERVAL=0")
 	e.wantReads("three calls", reads, 1)
 
-	// What is wrong, in Vault's words.
+	// Mistakes, with Vault's error texts.
 	e.fails([]string{"400", `role "nobody" does not exist; write roles/nobody to create it`}, "API_URL="+api, "ROLE=nobody")
 	e.secrets = append(e.secrets, "canary-vault-token")
 	e.fails([]string{"403", "permission denied"}, "API_URL="+api, "VAULT_TOKEN=canary-vault-token")
@@ -120,7 +120,8 @@ func (e *example) check() {
 	nobody := "http://" + harness.FreeAddress(e.TB)
 	e.fails([]string{nobody}, "API_URL="+api, "VAULT_ADDR="+nobody)
 
-	// The API refuses a token: it is read again, although it is cached, and once.
+	// The API refuses a token: the program reads it again, although it is cached, and
+	// only once.
 	refusing := e.front(api, func(n int64, w http.ResponseWriter, _ *http.Request) bool {
 		if n == 2 {
 			http.Error(w, "refused", http.StatusUnauthorized)
@@ -129,7 +130,7 @@ func (e *example) check() {
 	}, nil)
 	reads = e.reads()
 	e.succeeds(strings.Repeat(hello, 3), "API_URL="+refusing.URL, "CALLS=3", "INTERVAL=0")
-	e.wantReads("a call that was refused once", reads, 2)
+	e.wantReads("a call refused once", reads, 2)
 	refusing.wantRequests("three calls, one of them refused once", 4)
 
 	stubborn := e.front(api, func(_ int64, w http.ResponseWriter, _ *http.Request) bool {
@@ -138,10 +139,10 @@ func (e *example) check() {
 	}, nil)
 	reads = e.reads()
 	e.fails([]string{"401", "refused"}, "API_URL="+stubborn.URL, "CALLS=3", "INTERVAL=0")
-	e.wantReads("a call that is always refused", reads, 2)
-	stubborn.wantRequests("a call that is always refused", 2)
+	e.wantReads("a call always refused", reads, 2)
+	stubborn.wantRequests("a call always refused", 2)
 
-	// The API accepts a token no longer: the program comes back with a newer one.
+	// The API no longer accepts a token: the program gets a newer one.
 	var revoked atomic.Pointer[string]
 	revoking := e.front(api, func(_ int64, w http.ResponseWriter, r *http.Request) bool {
 		authorization := r.Header.Get("Authorization")
@@ -152,18 +153,17 @@ func (e *example) check() {
 		http.Error(w, "revoked", http.StatusUnauthorized)
 		return true
 	}, nil)
-	e.write("roles/"+e.role, role(nil)) // nobody else has asked for a newer one
+	e.write("roles/"+e.role, role(nil)) // no other reader has requested a newer one
 	reads, mints := e.reads(), len(e.oauth.Requests())
 	e.succeeds(strings.Repeat(hello, 3), "API_URL="+revoking.URL, "ROLE="+e.role, "CALLS=3", "INTERVAL=0")
-	e.wantReads("a token that was revoked", reads, 2)
-	revoking.wantRequests("three calls, the first with a token that was revoked", 4)
+	e.wantReads("a revoked token", reads, 2)
+	revoking.wantRequests("three calls, the first with a revoked token", 4)
 	if got := len(e.oauth.Requests()) - mints; got != 2 {
-		e.Errorf("a token that was revoked: %d were minted, want 2", got)
+		e.Errorf("a revoked token: got %d mints, want 2", got)
 	}
 
 	for _, status := range []int{http.StatusTooManyRequests, http.StatusInternalServerError, http.StatusBadGateway} {
-		// A Vault that fails once, and says that a token is to be read again after
-		// a second.
+		// A Vault that fails once, and then returns a ttl of one second.
 		failing := e.front(e.vault.Address(), func(n int64, w http.ResponseWriter, _ *http.Request) bool {
 			if n == 1 {
 				http.Error(w, `{"errors":["not now"]}`, status)
@@ -181,11 +181,11 @@ func (e *example) check() {
 		broken.wantRequests("a Vault that always fails", 2)
 	}
 
-	// What that is for: Vault starts a plugin that was killed, when it is asked.
+	// The reason for this: Vault restarts a killed plugin on the next request.
 	e.vault.SignalPlugin(e.TB, pluginBinary, syscall.SIGKILL)
 	e.succeeds(hello, "API_URL="+api)
 
-	// From a file, which needs no Vault.
+	// From a file, without Vault.
 	noVault := []string{"TOKEN_FILE=" + file, "VAULT_ADDR=", "VAULT_TOKEN=", "CALLS=2", "INTERVAL=0"}
 	fill(e.token("demo"))
 	e.succeeds(strings.Repeat(hello, 2), append(noVault, "API_URL="+api)...)
@@ -207,7 +207,7 @@ func (e *example) check() {
 	e.fails([]string{"401", "invalid_token"}, append(noVault, "API_URL="+counting.URL)...)
 	counting.wantRequests("a file without a good token", 2)
 
-	// What is no token at all is told without showing it.
+	// A malformed token is reported without showing it.
 	for _, content := range []string{"", "canary-access-token\r\nX-More: 1", "canary-access-token \xff"} {
 		fill(content)
 		e.fails(nil, append(noVault, "API_URL="+api)...)
@@ -227,7 +227,7 @@ func (e *example) run(env []string) (stdout, stderr string, code int) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "sh", "-c", e.command)
 	cmd.Dir = e.root
-	// Empty is unset. The last one of a name counts.
+	// An empty variable counts as unset. The last value of a name counts.
 	cmd.Env = append(os.Environ(), "MOUNT=", "ROLE=", "CALLS=", "INTERVAL=", "TOKEN_FILE=", "GOFLAGS=-mod=mod", "GOWORK=off",
 		"VAULT_ADDR="+e.vault.Address(), "VAULT_TOKEN="+e.vault.Token())
 	cmd.Env = append(cmd.Env, env...)
@@ -239,18 +239,18 @@ func (e *example) run(env []string) (stdout, stderr string, code int) {
 	}
 	for _, secret := range append(append(e.oauth.Issued(), e.vault.Token(), canary), e.secrets...) {
 		if strings.Contains(out.String()+errs.String(), secret) {
-			e.Errorf("with %q: a secret is in the output:\n%s%s", env, out.String(), errs.String())
+			e.Errorf("with %q: the output contains a secret:\n%s%s", env, out.String(), errs.String())
 		}
 	}
-	// What is compiled by a command of its own is compiled once.
+	// If compiling is a command of its own, compile only once.
 	if _, run, ok := strings.Cut(e.command, " && "); ok {
 		e.command = run
 	}
 	if stdout, _, ok := strings.Cut(out.String(), monoAborts); ok {
-		e.Logf("with %q: Mono has aborted after the program's end", env)
+		e.Logf("with %q: Mono aborted after the program's end", env)
 		if reports, err := filepath.Glob(filepath.Join(e.root, "mono_crash.*.json")); err == nil {
 			for _, report := range reports {
-				os.Remove(report) //nolint:errcheck // it is only in the way
+				os.Remove(report) //nolint:errcheck // the report is only in the way
 			}
 		}
 		stderr, _, _ := strings.Cut(errs.String(), "\n===")
@@ -275,17 +275,17 @@ func (e *example) fails(parts []string, env ...string) {
 	}
 	for _, part := range append(parts, ": ") {
 		if !strings.Contains(stderr, part) {
-			e.Errorf("with %q: got the errors %q, want them to hold %q", env, stderr, part)
+			e.Errorf("with %q: got the errors %q, want them to contain %q", env, stderr, part)
 		}
 	}
-	// A message, not a stack trace. A tool may have a line of its own to add:
-	// curl says what went wrong, and go run the exit code.
+	// A message, not a stack trace. A tool may add a line of its own: curl reports what
+	// went wrong, and go run the exit code.
 	if lines := strings.Count(stderr, "\n"); lines > 2 {
 		e.Errorf("with %q: got %d lines of errors, want a message:\n%s", env, lines, stderr)
 	}
 }
 
-// reads is how many tokens were read so far.
+// reads returns the number of tokens read so far.
 func (e *example) reads() (sum int64) {
 	e.Helper()
 	for _, n := range e.read("status").Data["reads"].(map[string]any) {
@@ -301,15 +301,15 @@ func (e *example) wantReads(of string, before, want int64) {
 	}
 }
 
-// front stands in front of a server and counts the requests to it.
+// front is in front of a server and counts the requests to it.
 type front struct {
 	*httptest.Server
 	t        testing.TB
 	requests atomic.Int64
 }
 
-// front starts one. intercept sees the number of each request, and answers it or
-// lets it pass; change may change the body of what passes.
+// front starts a front. intercept gets the number of each request, and answers it or lets
+// it pass; change may change the body of a response that passes.
 func (e *example) front(target string, intercept func(n int64, w http.ResponseWriter, r *http.Request) bool, change func(body []byte) []byte) *front {
 	e.Helper()
 	to, err := url.Parse(target)

@@ -24,9 +24,9 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// Every way in which the token endpoint may misbehave, as Vault's own client sees
-// it: gRPC flattens errors, so that in-process tests do not show it. The answers
-// repeat the client secret wherever they can.
+// Every way in which the token endpoint may misbehave, as Vault's own client sees it.
+// gRPC flattens errors, so in-process tests do not show that. The answers repeat the
+// client secret wherever they can.
 func TestEveryFaultThroughVault(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -38,11 +38,11 @@ func TestEveryFaultThroughVault(t *testing.T) {
 	cases := []struct {
 		name   string
 		fault  oauthserver.Faults
-		status int // 200: a token is read
+		status int // 200: the read succeeds
 		text   string
-		tries  int // of at most 2; 0 when the pace decides
+		tries  int // at most 2; 0 if it depends on the pace
 	}{
-		{"well", oauthserver.Faults{}, 200, "", 1},
+		{"no-fault", oauthserver.Faults{}, 200, "", 1},
 		{"latency", oauthserver.Faults{Latency: oauthserver.Duration(300 * time.Millisecond)}, 200, "", 1},
 		{"expires-in-string", oauthserver.Faults{Fields: field(`"3600"`)}, 200, "", 1},
 		{"expires-in-float", oauthserver.Faults{Fields: field(`3600.5`)}, 200, "", 1},
@@ -104,10 +104,10 @@ func TestEveryFaultThroughVault(t *testing.T) {
 		}
 	}
 	if got := len(other.Requests()); got != 0 {
-		t.Errorf("the host that a redirect pointed to received %d requests", got)
+		t.Errorf("the target of a redirect got %d requests", got)
 	}
 
-	// Saving with verification refuses every fault, in words of its own.
+	// Saving with verification refuses every fault, with its own error text.
 	for _, c := range cases {
 		if c.status == 200 || c.name == "gzip-bomb" || c.name == "hang" {
 			continue
@@ -128,12 +128,12 @@ func TestEveryFaultThroughVault(t *testing.T) {
 			t.Error("an access token is in status or metrics")
 		}
 	}
-	// What a crash leaves in Vault's log, in the middle of a mint.
-	w.write("roles/crash", role(map[string]any{"config": "well"}))
+	// The stack dump that a crash during a mint leaves in Vault's log.
+	w.write("roles/crash", role(map[string]any{"config": "no-fault"}))
 	w.oauth.SetFaults(oauthserver.Faults{Hang: true})
 	before := len(w.oauth.Requests())
 	go func() { _, _ = w.vault.Logical().Read("mojoauth/creds/crash") }()
-	harness.Eventually(t, "the mint is under way", func() error {
+	harness.Eventually(t, "the mint is in progress", func() error {
 		if len(w.oauth.Requests()) == before {
 			return errors.New("not yet")
 		}
@@ -142,7 +142,7 @@ func TestEveryFaultThroughVault(t *testing.T) {
 	w.vault.SignalPlugin(t, pluginBinary, syscall.SIGQUIT)
 	harness.Eventually(t, "the crash is in the log", func() error {
 		if !strings.Contains(w.vault.Log(t), "mojoauth.(*slot).fly") {
-			return errors.New("no goroutine of a mint is there yet")
+			return errors.New("no mint's goroutine yet")
 		}
 		return nil
 	})
@@ -164,7 +164,7 @@ func (w *world) scrape() string {
 		w.Fatal(err)
 	}
 	if got := resp.Header.Get("Content-Type"); !strings.HasPrefix(got, "text/plain; version=0.0.4") {
-		w.Errorf("the metrics have the content type %q", got)
+		w.Errorf("got content type %q for the metrics", got)
 	}
 	return string(body)
 }
@@ -191,7 +191,7 @@ func TestCertificates(t *testing.T) {
 		name   string
 		server *oauthserver.Server
 		trust  bool
-		text   string // "" for a token
+		text   string // "" if there is a token
 	}{
 		{"private", private, true, ""},
 		{"unknown", private, false, "does not trust; if it is your own authority, set ca_cert"},
@@ -217,12 +217,12 @@ func TestCertificates(t *testing.T) {
 		}
 	}
 	if got := len(private.Requests()); got != 1 {
-		t.Errorf("the private server received %d requests, want the trusted one", got)
+		t.Errorf("the private server got %d requests, want only the trusted one", got)
 	}
 }
 
-// The drill: 100 readers share a token that lives 40 s (F = 4 s, R = 10 s), and
-// MojoAuth is down from its middle on for 25 s, beyond its end.
+// 100 readers share a token that is valid for 40 s (F = 4 s, R = 10 s). Halfway through
+// its lifetime, MojoAuth goes down for 25 s, until after the token has expired.
 func TestOutageDrill(t *testing.T) {
 	t.Parallel()
 	const (
@@ -237,7 +237,7 @@ func TestOutageDrill(t *testing.T) {
 		"refused": {},
 		"hang":    {Hang: true},
 		"503":     {Status: 503},
-		"429":     {Status: 429, Header: map[string]string{"Retry-After": "30"}}, // beyond what a read waits
+		"429":     {Status: 429, Header: map[string]string{"Retry-After": "30"}}, // longer than a read waits
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -251,14 +251,14 @@ func TestOutageDrill(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			w.oauth.SetLifetime(lifetime + time.Second) // it rounds down
+			w.oauth.SetLifetime(lifetime + time.Second) // the server rounds down
 			first, err := read("creds/app")
 			if err != nil {
 				t.Fatal(err)
 			}
 			expires := time.Unix(number(w, first.Data["expires_at_seconds"]), 0)
 
-			// 100 readers, each once a second.
+			// 100 readers, each reading once a second.
 			client := w.reader(readers)
 			stop := make(chan struct{})
 			var wg sync.WaitGroup
@@ -281,14 +281,14 @@ func TestOutageDrill(t *testing.T) {
 							}
 						case time.Now().Before(expires.Add(-floor)):
 							errorsEarly.Add(1)
-							t.Logf("an error while the old token was above the floor: %v", err)
+							t.Logf("got an error while the old token was above the floor: %v", err)
 						case errors.As(err, &answer) && name != "429" && (answer.StatusCode == 502 || answer.StatusCode == 504) && strings.Contains(err.Error(), "The next attempt is "):
 							errorsLate.Add(1)
 						case errors.As(err, &answer) && name == "429" && answer.StatusCode == 429 && strings.Contains(err.Error(), "Try again in "):
 							errorsLate.Add(1)
 						default:
 							badErrors.Add(1)
-							t.Logf("an error that does not say what it should: %v", err)
+							t.Logf("got an incomplete error: %v", err)
 						}
 					}
 				})
@@ -304,8 +304,8 @@ func TestOutageDrill(t *testing.T) {
 				w.oauth.SetFaults(fault)
 			}
 
-			// Past the end of the token the remembered error is told at once, and so is
-			// a Retry-After that is too long.
+			// After the token has expired, readers get the remembered error immediately.
+			// The same is true for a Retry-After that is too long.
 			time.Sleep(time.Until(expires.Add(-floor / 2)))
 			var took []time.Duration
 			for time.Since(began) < outage-2*time.Second {
@@ -327,16 +327,16 @@ func TestOutageDrill(t *testing.T) {
 			class := map[string]string{"refused": "network", "hang": "timeout", "503": "server_error"}[name]
 			series := `mojoauth_mints_total{config="default",result="` + class + `"}`
 			for _, key := range []string{"last_error", "last_error_class", "last_error_at", "last_mint_at"} {
-				if outage := class != "" || key == "last_mint_at"; (config[key] != nil) != outage { // a 429 is none
-					t.Errorf("status tells %s: %v", key, config)
+				if outage := class != "" || key == "last_mint_at"; (config[key] != nil) != outage { // a 429 is not an outage
+					t.Errorf("got %s in status: %v", key, config)
 				}
 			}
 			if class == "" {
 				series = `mojoauth_requests_total{config="default",result="throttled"}`
 			} else if config["last_error_class"] != class || failures[class] == nil {
-				t.Errorf("status tells of %v and %v, want %s", config["last_error_class"], failures, class)
+				t.Errorf("got %v and %v in status, want %s", config["last_error_class"], failures, class)
 			}
-			if name == "refused" { // nobody was there to count: a first mint of three tries, then one each
+			if name == "refused" { // no server to count requests: a first mint of three tries, then one each
 				requests = 2 + int(number(w, failures[class]))
 			}
 
@@ -358,23 +358,23 @@ func TestOutageDrill(t *testing.T) {
 			close(stop)
 			wg.Wait()
 
-			t.Logf("%s: %d requests in the outage, %d errors past the floor, told within %s (median of %d), new token %s after recovery",
+			t.Logf("%s: %d requests in the outage, %d errors past the floor, returned within %s (median of %d), new token %s after recovery",
 				name, requests, errorsLate.Load(), median(took), len(took), after.Round(10*time.Millisecond))
 			if errorsEarly.Load() != 0 || badErrors.Load() != 0 {
-				t.Errorf("%d errors while the old token was above the floor, %d that do not say when the next try is", errorsEarly.Load(), badErrors.Load())
+				t.Errorf("got %d errors while the old token was above the floor, and %d that do not say when the next try is", errorsEarly.Load(), badErrors.Load())
 			}
 			if errorsLate.Load() == 0 {
-				t.Error("no error past the token's end: the drill did not reach it")
+				t.Error("no error after the token had expired: the test did not get that far")
 			}
 			if requests > 6 {
-				t.Errorf("%d requests in the outage, want at most 6", requests)
+				t.Errorf("got %d requests in the outage, want at most 6", requests)
 			}
-			// A reader who waits for a mint waits 2 s.
+			// A reader that waits for a mint waits 2 s.
 			if got := median(took); got > time.Second {
-				t.Errorf("a remembered error took %s (median), want it at once", got)
+				t.Errorf("a remembered error took %s (median), want it immediately", got)
 			}
 			if after > 31*time.Second {
-				t.Errorf("the new token came %s after the recovery, want it within a back-off of 30 s", after)
+				t.Errorf("the new token came %s after the recovery, want at most a back-off of 30 s", after)
 			}
 			if resp, err := vault.Logical().ReadRaw("drill-" + name + "/metrics"); err != nil {
 				t.Error(err)
@@ -383,7 +383,7 @@ func TestOutageDrill(t *testing.T) {
 				resp.Body.Close()
 				for _, line := range []string{`mojoauth_config_in_backoff{config="default"} 0`, series, `mojoauth_reads_total{outcome="stale"}`} {
 					if !strings.Contains(string(body), line) {
-						t.Errorf("the metrics do not tell %s", line)
+						t.Errorf("the metrics do not have %s", line)
 					}
 				}
 			}
@@ -391,8 +391,8 @@ func TestOutageDrill(t *testing.T) {
 	}
 }
 
-// A Retry-After closes the gate to all: first requests, those of narrowed reads, and
-// rotations.
+// A Retry-After closes the gate to every request: first requests, those of scope subsets,
+// and rotations.
 func TestRetryAfterOnAColdRole(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -404,7 +404,7 @@ func TestRetryAfterOnAColdRole(t *testing.T) {
 	_, err := w.vault.Logical().Read("mojoauth/creds/app")
 	w.wantError(err, 429, "HTTP 429", "Try again in ")
 	first := w.oauth.Requests()[before].At
-	for time.Since(first) < 15*time.Second { // a read waits for 3 s at most
+	for time.Since(first) < 15*time.Second { // a read waits at most 3 s
 		asked := time.Now()
 		for _, path := range []string{"creds/app", "creds/other"} {
 			for _, query := range []map[string][]string{nil, {"min_ttl": {"5m"}}, {"scopes": {oauthserver.DataScope}}} {
@@ -416,12 +416,12 @@ func TestRetryAfterOnAColdRole(t *testing.T) {
 		_, err := w.vault.Logical().Write("mojoauth/rotate-role/app", nil)
 		w.wantError(err, 429, "HTTP 429")
 		if took := time.Since(asked); took > 2*time.Second {
-			t.Errorf("seven requests took %s, want each answered at once", took)
+			t.Errorf("seven requests took %s, want immediate responses", took)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
 	if got := len(w.oauth.Requests()) - before; got != 1 {
-		t.Errorf("%d requests within 15 s, want 1", got)
+		t.Errorf("got %d requests within 15 s, want 1", got)
 	}
 	w.oauth.SetFaults(oauthserver.Faults{})
 	harness.Eventually(t, "a token after the wait", func() error {
@@ -429,11 +429,11 @@ func TestRetryAfterOnAColdRole(t *testing.T) {
 		return err
 	})
 	if at := w.oauth.Requests()[before+1].At; at.Sub(first) < 20*time.Second {
-		t.Errorf("the second request came %s after the first", at.Sub(first))
+		t.Errorf("the second request was %s after the first", at.Sub(first))
 	}
 }
 
-// `make dev` users can try an outage by hand.
+// Users of `make dev` can simulate an outage by hand.
 func TestFaultsOverHTTP(t *testing.T) {
 	t.Parallel()
 	server := startOAuth(t)
@@ -462,15 +462,15 @@ func TestFaultsOverHTTP(t *testing.T) {
 		return resp.StatusCode
 	}
 	if do(http.MethodPut, `{"status": 503, "requests": 2}`) != 200 || token() != 503 || token() != 503 || token() != 200 {
-		t.Error("two requests should have failed, and no more")
+		t.Error("want exactly two failed requests")
 	}
 	if do(http.MethodPut, `{"status": 429}`) != 200 || token() != 429 || do(http.MethodDelete, "") != 200 || token() != 200 {
-		t.Error("requests should have failed until the fault was deleted")
+		t.Error("requests did not fail exactly until the fault was deleted")
 	}
 	if do(http.MethodPut, `{"rate_limit": 1, "retry_after": 1}`) != 200 || token() != 200 || token() != 429 || do(http.MethodDelete, "") != 200 || token() != 200 {
-		t.Error("the second of two requests in a second should have failed")
+		t.Error("want exactly one failure of two requests in a second")
 	}
 	if do(http.MethodPut, `{"stat": 429}`) != 400 || do(http.MethodPut, `{"drop": "always"}`) != 400 || do(http.MethodPut, `{"rate_limit": -1}`) != 400 {
-		t.Error("faults that do not exist were taken")
+		t.Error("invalid faults were accepted")
 	}
 }

@@ -23,10 +23,10 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// Token endpoints, and what stands before them, that do what no HTTP library does by
-// itself. All listen on loopback and end with the test.
+// Token endpoints, and servers in front of them, with behavior that no HTTP library
+// offers. All listen on loopback and stop with the test.
 
-// rawEndpoint serves each connection by itself.
+// rawEndpoint is an endpoint that serves raw connections.
 type rawEndpoint struct {
 	address  string
 	requests atomic.Int64
@@ -34,8 +34,8 @@ type rawEndpoint struct {
 
 func (e *rawEndpoint) tokenURL() string { return "http://" + e.address + "/oauth2/token" }
 
-// startRaw starts an endpoint that hands each request to answer, with the connection it
-// came on and its body. The connection is closed when answer returns false.
+// startRaw starts an endpoint that passes each request to answer, with its connection and
+// body. The endpoint closes the connection when answer returns false.
 func startRaw(t testing.TB, answer func(conn net.Conn, body []byte) (more bool)) *rawEndpoint {
 	t.Helper()
 	e := new(rawEndpoint)
@@ -59,7 +59,7 @@ func startRaw(t testing.TB, answer func(conn net.Conn, body []byte) (more bool))
 	return e
 }
 
-// accept serves connections until the test ends, and answers where.
+// accept serves connections until the test ends, and returns its address.
 func accept(t testing.TB, serve func(net.Conn)) (address string) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -106,11 +106,11 @@ func accept(t testing.TB, serve func(net.Conn)) (address string) {
 	return listener.Addr().String()
 }
 
-// untilClosed waits until the other side has closed the connection.
+// untilClosed waits until the peer has closed the connection.
 func untilClosed(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) }
 
-// switching answers 101 and falls silent: from then on Go's client has a bare
-// connection, on which no deadline of the request ends a read.
+// switching answers 101 and then sends nothing. From then on, Go's client has a raw
+// connection, where the request's deadline does not end a read.
 func switching(t testing.TB) *rawEndpoint {
 	return startRaw(t, func(conn net.Conn, _ []byte) bool {
 		_, _ = fmt.Fprint(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: silence\r\n\r\n")
@@ -119,7 +119,7 @@ func switching(t testing.TB) *rawEndpoint {
 	})
 }
 
-// dripping answers with a body that never ends, a byte at a time.
+// dripping answers with an endless body, one byte at a time.
 func dripping(t testing.TB) *rawEndpoint {
 	return startRaw(t, func(conn net.Conn, _ []byte) bool {
 		_, _ = fmt.Fprint(conn, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 60000\r\n\r\n")
@@ -132,21 +132,21 @@ func dripping(t testing.TB) *rawEndpoint {
 	})
 }
 
-// silent takes requests and says nothing.
+// silent accepts requests and never answers.
 func silent(t testing.TB) *rawEndpoint {
 	return startRaw(t, func(conn net.Conn, _ []byte) bool { untilClosed(conn); return false })
 }
 
-// blurting grants tokens, and after each one says unasked, on the connection that is
-// idle then, what it was sent. ended gets a value for each connection that the other
-// side has closed.
+// blurting grants tokens. After each one, it sends what it received on the now idle
+// connection, unsolicited. ended receives a value for each connection that the peer has
+// closed.
 func blurting(t testing.TB) (endpoint *rawEndpoint, ended <-chan struct{}) {
 	closed := make(chan struct{}, 16)
 	var serial atomic.Int64
 	return startRaw(t, func(conn net.Conn, body []byte) bool {
 		answer := fmt.Sprintf(`{"access_token":"blurted-%d","token_type":"Bearer","expires_in":3600}`, serial.Add(1))
 		fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(answer), answer)
-		time.Sleep(200 * time.Millisecond) // until the answer is read: this must come on an idle connection
+		time.Sleep(200 * time.Millisecond) // until the answer is read: the text must arrive on an idle connection
 		form, _ := url.ParseQuery(string(body))
 		fmt.Fprintf(conn, "%s is what you sent me\r\n", form.Get("client_secret"))
 		untilClosed(conn)
@@ -155,14 +155,14 @@ func blurting(t testing.TB) (endpoint *rawEndpoint, ended <-chan struct{}) {
 	}), closed
 }
 
-// router is a proxy for https that decides itself who answers for a host: what DNS is
-// for whoever controls it.
+// router is an https proxy that decides which server answers for a host, as someone who
+// controls DNS does.
 type router struct {
 	url string
 
 	mu     sync.Mutex
-	routes map[string]string // by host: an address
-	others string            // the address of all hosts that have none
+	routes map[string]string // addresses by host
+	others string            // the address for all other hosts
 }
 
 func startRouter(t testing.TB) *router {
@@ -197,7 +197,7 @@ func startRouter(t testing.TB) *router {
 	return r
 }
 
-// route has a host, or with "" all that have no route, answered by a server.
+// route makes a server answer for a host, or with "" for all hosts without a route.
 func (r *router) route(host string, server *oauthserver.Server) {
 	address := strings.TrimPrefix(server.URL(), "https://")
 	r.mu.Lock()
@@ -209,7 +209,7 @@ func (r *router) route(host string, server *oauthserver.Server) {
 	r.routes[host] = address
 }
 
-// startHTTP2 puts an OAuth server behind HTTP/2, and answers its token URL.
+// startHTTP2 starts HTTP/2 in front of an OAuth server, and returns its token URL.
 func startHTTP2(t testing.TB, ca *harness.Authority, behind *oauthserver.Server) (tokenURL string) {
 	t.Helper()
 	return "https://" + serve(t, behind, &tls.Config{
@@ -219,8 +219,7 @@ func startHTTP2(t testing.TB, ca *harness.Authority, behind *oauthserver.Server)
 	}) + oauthserver.TokenPath
 }
 
-// serve serves HTTP until the test ends, with TLS if that is configured, and answers
-// where.
+// serve serves HTTP until the test ends, with TLS if configured, and returns its address.
 func serve(t testing.TB, handler http.Handler, config *tls.Config) (address string) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -245,16 +244,16 @@ func serve(t testing.TB, handler http.Handler, config *tls.Config) (address stri
 	return listener.Addr().String()
 }
 
-// firewall stands before an OAuth server, and answers some requests itself: the ones
-// whose audience it does not like with 403, and long ones with 413.
+// firewall is in front of an OAuth server and answers some requests itself: those for a
+// blocked audience with 403, and long ones with 413.
 type firewall struct {
 	url     string
 	refused atomic.Int64
 }
 
 const (
-	dislikedAudience = "https://disliked.example.org/"
-	firewallBytes    = 2 << 10
+	forbiddenAudience = "https://forbidden.example.org/"
+	firewallBytes     = 2 << 10
 )
 
 func startFirewall(t testing.TB, behind *oauthserver.Server) *firewall {
@@ -272,7 +271,7 @@ func startFirewall(t testing.TB, behind *oauthserver.Server) *firewall {
 		case len(body) > firewallBytes:
 			f.refused.Add(1)
 			http.Error(w, "<html>Request Entity Too Large", http.StatusRequestEntityTooLarge)
-		case form.Get("audience") == dislikedAudience:
+		case form.Get("audience") == forbiddenAudience:
 			f.refused.Add(1)
 			http.Error(w, "<html>Forbidden", http.StatusForbidden)
 		default:

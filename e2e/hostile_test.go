@@ -22,11 +22,11 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// What somebody hostile may try who runs the token endpoint, may write a config without
-// knowing its secret, may write a role, or may read one.
+// Attacks by someone who runs the token endpoint, may write a config without knowing its
+// secret, may write a role, or may read one.
 
-// timed runs something that ends with its context, and answers how long it took. It
-// gives up after half a minute, which nothing here may take.
+// timed runs do, which must stop when its context does, and returns how long that took.
+// It cancels the context after half a minute, more than anything here may take.
 func timed(do func(ctx context.Context) error) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -49,16 +49,16 @@ func serveTLS(t testing.TB, ca *harness.Authority, host string) *oauthserver.Ser
 	return server
 }
 
-// Who may write a config and does not know its secret must not get the secret: neither
-// by a host that looks like the one there was, nor by an authority of their own for a
-// host whose address they control.
+// Someone who may write a config but does not know its secret must not be able to obtain
+// it: neither with a host that looks like the config's, nor with a certificate authority
+// of their own for a host whose address they control.
 func TestSecretGoesNowhereElseUnlessItIsSentAgain(t *testing.T) {
 	router := startRouter(t)
 	t.Setenv("HTTPS_PROXY", router.url)
 	t.Setenv("NO_PROXY", "")
 	public, own := harness.NewAuthority(t), harness.NewAuthority(t)
 	genuine := serveTLS(t, public, "login.api.example")
-	lookalike := serveTLS(t, public, "*.api.example") // the thief owns such a host
+	lookalike := serveTLS(t, public, "*.api.example") // a host that the attacker owns
 	impostor := serveTLS(t, own, "login.api.example")
 	router.route("login.api.example", genuine)
 	router.route("", lookalike)
@@ -69,7 +69,7 @@ func TestSecretGoesNowhereElseUnlessItIsSentAgain(t *testing.T) {
 		before := len(genuine.Requests())
 		w.write("config/"+name, w.config(map[string]any{"token_url": "https://login.api.example/oauth2/token", "ca_cert": public.PEM}))
 		if got := len(genuine.Requests()) - before; got != 1 {
-			t.Fatalf("the endpoint of a new config received %d requests, want its verification", got)
+			t.Fatalf("the endpoint of a new config got %d requests, want only its verification", got)
 		}
 		return "mojoauth/config/" + name
 	}
@@ -77,7 +77,7 @@ func TestSecretGoesNowhereElseUnlessItIsSentAgain(t *testing.T) {
 		_, err := w.vault.Logical().Write(config(fmt.Sprintf("host%d", i)), map[string]any{"token_url": "https://" + host + "/oauth2/token"})
 		w.wantError(err, 400, "token_url")
 		if got := len(lookalike.Requests()); got != 0 {
-			t.Errorf("%q, which looks like the host of the config, received the secret", host)
+			t.Errorf("%q, which looks like the config's host, received the secret", host)
 			break
 		}
 	}
@@ -88,20 +88,20 @@ func TestSecretGoesNowhereElseUnlessItIsSentAgain(t *testing.T) {
 		w.wantError(err, 400, "ca_cert", "client_secret")
 	}
 	if got := len(impostor.Requests()); got != 0 {
-		t.Errorf("a server with a certificate of the writer's own authority received the secret %d times", got)
+		t.Errorf("a server with a certificate from the attacker's authority received the secret %d times", got)
 	}
 
-	// Who knows the secret may do all that.
+	// Someone who knows the secret may do all this.
 	before := len(impostor.Requests())
 	w.write("config/alone", map[string]any{"ca_cert": own.PEM, "client_secret": canary})
 	if got := len(impostor.Requests()) - before; got != 1 {
-		t.Errorf("after the secret was sent again the server received %d requests, want 1", got)
+		t.Errorf("after the secret was sent again, the server got %d requests, want 1", got)
 	}
 }
 
-// An endpoint may say anything on a connection that Go's client keeps for later. Go logs
-// that, and what the plugin logs is in Vault's log.
-func TestWhatAnEndpointSaysUnaskedIsNotLogged(t *testing.T) {
+// An endpoint can send anything on a connection that Go's client keeps for later. Go logs
+// it, and Vault logs what the plugin logs.
+func TestUnsolicitedDataIsNotLogged(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	endpoint, ended := blurting(t)
@@ -113,10 +113,10 @@ func TestWhatAnEndpointSaysUnaskedIsNotLogged(t *testing.T) {
 		select {
 		case <-ended:
 		case <-time.After(time.Minute):
-			t.Fatal("the connection is still open a minute after the endpoint spoke unasked")
+			t.Fatal("the connection is still open a minute after the endpoint sent unsolicited data")
 		}
 	}
-	// What is logged later is in the log, and so is what was logged before.
+	// Once a later entry is in the log, all earlier ones are as well.
 	w.write("roles/marker", nil)
 	w.token("marker")
 	harness.Eventually(t, "a later mint is logged", func() error {
@@ -126,14 +126,14 @@ func TestWhatAnEndpointSaysUnaskedIsNotLogged(t *testing.T) {
 		return nil
 	})
 	if log := w.vault.Log(t); strings.Contains(log, "Unsolicited") || strings.Contains(log, "is what you sent me") {
-		t.Error("what the endpoint said unasked is in the log")
+		t.Error("the log has what the endpoint sent unsolicited")
 	}
 	w.noCanary()
 }
 
-// Whoever looks for trouble of quite another kind may set GODEBUG for the plugin. (Set
-// for Vault, it has Vault itself log what it sends to its plugins.)
-func TestDebuggingOfGoLogsNoSecret(t *testing.T) {
+// An operator may set GODEBUG for the plugin to debug something else. (Set for Vault, it
+// makes Vault itself log what it sends to its plugins.)
+func TestGoDebuggingLogsNoSecret(t *testing.T) {
 	t.Parallel()
 	vault := harness.StartVault(t, vaultBinary, pluginDir)
 	content, err := os.ReadFile(filepath.Join(pluginDir, pluginBinary))
@@ -172,14 +172,14 @@ func TestDebuggingOfGoLogsNoSecret(t *testing.T) {
 	w.noCanary()
 }
 
-// endpoints are those that never give a whole answer.
+// endpoints returns endpoints that never send a complete answer.
 func endpoints(t testing.TB) map[string]*rawEndpoint {
 	return map[string]*rawEndpoint{"101": switching(t), "drip": dripping(t), "silence": silent(t)}
 }
 
-// However an endpoint drags an answer out, a read ends within request_timeout and a
-// second, here 3 s; the second beside that is for a slow machine.
-func TestEndpointCannotHoldUpARead(t *testing.T) {
+// However slowly an endpoint answers, a read ends within request_timeout and a second
+// (here 3 s); the additional second is for a slow machine.
+func TestEndpointCannotDelayARead(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	for name, endpoint := range endpoints(t) {
@@ -196,29 +196,29 @@ func TestEndpointCannotHoldUpARead(t *testing.T) {
 		}
 		status := 504
 		if name == "101" {
-			status = 502 // an answer, and no token endpoint's
+			status = 502 // an answer, but not a token endpoint's
 		}
 		w.wantError(err, status, fmt.Sprintf("role %q", name))
 		if endpoint.requests.Load() == 0 {
-			t.Errorf("%s: the endpoint was not asked: nothing was shown", name)
+			t.Errorf("%s: the endpoint got no request: the test shows nothing", name)
 		}
 
-		// Nor a write that verifies.
+		// Nor does a write with verification take longer.
 		took, err = timed(func(ctx context.Context) error {
 			_, err := w.vault.Logical().WriteWithContext(ctx, "mojoauth/config/"+name, map[string]any{"max_retries": 1})
 			return err
 		})
-		if took > 5*time.Second { // verifications keep a second between them
+		if took > 5*time.Second { // verifications are a second apart
 			t.Errorf("%s: a write of the config took %s, want at most 3s: %v", name, took, err)
 		}
 		w.wantError(err, 400, "was not saved", "verify_connection=false")
 	}
 }
 
-// Vault lets requests drain before it reloads, disables or seals, and serves nobody while
-// it seals: each ends within request_timeout and 6 s, here 8 s. Two more seconds are for a
-// slow machine.
-func TestEndpointCannotHoldUpVault(t *testing.T) {
+// Vault waits for requests to finish before it reloads, disables or seals, and serves no
+// requests while it seals. Each takes at most request_timeout and 6 s, 8 s here. Two more
+// seconds are for a slow machine.
+func TestEndpointCannotDelayVault(t *testing.T) {
 	t.Parallel()
 	for name, do := range map[string]func(ctx context.Context, sys *api.Sys) error{
 		"reload": func(ctx context.Context, sys *api.Sys) error {
@@ -238,7 +238,7 @@ func TestEndpointCannotHoldUpVault(t *testing.T) {
 				w.write("config/"+name, w.config(map[string]any{"token_url": endpoint.tokenURL(), "verify_connection": false, "request_timeout": "2s"}))
 				w.write("roles/"+name, role(map[string]any{"config": name}))
 				reading.Go(func() { _, _ = reader.Logical().Read("mojoauth/creds/" + name) })
-				harness.Eventually(t, "the mint is under way", func() error {
+				harness.Eventually(t, "the mint is in progress", func() error {
 					if endpoint.requests.Load() == 0 {
 						return errors.New("not yet")
 					}
@@ -248,14 +248,15 @@ func TestEndpointCannotHoldUpVault(t *testing.T) {
 			took, err := timed(func(ctx context.Context) error { return do(ctx, w.vault.Sys()) })
 			t.Logf("%s took %s", name, took.Round(10*time.Millisecond))
 			if err != nil || took > 10*time.Second {
-				t.Errorf("%s took %s and answered %v, with a request_timeout of 2s; want it to succeed within 8s", name, took, err)
+				t.Errorf("%s took %s and returned %v, with a request_timeout of 2s; want success within 8s", name, took, err)
 			}
 		})
 	}
 }
 
-// A role whose request is too long for what stands before MojoAuth is at fault alone.
-func TestRequestThatIsTooLongBlocksNoOtherRole(t *testing.T) {
+// If a server in front of MojoAuth refuses a role's request as too long, other roles are
+// not affected.
+func TestTooLongRequestBlocksNoOtherRole(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	firewall := startFirewall(t, w.oauth)
@@ -265,29 +266,29 @@ func TestRequestThatIsTooLongBlocksNoOtherRole(t *testing.T) {
 		_, err := w.vault.Logical().Read("mojoauth/creds/long")
 		w.wantError(err, 400, `role "long"`, "HTTP 413")
 		if err != nil && strings.Contains(err.Error(), "client_secret") {
-			t.Errorf("who reads a role that asks for too much is told to check the client secret: %v", err)
+			t.Errorf("the reader of a role with a request that is too long is advised to check the client secret: %v", err)
 		}
 		name := fmt.Sprintf("role%d", i)
 		w.write("roles/"+name, role(nil))
 		if _, err := w.vault.Logical().Read("mojoauth/creds/" + name); err != nil {
-			t.Errorf("after a 413 to another role: %v", err)
+			t.Errorf("after a 413 for another role: %v", err)
 			break
 		}
 	}
 	if firewall.refused.Load() == 0 {
-		t.Error("nothing was refused: nothing was shown")
+		t.Error("no request was refused: the test shows nothing")
 	}
 }
 
-// A role whose audience is refused by a firewall, with no word of OAuth, is read again and
-// again. The others find out that they are well within two back-offs, and are left alone
+// A firewall refuses one role's audience without an OAuth error, and that role is read
+// again and again. Within two back-offs the other roles get tokens, and are not affected
 // from then on.
-func TestAudienceThatIsForbiddenBlocksNoOtherRole(t *testing.T) {
+func TestForbiddenAudienceBlocksNoOtherRole(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	firewall := startFirewall(t, w.oauth)
 	w.write("config", w.config(map[string]any{"token_url": firewall.url}))
-	w.write("roles/forbidden", map[string]any{"audience": dislikedAudience})
+	w.write("roles/forbidden", map[string]any{"audience": forbiddenAudience})
 	const others = 20
 	for i := range others {
 		w.write(fmt.Sprintf("roles/role%d", i), role(nil))
@@ -317,23 +318,23 @@ func TestAudienceThatIsForbiddenBlocksNoOtherRole(t *testing.T) {
 		switch {
 		case err == nil:
 			if read == 0 {
-				t.Logf("the first of the other roles had a token after %s and %d failed reads", time.Since(began).Round(10*time.Millisecond), failed)
+				t.Logf("the first of the other roles got a token after %s and %d failed reads", time.Since(began).Round(10*time.Millisecond), failed)
 			}
 			read++
 			continue
 		case read > 0:
-			t.Fatalf("after another role had a token: %v", err)
+			t.Fatalf("after another role got a token: %v", err)
 		}
 		failed++
 		time.Sleep(100 * time.Millisecond)
 	}
 	if read < others {
-		t.Errorf("%d of %d other roles had a token after %s and %d failed reads", read, others, time.Since(began).Round(time.Second), failed)
+		t.Errorf("%d of %d other roles got a token after %s and %d failed reads", read, others, time.Since(began).Round(time.Second), failed)
 	}
 }
 
-// A server forwards a request to the active node when the text of its error says that
-// this one cannot write. What MojoAuth says must not decide that.
+// A server forwards a request to the active node if the error says that this node cannot
+// write. What MojoAuth says must not cause that.
 func TestDescriptionNeverReadsLikeAServersOwnError(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -356,7 +357,7 @@ func TestDescriptionNeverReadsLikeAServersOwnError(t *testing.T) {
 			for what, err := range map[string]error{"a read": read, "a write": written} {
 				w.wantError(err, 400, "HTTP 401")
 				if err != nil && strings.Contains(err.Error(), words) {
-					t.Errorf("%s is told %q: %v", what, words, err)
+					t.Errorf("the error of %s contains %q: %v", what, words, err)
 				}
 			}
 		}

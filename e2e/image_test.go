@@ -32,7 +32,7 @@ import (
 // zipped is an entry of an archive.
 type zipped struct {
 	name    string
-	content string // of a link, what it leads to
+	content string // for a link, its target
 	mode    fs.FileMode
 }
 
@@ -60,13 +60,13 @@ func writeZip(t *testing.T, file string, entries ...zipped) {
 	}
 }
 
-// scripts/image.sh takes a release's archive from anybody, and writes nothing outside
-// of its own directory whatever the archive holds.
+// scripts/image.sh accepts a release archive from any source, and writes nothing outside
+// its own directory, whatever the archive contains.
 func TestImageScriptTakesOnlyFiles(t *testing.T) {
 	t.Parallel()
 	for _, tool := range []string{"unzip", "sha256sum"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			harness.Missing(t, "%s is not on PATH: scripts/image.sh is not tested", tool)
+			harness.Missing(t, "%s is not on PATH; not testing scripts/image.sh", tool)
 		}
 	}
 	root, err := harness.Root()
@@ -75,32 +75,33 @@ func TestImageScriptTakesOnlyFiles(t *testing.T) {
 	}
 	const precious = "precious"
 	plugin := zipped{pluginName, "binary", 0o755}
-	licence := zipped{"LICENSE.txt", "licence", 0o644}
+	license := zipped{"LICENSE.txt", "license", 0o644}
 	for name, c := range map[string]struct {
 		entries func(victim string) []zipped
 		text    string
 	}{
-		// The engine is no program that makes images: that is what stops it, at the end.
-		"as it should be": {func(string) []zipped { return []zipped{licence, plugin} }, "ENGINE is true"},
+		// The engine named here does not build images: it makes the script stop at the
+		// end.
+		"valid": {func(string) []zipped { return []zipped{license, plugin} }, "ENGINE is true"},
 		"a link for the authorities": {func(victim string) []zipped {
-			return []zipped{licence, plugin, {"ca-certificates.crt", victim, fs.ModeSymlink | 0o777}}
-		}, "alone"},
-		"a link for the licence": {func(victim string) []zipped {
+			return []zipped{license, plugin, {"ca-certificates.crt", victim, fs.ModeSymlink | 0o777}}
+		}, "must contain only"},
+		"a link for the license": {func(victim string) []zipped {
 			return []zipped{plugin, {"LICENSE.txt", victim, fs.ModeSymlink | 0o777}}
-		}, "something else than files"},
+		}, "something other than files"},
 		"a link for the binary": {func(victim string) []zipped {
-			return []zipped{licence, {pluginName, victim, fs.ModeSymlink | 0o777}}
-		}, "something else than files"},
+			return []zipped{license, {pluginName, victim, fs.ModeSymlink | 0o777}}
+		}, "something other than files"},
 		"a link, then a file through it": {func(victim string) []zipped {
-			return []zipped{licence, {pluginName, victim, fs.ModeSymlink | 0o777}, plugin}
-		}, "alone"},
+			return []zipped{license, {pluginName, victim, fs.ModeSymlink | 0o777}, plugin}
+		}, "must contain only"},
 		"a path upwards": {func(string) []zipped {
-			return []zipped{licence, plugin, {"../victim", "x", 0o644}}
-		}, "alone"},
+			return []zipped{license, plugin, {"../victim", "x", 0o644}}
+		}, "must contain only"},
 		"a directory": {func(string) []zipped {
-			return []zipped{licence, plugin, {"directory/", "", fs.ModeDir | 0o755}}
-		}, "alone"},
-		"no licence": {func(string) []zipped { return []zipped{plugin} }, "alone"},
+			return []zipped{license, plugin, {"directory/", "", fs.ModeDir | 0o755}}
+		}, "must contain only"},
+		"no license": {func(string) []zipped { return []zipped{plugin} }, "must contain only"},
 	} {
 		dir := t.TempDir()
 		victim := filepath.Join(dir, "victim")
@@ -116,7 +117,7 @@ func TestImageScriptTakesOnlyFiles(t *testing.T) {
 		cmd.Env = append(os.Environ(), "ENGINE=true", "CA_BUNDLE="+bundle, "TMPDIR="+dir)
 		out, err := cmd.CombinedOutput()
 		if err == nil || !strings.Contains(string(out), c.text) {
-			t.Errorf("%s: got %v, want it to stop with %q\n%s", name, err, c.text, out)
+			t.Errorf("%s: got %v, want it to fail with %q\n%s", name, err, c.text, out)
 		}
 		info, err := os.Stat(victim)
 		if err != nil {
@@ -132,7 +133,7 @@ func TestImageScriptTakesOnlyFiles(t *testing.T) {
 	}
 }
 
-// image is what scripts/image.sh makes for `docker load`.
+// image is what scripts/image.sh builds for `docker load`.
 type image struct {
 	config struct {
 		Config struct {
@@ -142,20 +143,20 @@ type image struct {
 	}
 	id    string // SHA-256 of the configuration, in hexadecimal
 	blobs map[string][]byte
-	// manifest is the archive's.
+	// manifest is the archive's manifest.
 	manifest struct {
 		Config           string
 		RepoTags, Layers []string
 	}
 }
 
-// buildImage has scripts/image.sh make the image of a release's archive that holds the
-// plugin under test. buildah keeps what it makes in a directory of the test.
+// buildImage runs scripts/image.sh on a release archive with the plugin under test.
+// buildah keeps its data in a directory of the test.
 func buildImage(t *testing.T) *image {
 	t.Helper()
 	for _, tool := range []string{"buildah", "unzip", "sha256sum"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			harness.Missing(t, "%s is not on PATH: the image is not tested", tool)
+			harness.Missing(t, "%s is not on PATH; not testing the image", tool)
 		}
 	}
 	root, err := harness.Root()
@@ -183,7 +184,7 @@ func buildImage(t *testing.T) *image {
 	platform := "linux_" + runtime.GOARCH
 	version := strings.TrimPrefix(pluginVersion, "v")
 	archive := filepath.Join(dir, pluginName+"_"+version+"_"+platform+".zip")
-	writeZip(t, archive, zipped{"LICENSE.txt", "licence", 0o644}, zipped{pluginName, string(binary), 0o755})
+	writeZip(t, archive, zipped{"LICENSE.txt", "license", 0o644}, zipped{pluginName, string(binary), 0o755})
 	bundle := filepath.Join(dir, "bundle.pem")
 	if err := os.WriteFile(bundle, []byte("-----BEGIN CERTIFICATE-----\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -258,8 +259,8 @@ func readTar(t *testing.T, in io.Reader) map[string][]byte {
 	}
 }
 
-// unpack writes the image's files to a directory. The layers hold nothing but files and
-// directories, and take nothing away.
+// unpack writes the image's files to a directory. The layers have only files and
+// directories, and remove nothing.
 func (img *image) unpack(t *testing.T, dir string) {
 	t.Helper()
 	for _, layer := range img.manifest.Layers {
@@ -275,8 +276,8 @@ func (img *image) unpack(t *testing.T, dir string) {
 	}
 }
 
-// registry serves the image as a container registry does, at REPOSITORY:TAG for each of its
-// tags. It returns the repository with the registry's address.
+// registry serves the image as a container registry does, at REPOSITORY:TAG for each of
+// its tags. It returns the repository with the registry's address.
 func (img *image) registry(t *testing.T) (repository string) {
 	t.Helper()
 	blobs := make(map[string][]byte)
@@ -321,7 +322,7 @@ func (img *image) registry(t *testing.T) (repository string) {
 	return strings.TrimPrefix(server.URL, "http://") + "/mojoauth/" + pluginName
 }
 
-// One image serves both products, each by its own rules.
+// One image works in both products, each with its own rules.
 func TestImage(t *testing.T) {
 	t.Parallel()
 	plugins := t.TempDir()
@@ -338,12 +339,12 @@ func TestImage(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := secret.Data["version"]; got != pluginVersion {
-		t.Errorf("version %v runs, want %s", got, pluginVersion)
+		t.Errorf("got version %v, want %s", got, pluginVersion)
 	}
 }
 
-// openBaoDownloads has OpenBao itself take the binary out of the image, by the
-// documentation's stanza.
+// openBaoDownloads makes OpenBao extract the binary from the image, with the stanza from
+// the documentation.
 func openBaoDownloads(t *testing.T, bao *harness.Vault, plugins string, img *image) {
 	t.Helper()
 	declare(t, bao, plugins, documented(t, "docs/container.md", "hcl", "image "), map[string]string{
@@ -366,7 +367,7 @@ func declare(t *testing.T, bao *harness.Vault, plugins, stanza string, more map[
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The stanza says where plugins are, too.
+	// The stanza also sets plugin_directory.
 	without := regexp.MustCompile(`(?m)^plugin_directory .*$`).ReplaceAll(content, nil)
 	if err := os.WriteFile(config, append(without, stanza...), 0o600); err != nil {
 		t.Fatal(err)
@@ -376,7 +377,7 @@ func declare(t *testing.T, bao *harness.Vault, plugins, stanza string, more map[
 	bao.Unseal(t)
 }
 
-// OpenBao registers a binary that is declared in its configuration.
+// OpenBao registers a binary that its configuration declares.
 func TestDeclaredBinary(t *testing.T) {
 	t.Parallel()
 	product, _, err := harness.ProductOf(vaultBinary)
@@ -384,7 +385,7 @@ func TestDeclaredBinary(t *testing.T) {
 		t.Fatal(err)
 	}
 	if product != harness.OpenBao {
-		harness.Skip(t, "Vault declares no plugins in its configuration")
+		harness.Skip(t, "Vault's configuration cannot declare plugins")
 	}
 	plugins := t.TempDir()
 	bao := harness.StartVault(t, vaultBinary, plugins)
@@ -402,25 +403,26 @@ func TestDeclaredBinary(t *testing.T) {
 	}
 }
 
-// vaultStarts follows Vault: the image whose ID is the registered checksum has to have the
-// version without v for a tag, and its entrypoint is started, in its files, as its user.
-// Without a Docker Engine the entrypoint is registered as a binary.
+// vaultStarts does what Vault does. The image whose ID is the registered checksum must be
+// tagged with the version without v; Vault starts its entrypoint, in the image's files,
+// as the image's user. Without a Docker Engine, the test registers the entrypoint as a
+// binary.
 func vaultStarts(t *testing.T, vault *harness.Vault, plugins string, img *image) {
 	t.Helper()
 	if tag := "localhost/" + pluginName + ":" + strings.TrimPrefix(pluginVersion, "v"); !slices.Contains(img.manifest.RepoTags, tag) {
-		t.Errorf("the image has the tags %q, want %q among them", img.manifest.RepoTags, tag)
+		t.Errorf("got the tags %q, want %q among them", img.manifest.RepoTags, tag)
 	}
 	if want := img.id + ".json"; img.manifest.Config != want {
-		t.Errorf("the configuration is %s, want it named by its ID, %s", img.manifest.Config, want)
+		t.Errorf("got the configuration %s, want it named by its ID, %s", img.manifest.Config, want)
 	}
 	files := t.TempDir()
 	img.unpack(t, files)
 	if len(img.config.Config.Entrypoint) != 1 {
-		t.Fatalf("the entrypoint is %q, want the binary alone", img.config.Config.Entrypoint)
+		t.Fatalf("got the entrypoint %q, want only the binary", img.config.Config.Entrypoint)
 	}
 	entrypoint := img.config.Config.Entrypoint[0]
 	if os.Geteuid() == 0 {
-		// t.TempDir is for its owner alone.
+		// Only its owner can read t.TempDir.
 		if err := os.Chmod(files, 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -429,7 +431,7 @@ func vaultStarts(t *testing.T, vault *harness.Vault, plugins string, img *image)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: files, Credential: &syscall.Credential{Uid: 65532, Gid: 65532}}
 		out, err := cmd.CombinedOutput()
 		if err != nil || !strings.Contains(string(out), pluginVersion) {
-			t.Errorf("in the image's files alone, as its user: got %q, %v", out, err)
+			t.Errorf("with only the image's files, as its user: got %q, %v", out, err)
 		}
 	}
 	if err := os.Rename(filepath.Join(files, entrypoint), filepath.Join(plugins, pluginName)); err != nil {
@@ -438,7 +440,7 @@ func vaultStarts(t *testing.T, vault *harness.Vault, plugins string, img *image)
 	vault.Register(t, plugins, pluginName, pluginName, pluginVersion)
 }
 
-// documented is the code of that language in a document that holds a text.
+// documented returns the code block in the given language that contains text.
 func documented(t *testing.T, document, language, text string) string {
 	t.Helper()
 	root, err := harness.Root()
@@ -454,6 +456,6 @@ func documented(t *testing.T, document, language, text string) string {
 			return block[1]
 		}
 	}
-	t.Fatalf("%s has no %s with %q", document, language, text)
+	t.Fatalf("%s has no %s block with %q", document, language, text)
 	return ""
 }

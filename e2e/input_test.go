@@ -17,8 +17,8 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// Someone who may write the config and does not know the client secret cannot have it
-// sent anywhere else, whatever they send in its place.
+// Someone who may write the config but does not know the client secret cannot redirect
+// it, whatever they send instead of it.
 func TestSecretIsNotRedirected(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -58,12 +58,13 @@ path "mojoauth/config" {
 		}
 	}
 	if after := w.read("config").Data; fmt.Sprint(after) != fmt.Sprint(before) {
-		t.Errorf("the config became %v, was %v", after, before)
+		t.Errorf("the config changed to %v, was %v", after, before)
 	}
 	w.noCanary()
 }
 
-// Null counts as not sent, for verify_connection too: it is no way around the trial.
+// A null counts as not sent, also for verify_connection: it does not skip the
+// verification.
 func TestNullIsNotSent(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -80,7 +81,7 @@ func TestNullIsNotSent(t *testing.T) {
 			t.Errorf("%s: %v", path, err)
 		}
 		if got := len(w.oauth.Requests()) - tried; got != i+1 {
-			t.Errorf("%s: MojoAuth was asked %d times, want %d: null skipped the trial", path, got, i+1)
+			t.Errorf("%s: got %d token requests, want %d: null skipped the verification", path, got, i+1)
 		}
 	}
 	_, err = w.vault.Logical().WriteBytes("mojoauth/config", []byte(`{"client_secret": "wrong", "verify_connection": null}`))
@@ -88,7 +89,7 @@ func TestNullIsNotSent(t *testing.T) {
 	w.noCanary()
 }
 
-// Names are what Vault's policies take them for.
+// A name means the same to the engine as to Vault's policies.
 func TestNamesThroughVault(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -111,20 +112,20 @@ func TestNamesThroughVault(t *testing.T) {
 		_, err := w.vault.Logical().Write("mojoauth/roles/other", map[string]any{"config": name})
 		w.wantError(err, http.StatusBadRequest, word)
 	}
-	// What somebody without any right sends is no error of Vault's.
+	// Requests without permission cause no errors in Vault's log.
 	if strings.Contains(w.vault.Log(t), "failed to run existence check") {
-		t.Error("a bad name is an error in Vault's log")
+		t.Error("an invalid name caused an error in Vault's log")
 	}
 }
 
-// request makes a request to a path of the engine.
+// request sends a request to a path of the engine.
 func request(client *api.Client, method, path string) (*api.Response, error) {
 	req := client.NewRequest(method, "/v1/mojoauth/"+path)
-	return client.RawRequest(req) //nolint:staticcheck // there is no other way to send a path as it is
+	return client.RawRequest(req) //nolint:staticcheck // there is no other way to send a path verbatim
 }
 
-// Whatever a request holds, and how much of it, is answered in about the time that
-// Vault takes to pass it on, and while others read.
+// Whatever a request contains and however large it is, the response takes about as long
+// as Vault takes to pass the request on, and other reads continue.
 func TestHugeRequestsThroughVault(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -135,7 +136,7 @@ func TestHugeRequestsThroughVault(t *testing.T) {
 		scopes = append(scopes, fmt.Sprintf("s%05d", i))
 	}
 	many := strings.Join(scopes, ",") // 990 KB with its commas encoded
-	const allowed = 10 * time.Second  // it took 75 s
+	const allowed = 10 * time.Second  // it once took 75 s
 	timed := func(what string, do func() error, parts ...string) {
 		t.Helper()
 		began := time.Now()

@@ -18,12 +18,13 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// readmeInstallation is what the README has one type to install the plugin in a product.
+// readmeInstallation returns the commands that the README lists to install the plugin in
+// a product.
 func readmeInstallation(t *testing.T, product harness.Product) string {
 	t.Helper()
 	for _, tool := range []string{"bash", "curl", "gpg", "gpgv", "unzip", "sha256sum"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			harness.Missing(t, "%s is not on PATH: the README's installation is not tested", tool)
+			harness.Missing(t, "%s is not on PATH; not testing the README's installation", tool)
 		}
 	}
 	root, err := harness.Root()
@@ -41,7 +42,7 @@ func readmeInstallation(t *testing.T, product harness.Product) string {
 		}
 		section, _, _ = strings.Cut(section, "\n## ")
 		for _, block := range regexp.MustCompile("(?ms)^ *```sh\n(.*?)^ *```$").FindAllStringSubmatch(section, -1) {
-			// The other way to get the binary, and what GitHub alone can answer.
+			// Skip the other way to get the binary, and what only GitHub can answer.
 			if !strings.Contains(block[1], "make build") && !strings.Contains(block[1], "gh attestation verify") {
 				script += regexp.MustCompile("(?m)^   ").ReplaceAllString(block[1], "")
 			}
@@ -50,10 +51,10 @@ func readmeInstallation(t *testing.T, product harness.Product) string {
 	}
 	script := blocks("Install it in production")
 	if product == harness.OpenBao {
-		// Its section begins where one has the binary and its checksum.
+		// Its section starts with the binary and its checksum already there.
 		getting, _, found := strings.Cut(script, "install -m 755")
 		if !found {
-			t.Fatal("the README does not install the binary any more")
+			t.Fatal("the README no longer installs the binary")
 		}
 		script = getting + blocks("Install it in OpenBao")
 	}
@@ -65,15 +66,15 @@ func replaced(t *testing.T, text string, own map[string]string) string {
 	t.Helper()
 	for name, value := range own {
 		if !strings.Contains(text, name) {
-			t.Errorf("the README does not say %q any more", name)
+			t.Errorf("the README no longer has %q", name)
 		}
 		text = strings.ReplaceAll(text, name, value)
 	}
 	return text
 }
 
-// The README's way from a release's archive to a token works word for word, but for the
-// names that are the reader's own.
+// The README's steps from a release archive to a token work verbatim, except for the
+// reader's own names.
 func TestReadmeInstallation(t *testing.T) {
 	t.Parallel()
 	product, _, err := harness.ProductOf(vaultBinary)
@@ -119,28 +120,28 @@ func TestReadmeInstallation(t *testing.T) {
 	cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", text)
 	cmd.Dir = work
 	cmd.Env = append(append(os.Environ(), vault.Environment()...), "PATH="+dir+":"+os.Getenv("PATH"), "GNUPGHOME="+work)
-	cmd.Stdin = strings.NewReader(canary + "\n") // what is typed for the client secret
+	cmd.Stdin = strings.NewReader(canary + "\n") // the client secret, as typed
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	issued := oauth.Issued()
 	if len(issued) == 0 || !strings.HasSuffix(strings.TrimSpace(string(out)), issued[len(issued)-1]) {
-		t.Errorf("it does not end with a token:\n%s", out)
+		t.Errorf("the output does not end with a token:\n%s", out)
 	}
 	if strings.Contains(string(out), canary) {
-		t.Error("it shows the client secret")
+		t.Error("the output contains the client secret")
 	}
 }
 
-// An archive that somebody else signed is not unpacked, though their key lies in the
-// repository beside the real one.
+// An archive signed by someone else is not unpacked, even if their key is in the
+// repository next to the real one.
 func TestReadmeVerification(t *testing.T) {
 	t.Parallel()
 	script := readmeInstallation(t, harness.HashiCorpVault)
 	verification, _, ok := strings.Cut(script, "SHA256=$(")
 	if !ok {
-		t.Fatal("the README does not note the binary's checksum any more")
+		t.Fatal("the README no longer records the binary's checksum")
 	}
 	version := strings.TrimPrefix(pluginVersion, "v")
 	platform := runtime.GOOS + "_" + runtime.GOARCH
@@ -173,14 +174,14 @@ func TestReadmeVerification(t *testing.T) {
 		cmd.Env = append(os.Environ(), "GNUPGHOME="+work)
 		out, err := cmd.CombinedOutput()
 		if _, missing := os.Stat(filepath.Join(work, pluginName)); (missing == nil) != unpacked || (err == nil) != unpacked {
-			t.Errorf("%s: unpacked %v (%v), want %v\n%s", filepath.Base(repository), missing == nil, err, unpacked, out)
+			t.Errorf("%s: got unpacked %v (%v), want %v\n%s", filepath.Base(repository), missing == nil, err, unpacked, out)
 		}
 	}
 }
 
-// publish makes a release like those that goreleaser makes, of the plugin under test and
-// signed with a key of its own, in a directory that looks like the repository's page. It
-// answers the key's fingerprint.
+// publish creates a release like goreleaser's, with the plugin under test and signed with
+// a new key, in a directory laid out like the repository's page. It returns the key's
+// fingerprint.
 func publish(t *testing.T, repository, version, platform string) (fingerprint string) {
 	t.Helper()
 	release := filepath.Join(repository, "releases", "download", "v"+version)
@@ -237,9 +238,9 @@ func publish(t *testing.T, repository, version, platform string) (fingerprint st
 	gpg("--detach-sign", "--output", sums+".sig", sums)
 	match := regexp.MustCompile(`(?m)^fpr:::::::::([0-9A-F]{40}):`).FindStringSubmatch(gpg("--with-colons", "--list-keys"))
 	if match == nil {
-		t.Fatal("gpg tells no fingerprint")
+		t.Fatal("gpg reported no fingerprint")
 	}
-	// Else the agent that gpg has started outlives the test.
+	// Otherwise the agent that gpg started outlives the test.
 	if out, err := exec.Command("gpgconf", "--homedir", keys, "--kill", "all").CombinedOutput(); err != nil {
 		t.Errorf("gpgconf: %v\n%s", err, out)
 	}

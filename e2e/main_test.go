@@ -1,8 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package e2e tests the engine as its users meet it: the plugin's binary in a
-// real Vault, asking a real OAuth server for tokens.
+// Package e2e tests the engine as users see it: the plugin binary in a real Vault or
+// OpenBao, which gets tokens from a real OAuth server.
 package e2e
 
 import (
@@ -26,7 +26,7 @@ const (
 	pluginVersion = "v1.2.3"
 
 	clientID = "client"
-	// canary is the client secret: it must turn up nowhere.
+	// canary is the client secret, which must not turn up anywhere.
 	canary = "canary-client-secret-52c8"
 )
 
@@ -55,15 +55,15 @@ func runTests(m *testing.M) int {
 		return fail(err)
 	}
 	code := m.Run()
-	if err := tellUntested(); err != nil {
+	if err := reportUntested(); err != nil {
 		return fail(err)
 	}
 	return code
 }
 
-// tellUntested lists what was left out, and why: here, and in the file that
-// E2E_UNTESTED names, for whoever runs the tests in more than one server.
-func tellUntested() error {
+// reportUntested lists what was not tested and why, on standard output and in the file
+// that E2E_UNTESTED names. The file is for running the tests in more than one server.
+func reportUntested() error {
 	product, version, err := harness.ProductOf(vaultBinary)
 	if err != nil {
 		return err
@@ -92,7 +92,7 @@ func newWorld(t testing.TB) *world {
 	return newWorldIn(t, harness.StartVault(t, vaultBinary, pluginDir))
 }
 
-// newWorldIn makes a world of a Vault.
+// newWorldIn creates a world in the given Vault.
 func newWorldIn(t testing.TB, vault *harness.Vault) *world {
 	t.Helper()
 	w := &world{TB: t, oauth: startOAuth(t), vault: vault}
@@ -106,8 +106,8 @@ func startOAuth(t testing.TB) *oauthserver.Server {
 	return startOAuthFor(t, demoClient(clientID, canary))
 }
 
-// startOAuthFor starts an OAuth server that knows these clients, and whose tokens live
-// an hour where a client does not say otherwise.
+// startOAuthFor starts an OAuth server with the given clients. Tokens are valid for an
+// hour unless the client sets another lifetime.
 func startOAuthFor(t testing.TB, clients ...oauthserver.Client) *oauthserver.Server {
 	t.Helper()
 	server, err := oauthserver.New(time.Hour, clients...)
@@ -130,7 +130,7 @@ func demoClient(id, secret string) oauthserver.Client {
 	}
 }
 
-// config is the fields of a config for the world's OAuth server.
+// config returns the fields of a config for the world's OAuth server.
 func (w *world) config(more map[string]any) map[string]any {
 	data := map[string]any{
 		"token_url":     w.oauth.TokenURL(),
@@ -143,7 +143,7 @@ func (w *world) config(more map[string]any) map[string]any {
 	return data
 }
 
-// unpaced is fields of a config whose pace is not what the test is about.
+// unpaced returns the fields of a config for a test that is not about the pace.
 func unpaced(more map[string]any) map[string]any {
 	data := map[string]any{"max_requests_per_second": 1000}
 	for k, v := range more {
@@ -152,7 +152,7 @@ func unpaced(more map[string]any) map[string]any {
 	return data
 }
 
-// role is the fields of a role that may call the protected API.
+// role returns the fields of a role whose token the protected API accepts.
 func role(more map[string]any) map[string]any {
 	data := map[string]any{"audience": oauthserver.DataAudience, "scopes": oauthserver.DataScope}
 	for k, v := range more {
@@ -177,7 +177,7 @@ func (w *world) read(path string) *api.Secret {
 		w.Fatalf("reading %s: %v", path, err)
 	}
 	if secret == nil {
-		w.Fatalf("reading %s: there is nothing", path)
+		w.Fatalf("reading %s: no data", path)
 	}
 	return secret
 }
@@ -192,7 +192,7 @@ func (w *world) token(role string) string {
 	return token
 }
 
-// callAPI calls the protected API, and answers the status.
+// callAPI calls the protected API, and returns the status.
 func (w *world) callAPI(token string) int {
 	w.Helper()
 	status, err := callAPI(w.oauth, token)
@@ -202,7 +202,7 @@ func (w *world) callAPI(token string) int {
 	return status
 }
 
-// callAPI calls the protected API beside an OAuth server, and answers the status.
+// callAPI calls the protected API of an OAuth server, and returns the status.
 func callAPI(server *oauthserver.Server, token string) (int, error) {
 	req, err := http.NewRequest(http.MethodGet, server.URL()+oauthserver.DataPath, nil)
 	if err != nil {
@@ -217,8 +217,8 @@ func callAPI(server *oauthserver.Server, token string) (int, error) {
 	return resp.StatusCode, nil
 }
 
-// wantError checks that err is Vault's answer with that status, whose text holds
-// all of the parts.
+// wantError checks that err is Vault's response with the given status and an error that
+// contains all parts.
 func (w *world) wantError(err error, status int, parts ...string) {
 	w.Helper()
 	var answer *api.ResponseError
@@ -232,7 +232,7 @@ func (w *world) wantError(err error, status int, parts ...string) {
 	text := strings.Join(answer.Errors, "\n")
 	for _, part := range parts {
 		if !strings.Contains(text, part) {
-			w.Errorf("got %q, want it to hold %q", text, part)
+			w.Errorf("got %q, want it to contain %q", text, part)
 		}
 	}
 }

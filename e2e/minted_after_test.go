@@ -19,11 +19,11 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// A reader whose token was refused by the API asks for one that was minted after it.
+// A reader whose token the API refused requests one that was minted later.
 
 func mintedAfter(at string) map[string][]string { return map[string][]string{"minted_after": {at}} }
 
-// after reads a token of the role that was minted after that moment.
+// after reads a token of the role minted after the given time.
 func (w *world) after(client *api.Client, role, at string) *api.Secret {
 	w.Helper()
 	secret, err := client.Logical().ReadWithData("mojoauth/creds/"+role, mintedAfter(at))
@@ -43,7 +43,7 @@ func TestMintedAfterMintsOnceForAll(t *testing.T) {
 	w.write("config", w.config(nil))
 	w.write("roles/app", role(nil))
 	refused := w.read("creds/app")
-	time.Sleep(1100 * time.Millisecond) // a token of the same second would not do
+	time.Sleep(1100 * time.Millisecond) // a token minted in the same second would not count
 	before := len(w.oauth.Requests())
 	client := w.reader(readers)
 	start := make(chan struct{})
@@ -64,15 +64,15 @@ func TestMintedAfterMintsOnceForAll(t *testing.T) {
 	close(tokens)
 	fresh := w.read("creds/app").Data["access_token"]
 	if fresh == refused.Data["access_token"] {
-		t.Error("the refused token is still held")
+		t.Error("the refused token is still cached")
 	}
 	for token := range tokens {
 		if token != fresh {
-			t.Error("a reader got another token than is held")
+			t.Error("a reader got a token other than the cached one")
 		}
 	}
 	if got := len(w.oauth.Requests()) - before; got != 1 {
-		t.Errorf("%d readers at once caused %d requests, want 1", readers, got)
+		t.Errorf("%d concurrent readers caused %d requests, want 1", readers, got)
 	}
 }
 
@@ -104,21 +104,21 @@ func TestMintedAfterInALoop(t *testing.T) {
 		time.Sleep(20 * time.Millisecond)
 	}
 	requests := len(w.oauth.Requests()) - before
-	t.Logf("%d reads in a loop caused %d requests, and %d had the old token with a warning: %q", reads, requests, warned, secret.Warnings)
+	t.Logf("%d reads in a loop caused %d requests, and %d got the old token with a warning: %q", reads, requests, warned, secret.Warnings)
 	if requests != 1 {
 		t.Errorf("%d reads within 30 s caused %d requests, want 1", reads, requests)
 	}
 	if warned < reads/2 {
 		t.Errorf("only %d of %d reads had a warning", warned, reads)
 	}
-	// That is one role's affair.
+	// Another role is not affected.
 	other := w.read("creds/other")
 	if got := w.after(w.vault.Client, "other", rotatedAt(other)); got.Data["access_token"] == other.Data["access_token"] {
 		t.Error("another role got no new token")
 	}
 }
 
-func TestMintedAfterTakesWhatIsMinted(t *testing.T) {
+func TestMintedAfterReturnsNewerTokens(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(nil))
@@ -128,44 +128,44 @@ func TestMintedAfterTakesWhatIsMinted(t *testing.T) {
 	w.write("roles/narrow", role(map[string]any{"scopes": "read:data write:data"}))
 	requests := func() int { return len(w.oauth.Requests()) }
 
-	// One that ends sooner than the refused one.
+	// One that expires sooner than the refused one.
 	refused := w.read("creds/sooner")
 	w.oauth.SetLifetime(30 * time.Minute)
 	fresh := w.after(w.vault.Client, "sooner", rotatedAt(refused))
 	if fresh.Data["access_token"] == refused.Data["access_token"] || number(w, fresh.Data["expires_at_seconds"]) >= number(w, refused.Data["expires_at_seconds"]) {
-		t.Errorf("got %v, want a new token that ends sooner than at %v", fresh.Data["expires_at"], refused.Data["expires_at"])
+		t.Errorf("got %v, want a new token that expires sooner than %v", fresh.Data["expires_at"], refused.Data["expires_at"])
 	}
 	if w.token("sooner") != fresh.Data["access_token"] {
-		t.Error("it did not replace the refused one")
+		t.Error("the new token did not replace the refused one")
 	}
 
-	// One that was minted in the same second as the refused one may be that one.
+	// A token minted in the same second as the refused one may be the refused one.
 	var first, second *api.Secret
-	harness.Eventually(t, "two tokens of the same second", func() error {
+	harness.Eventually(t, "two tokens minted in the same second", func() error {
 		first = w.read("creds/second")
 		w.write("rotate-role/second", nil)
 		second = w.read("creds/second")
 		if rotatedAt(first) != rotatedAt(second) {
-			return errors.New("they are of different ones")
+			return errors.New("they were minted in different seconds")
 		}
 		return nil
 	})
 	before := requests()
 	third := w.after(w.vault.Client, "second", rotatedAt(first))
 	if third.Data["access_token"] == second.Data["access_token"] || requests() != before+1 {
-		t.Errorf("a token of the same second was taken for a newer one; %d requests", requests()-before)
+		t.Errorf("a token of the same second counted as newer; %d requests", requests()-before)
 	}
 
-	// One that was minted later is what is wanted.
+	// A token that was minted later is returned.
 	refused = w.read("creds/newer")
 	time.Sleep(1100 * time.Millisecond)
 	w.write("rotate-role/newer", nil)
 	before = requests()
 	if fresh := w.after(w.vault.Client, "newer", rotatedAt(refused)); fresh.Data["access_token"] == refused.Data["access_token"] || len(fresh.Warnings) != 0 || requests() != before {
-		t.Errorf("the newer token there was did not do: %q, %d requests", fresh.Warnings, requests()-before)
+		t.Errorf("the existing newer token was not returned: %q, %d requests", fresh.Warnings, requests()-before)
 	}
 
-	// Of some of the scopes.
+	// With a scope subset.
 	query := map[string][]string{"scopes": {"read:data"}}
 	refused, err := w.vault.Logical().ReadWithData("mojoauth/creds/narrow", query)
 	if err != nil {
@@ -175,15 +175,15 @@ func TestMintedAfterTakesWhatIsMinted(t *testing.T) {
 	query["minted_after"] = []string{rotatedAt(refused)}
 	fresh, err = w.vault.Logical().ReadWithData("mojoauth/creds/narrow", query)
 	if err != nil || fresh.Data["access_token"] == refused.Data["access_token"] {
-		t.Errorf("of some of the scopes: got the refused token, %v", err)
+		t.Errorf("scope subset: got the refused token, %v", err)
 	}
 	if w.token("narrow") != whole {
 		t.Error("the token for all scopes was replaced too")
 	}
 }
 
-// When none is to be had, the reader gets what is held, with a warning and in time.
-func TestMintedAfterWhenThereIsNone(t *testing.T) {
+// If no newer token is available, the reader gets the cached one in time, with a warning.
+func TestMintedAfterWithoutANewerToken(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(map[string]any{"max_retries": 0}))
@@ -206,14 +206,14 @@ func TestMintedAfterWhenThereIsNone(t *testing.T) {
 		if got.Data["access_token"] != held.Data["access_token"] || len(got.Warnings) == 0 {
 			t.Errorf("%s: got another token, or no warning: %q", name, got.Warnings)
 		}
-		t.Logf("%s: within %s with the warning %q", name, time.Since(began).Round(time.Millisecond), got.Warnings)
+		t.Logf("%s: after %s, got the warning %q", name, time.Since(began).Round(time.Millisecond), got.Warnings)
 		if ttl := number(w, got.Data["ttl"]); ttl < 1 || ttl > 60 {
-			t.Errorf("%s: a reader of the old token is to come back in %d s, want 30 to 60", name, ttl)
+			t.Errorf("%s: a reader with the old token got ttl %d, want 30 to 60", name, ttl)
 		}
 	}
 }
 
-func TestMintedAfterThatIsWrong(t *testing.T) {
+func TestInvalidMintedAfter(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(nil))
@@ -228,22 +228,23 @@ func TestMintedAfterThatIsWrong(t *testing.T) {
 		_, err := w.vault.Logical().ReadWithData("mojoauth/creds/app", mintedAfter(wrong))
 		w.wantError(err, 400, "minted_after", "last_vault_rotation")
 	}
-	// No lever: an old time is no reason to mint, nor is an empty one.
+	// The parameter cannot force a mint: an old time is no reason to mint, and neither is
+	// an empty one.
 	for _, fine := range []string{"", "2001-01-01T00:00:00Z", "2001-01-01T00:00:00+02:00"} {
 		if got := w.after(w.vault.Client, "app", fine); got.Data["access_token"] != held.Data["access_token"] || len(got.Warnings) != 0 {
 			t.Errorf("minted_after %q: got another token, or the warnings %q", fine, got.Warnings)
 		}
 	}
 	if got := len(w.oauth.Requests()) - before; got != 0 {
-		t.Errorf("all that caused %d requests", got)
+		t.Errorf("these reads caused %d requests", got)
 	}
-	// A role that has no token yet mints one, as it does anyhow.
+	// A role without a token mints one, as always.
 	if got := w.after(w.vault.Client, "cold", rotatedAt(held)); got.Data["access_token"] == nil {
-		t.Errorf("of a role that nobody has read: got %v", got.Data)
+		t.Errorf("a role that was never read: got %v", got.Data)
 	}
 }
 
-// Vault Agent passes it on in a template.
+// Vault Agent passes it on from a template.
 func TestMintedAfterInATemplate(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -260,12 +261,12 @@ template {
 	harness.Eventually(t, "the agent has a token", func() error {
 		content, err := os.ReadFile(filepath.Join(agent.Dir, "token"))
 		if err == nil && len(content) == 0 {
-			err = errors.New("it is empty")
+			err = errors.New("the file is empty")
 		}
 		token = string(content)
 		return err
 	})
 	if token == refused.Data["access_token"] || token != w.token("app") {
-		t.Error("the agent has the refused token, or not the one that is held")
+		t.Error("the agent has the refused token, or not the cached one")
 	}
 }

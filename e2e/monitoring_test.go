@@ -21,13 +21,13 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// needPrometheus skips a test on a machine without Prometheus, but not in CI,
-// which installs it.
+// needPrometheus skips a test on a machine without Prometheus. In CI, which installs it,
+// the test fails instead.
 func needPrometheus(t *testing.T) {
 	t.Helper()
 	for _, program := range []string{"prometheus", "promtool"} {
 		if _, err := exec.LookPath(program); err != nil {
-			harness.Missing(t, "%s is not on PATH (Debian has it in the package prometheus): alerts and dashboard are not tested", program)
+			harness.Missing(t, "%s is not on PATH (Debian has it in the package prometheus); not testing alerts and dashboard", program)
 		}
 	}
 }
@@ -53,8 +53,8 @@ func TestAlertRules(t *testing.T) {
 	}
 }
 
-// A real Prometheus scrapes a real Vault with a token that may do nothing else,
-// the alerts of an outage fire in it, and every panel of the dashboard draws.
+// A real Prometheus scrapes a real Vault with a token that can do nothing else. An
+// outage's alerts fire, and every panel of the dashboard shows data.
 func TestPrometheusScrapesVault(t *testing.T) {
 	t.Parallel()
 	needPrometheus(t)
@@ -88,7 +88,7 @@ func TestPrometheusScrapesVault(t *testing.T) {
 		}
 		return file
 	}
-	// As they are, but for the wait of one of them.
+	// The alert rules are unchanged, except for a shorter wait.
 	rules, err := os.ReadFile(monitoringFile(t, "alerts.yml"))
 	if err != nil {
 		t.Fatal(err)
@@ -142,17 +142,17 @@ scrape_configs:
 	present(`mojoauth_mints_total{config="default", result="ok"} == 1`)
 	present(`mojoauth_cached_tokens == 1`)
 
-	// The secret is regenerated in MojoAuth, and nobody tells Vault.
+	// The secret is regenerated in MojoAuth, and Vault still has the old one.
 	if err := w.oauth.SetClient(demoClient(clientID, "another-secret")); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := w.vault.Logical().Read("mojoauth/creds/second"); err == nil {
-		t.Fatal("got a token with a secret that is no longer good")
+		t.Fatal("got a token with a secret that is no longer valid")
 	}
 	present(`ALERTS{alertname="MojoAuthClientRefused", alertstate="firing", config="default", severity="critical"}`)
 	present(`mojoauth_config_in_backoff{config="default"} == 1`)
 
-	// A token of 60 s that is due, in an outage, is near its floor.
+	// A 60-second token that is due in an outage is near its floor.
 	w.write("config", w.config(map[string]any{"client_secret": "another-secret"}))
 	w.oauth.SetLifetime(60 * time.Second)
 	w.token("second")
@@ -160,7 +160,7 @@ scrape_configs:
 	present(`mojoauth_due_token_servable_seconds > 0`)
 	present(`ALERTS{alertname="MojoAuthTokenNearItsFloor", alertstate="firing"}`)
 
-	// Every panel draws something now.
+	// Every panel now has data.
 	content, err := os.ReadFile(monitoringFile(t, "grafana-dashboard.json"))
 	if err != nil {
 		t.Fatal(err)
@@ -179,11 +179,11 @@ scrape_configs:
 		for _, target := range panel.Targets {
 			series, err := query(fill.Replace(target.Expr))
 			if err != nil || len(series) == 0 {
-				t.Errorf("panel %q draws nothing: %s: %v", panel.Title, target.Expr, err)
+				t.Errorf("panel %q has no data: %s: %v", panel.Title, target.Expr, err)
 			}
 		}
 	}
 	if len(dashboard.Panels) < 5 {
-		t.Errorf("the dashboard has %d panels", len(dashboard.Panels))
+		t.Errorf("got %d panels in the dashboard", len(dashboard.Panels))
 	}
 }

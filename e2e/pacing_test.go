@@ -23,27 +23,26 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// What the gate between a config and its token endpoint does to readers and to the
-// endpoint. Counts are asserted as they are promised; times generously, since other
-// programs may take the machine's time, and logged.
+// What the gate between a config and its token endpoint means for readers and for the
+// endpoint. The tests assert counts exactly. They log times, and assert them generously,
+// because other programs may be using the machine.
 
 // defaultPace is the default of max_requests_per_second.
 const defaultPace = 20
 
-// coldRoles writes that many roles of a config, which nobody has read, and returns
-// their names.
+// coldRoles writes n roles of a config that have not been read, and returns their names.
 func (w *world) coldRoles(n int, prefix, config string) (names []string) {
 	w.Helper()
 	for i := range n {
 		name := fmt.Sprintf("%s%d", prefix, i)
-		// The endpoint sees by the extra field for which role a request is.
+		// The extra field shows the endpoint which role a request is for.
 		w.write("roles/"+name, role(map[string]any{"config": config, "extra_params": map[string]any{"role": name}}))
 		names = append(names, name)
 	}
 	return names
 }
 
-// requestsFor are those of the requests that are for a role of coldRoles.
+// requestsFor returns those of the requests that are for a role of coldRoles.
 func requestsFor(requests []oauthserver.Request, role string) (its []oauthserver.Request) {
 	for _, request := range requests {
 		if form, err := url.ParseQuery(request.Body); err == nil && form.Get("role") == role {
@@ -53,14 +52,14 @@ func requestsFor(requests []oauthserver.Request, role string) (its []oauthserver
 	return its
 }
 
-// storm is what came of many readers of cold roles.
+// storm is the outcome of many readers of cold roles.
 type storm struct {
-	took   time.Duration // until the last one was served
-	failed int           // reads that were to be tried again
+	took   time.Duration // until the last one got its token
+	failed int           // reads that were retried
 }
 
-// storm reads all roles at once, each by a reader who tries again after a second when
-// the answer is a 429 or a 5xx, until it is served.
+// storm reads all roles concurrently. Each reader tries again after a second if the
+// response is a 429 or a 5xx, until it gets a token.
 func (w *world) storm(client *api.Client, roles []string, patience time.Duration) (s storm) {
 	w.Helper()
 	var failed atomic.Int64
@@ -78,7 +77,7 @@ func (w *world) storm(client *api.Client, roles []string, patience time.Duration
 					w.Errorf("%s: %v", role, err)
 					return
 				case time.Since(began) > patience:
-					w.Errorf("%s: not served within %s: %v", role, patience, err)
+					w.Errorf("%s: no token within %s: %v", role, patience, err)
 					return
 				}
 				failed.Add(1)
@@ -90,8 +89,8 @@ func (w *world) storm(client *api.Client, roles []string, patience time.Duration
 	return storm{time.Since(began), int(failed.Load())}
 }
 
-// latencies reads a path again and again until stop is closed, and tells how long each
-// read took.
+// latencies reads a path repeatedly until stop is closed, and returns how long each read
+// took.
 func (w *world) latencies(client *api.Client, path string, stop <-chan struct{}) (all []time.Duration) {
 	w.Helper()
 	for {
@@ -109,7 +108,7 @@ func (w *world) latencies(client *api.Client, path string, stop <-chan struct{})
 	}
 }
 
-// metric is the value of a series, by the name and labels that it has in the text.
+// metric returns the value of a series, by its name and labels as in the text format.
 func (w *world) metric(series string) float64 {
 	w.Helper()
 	for line := range strings.Lines(w.scrape()) {
@@ -121,29 +120,28 @@ func (w *world) metric(series string) float64 {
 			return f
 		}
 	}
-	w.Errorf("the metrics do not tell %s", series)
+	w.Errorf("the metrics do not have %s", series)
 	return -1
 }
 
-// configStatus is what status tells of a config.
+// configStatus returns a config's part of status.
 func (w *world) configStatus(name string) map[string]any {
 	w.Helper()
 	config, ok := w.read("status").Data["configs"].(map[string]any)[name].(map[string]any)
 	if !ok {
-		w.Fatalf("status tells nothing of config %q", name)
+		w.Fatalf("status has no config %q", name)
 	}
 	return config
 }
 
-// accounts compares what the engine tells of a config's requests with those that the
-// endpoint has seen.
+// accounts compares the engine's figures for a config's requests with the endpoint's.
 func (w *world) accounts(config string, limit int, requests []oauthserver.Request) {
 	w.Helper()
 	peak, refused := oauthserver.Peak(requests), oauthserver.Refused(requests)
 	label := fmt.Sprintf("{config=%q", config)
 	for result, want := range map[string]int{"answered": len(requests) - refused, "throttled": refused, "no_answer": 0} {
 		if got := w.metric("mojoauth_requests_total" + label + fmt.Sprintf(",result=%q}", result)); got != float64(want) {
-			w.Errorf("the metrics tell of %.0f requests %s, the endpoint of %d", got, result, want)
+			w.Errorf("the metrics count %.0f requests %s, the endpoint %d", got, result, want)
 		}
 	}
 	status := w.configStatus(config)
@@ -153,32 +151,32 @@ func (w *world) accounts(config string, limit int, requests []oauthserver.Reques
 	} {
 		got := w.metric(name + label + "}")
 		if got > float64(limit) || got < float64(peak-1) || got > float64(peak+2) {
-			w.Errorf("%s is %.0f; the endpoint has seen %d in a second, and the limit is %d", name, got, peak, limit)
+			w.Errorf("got %s %.0f; the endpoint saw %d in a second, and the limit is %d", name, got, peak, limit)
 		}
-		if told := number(w, status[key]); float64(told) != got {
-			w.Errorf("status tells %s %d, the metrics %.0f", key, told, got)
+		if reported := number(w, status[key]); float64(reported) != got {
+			w.Errorf("status has %s %d, the metrics %.0f", key, reported, got)
 		}
 	}
 	if got := w.metric("mojoauth_requests_waiting" + label + "}"); got != 0 || number(w, status["requests_waiting"]) != 0 {
-		w.Errorf("%.0f requests wait by the metrics, %v by status, want none", got, status["requests_waiting"])
+		w.Errorf("got %.0f waiting requests in the metrics, %v in status, want none", got, status["requests_waiting"])
 	}
 	if got := w.metric("mojoauth_requests_per_second_limit" + label + "}"); got != float64(limit) {
-		w.Errorf("the metrics tell of a limit of %.0f, want %d", got, limit)
+		w.Errorf("got a limit of %.0f in the metrics, want %d", got, limit)
 	}
 	pace := w.metric("mojoauth_requests_per_second" + label + "}")
-	if told, err := strconv.ParseFloat(fmt.Sprint(status["requests_per_second"]), 64); err != nil || pace <= 0 || pace > float64(limit) || told < pace-0.1 || told > pace+0.1 {
-		w.Errorf("the pace is %v by the metrics and %v by status, with a limit of %d", pace, status["requests_per_second"], limit)
+	if reported, err := strconv.ParseFloat(fmt.Sprint(status["requests_per_second"]), 64); err != nil || pace <= 0 || pace > float64(limit) || reported < pace-0.1 || reported > pace+0.1 {
+		w.Errorf("got a pace of %v in the metrics and %v in status, with a limit of %d", pace, status["requests_per_second"], limit)
 	}
 }
 
-// Not parallel: it is about when requests arrive.
+// Not parallel, because it measures when requests arrive.
 func TestManyColdRolesMakeNoPeak(t *testing.T) {
 	harness.Once(t)
 	const roles = 300
 	w := newWorldIn(t, harness.StartQuietVault(t, vaultBinary, pluginDir))
 	w.write("config", w.config(map[string]any{"verify_connection": false}))
 	if got := number(w, w.read("config").Data["max_requests_per_second"]); got != defaultPace {
-		t.Errorf("max_requests_per_second is %d by default, want %d", got, defaultPace)
+		t.Errorf("got a default max_requests_per_second of %d, want %d", got, defaultPace)
 	}
 	w.write("roles/warm", role(nil))
 	w.token("warm")
@@ -203,19 +201,19 @@ func TestManyColdRolesMakeNoPeak(t *testing.T) {
 	requests := w.oauth.Requests()
 	peak := oauthserver.Peak(requests)
 	ratio := float64(during) / float64(before)
-	t.Logf("%d cold roles: all served after %s, %d reads tried again; at most %d requests in a second; a cached read took %s before and %s meanwhile (medians): %.2f times as long",
+	t.Logf("%d cold roles: all had tokens after %s, %d reads were retried; at most %d requests in a second; a cached read took %s before and %s during that (medians): %.2f times as long",
 		roles, stormed.took.Round(10*time.Millisecond), stormed.failed, peak, before, during, ratio)
 	if want := roles + 1; len(requests) != want { // and the warm role
-		t.Errorf("%d requests for %d roles", len(requests), want)
+		t.Errorf("got %d requests for %d roles", len(requests), want)
 	}
 	if peak > defaultPace {
-		t.Errorf("%d requests came in one second, want at most %d", peak, defaultPace)
+		t.Errorf("got %d requests in one second, want at most %d", peak, defaultPace)
 	}
 	if stormed.took > time.Minute {
-		t.Errorf("the last role was served after %s, want it within 25 s on an idle machine", stormed.took)
+		t.Errorf("the last role got a token after %s, want at most 25 s on an idle machine", stormed.took)
 	}
 	if ratio > 5 {
-		t.Errorf("a cached read took %.1f times as long meanwhile, want at most twice on an idle machine", ratio)
+		t.Errorf("a cached read took %.1f times as long in the meantime, want at most twice on an idle machine", ratio)
 	}
 	w.accounts("default", defaultPace, requests)
 }
@@ -237,39 +235,39 @@ func TestManyColdRolesAtAnEndpointThatThrottles(t *testing.T) {
 
 			requests := w.oauth.Requests()
 			refused := oauthserver.Refused(requests)
-			t.Logf("%d cold roles, %d a second: all served after %s, %d reads tried again; %d requests, %d of them refused (%.1f %%), at most %d in a second",
+			t.Logf("%d cold roles, %d a second: all had tokens after %s, %d reads were retried; %d requests, %d of them throttled (%.1f %%), at most %d in a second",
 				roles, allowed, stormed.took.Round(100*time.Millisecond), stormed.failed,
 				len(requests), refused, 100*float64(refused)/float64(len(requests)), oauthserver.Peak(requests))
 			if got := len(requests) - refused; got != roles {
-				t.Errorf("%d requests were granted, want %d: one a role", got, roles)
+				t.Errorf("%d requests were granted, want %d: one per role", got, roles)
 			}
 			if refused*10 > len(requests) {
-				t.Errorf("%d of %d requests were refused, want at most a tenth", refused, len(requests))
+				t.Errorf("%d of %d requests were throttled, want at most a tenth", refused, len(requests))
 			}
 			if refused == 0 {
-				t.Error("nothing was refused: nothing was shown")
+				t.Error("no request was throttled: the test shows nothing")
 			}
 			if stormed.took > 2*time.Minute {
-				t.Errorf("the last role was served after %s, want it within a minute on an idle machine", stormed.took)
+				t.Errorf("the last role got a token after %s, want at most a minute on an idle machine", stormed.took)
 			}
 			w.accounts("default", defaultPace, requests)
 
-			// Throttling is no outage.
+			// Throttling is not an outage.
 			status := w.configStatus("default")
 			for _, key := range []string{"last_error", "last_error_class", "last_error_at"} {
 				if got, ok := status[key]; ok {
-					t.Errorf("status tells %s %v", key, got)
+					t.Errorf("got %s %v in status", key, got)
 				}
 			}
 			if got := w.metric(`mojoauth_config_in_backoff{config="default"}`); got != 0 {
-				t.Error("the config is backed off")
+				t.Error("the config is in a back-off")
 			}
 			w.noCanary()
 		})
 	}
 }
 
-// delays reads roles that nobody has read, one after the other, and tells how long each
+// delays reads roles without a token one after the other, and returns how long each read
 // took.
 func (w *world) delays(client *api.Client, roles []string) (all []time.Duration) {
 	w.Helper()
@@ -284,8 +282,8 @@ func (w *world) delays(client *api.Client, roles []string) (all []time.Duration)
 	return all
 }
 
-// loop has goroutines do something again and again, until the function that is returned
-// is called, which tells how often it was done.
+// loop calls do repeatedly in goroutines until stop is called, which returns the number
+// of calls.
 func loop(goroutines int, do func(n int64)) (stop func() int64) {
 	var count atomic.Int64
 	ending := make(chan struct{})
@@ -309,15 +307,15 @@ func loop(goroutines int, do func(n int64)) (stop func() int64) {
 	}
 }
 
-// Somebody who goes through all subsets of a role's scopes, and somebody who rotates a
-// role in a loop, leave room for the reads of others. Not parallel: it is about delays.
-func TestGreedyCallersDelayNobody(t *testing.T) {
+// Neither a caller that reads many subsets of a role's scopes nor one that rotates a role
+// in a loop delays the reads of others. Not parallel, because it measures delays.
+func TestGreedyCallersDelayNoOthers(t *testing.T) {
 	harness.Once(t)
 	const (
 		allowed = time.Second
 		slow    = 2 * time.Second // more, for a busy machine
 	)
-	t.Run("who goes through subsets", func(t *testing.T) {
+	t.Run("reading many subsets", func(t *testing.T) {
 		w := newWorld(t)
 		const scopes = 12
 		greedy := demoClient(clientID, canary)
@@ -354,7 +352,7 @@ func TestGreedyCallersDelayNobody(t *testing.T) {
 		delays := w.delays(client, others)
 		waiting := number(w, w.configStatus("default")["requests_waiting"])
 		reads := stop()
-		t.Logf("%d reads of subsets (%d served, %d refused) while others read: cold reads of other roles took %v, its own of all scopes %v; %d waiting at the end",
+		t.Logf("%d reads of subsets (%d succeeded, %d failed) during other reads: cold reads of other roles took %v, of all the role's scopes %v; %d waiting at the end",
 			reads, served.Load(), refused.Load(), delays, its, waiting)
 		if got := slices.Max(append(delays, its...)); got > allowed+slow {
 			t.Errorf("a read was delayed by %s, want less than %s", got, allowed)
@@ -363,14 +361,14 @@ func TestGreedyCallersDelayNobody(t *testing.T) {
 			t.Errorf("reads were delayed by %s (median), want less than %s", got, allowed)
 		}
 		if waiting == 0 {
-			t.Error("nothing waited at the end: nothing was shown")
+			t.Error("no request was waiting at the end: the test shows nothing")
 		}
-		if peak := oauthserver.Peak(w.oauth.Requests()); peak > defaultPace+1 { // arrivals on a busy machine
-			t.Errorf("%d requests came in one second, want at most %d", peak, defaultPace)
+		if peak := oauthserver.Peak(w.oauth.Requests()); peak > defaultPace+1 { // arrivals vary on a busy machine
+			t.Errorf("got %d requests in one second, want at most %d", peak, defaultPace)
 		}
 	})
 
-	t.Run("who rotates in a loop", func(t *testing.T) {
+	t.Run("rotating in a loop", func(t *testing.T) {
 		w := newWorld(t)
 		w.write("config", w.config(nil))
 		w.coldRoles(1, "rotated", "default")
@@ -380,7 +378,7 @@ func TestGreedyCallersDelayNobody(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		delays := w.delays(client, others)
 		rotations := stop()
-		t.Logf("%d rotations were asked for, %d made, while cold reads of other roles took %v", rotations, len(requestsFor(w.oauth.Requests(), "rotated0")), delays)
+		t.Logf("%d rotations were requested and %d made, while cold reads of other roles took %v", rotations, len(requestsFor(w.oauth.Requests(), "rotated0")), delays)
 		if got := slices.Max(delays); got > allowed+slow {
 			t.Errorf("a read was delayed by %s, want less than %s", got, allowed)
 		}
@@ -389,7 +387,7 @@ func TestGreedyCallersDelayNobody(t *testing.T) {
 		}
 	})
 
-	t.Run("who rotates in a loop, at one request a second", func(t *testing.T) {
+	t.Run("rotating in a loop, at one request a second", func(t *testing.T) {
 		w := newWorld(t)
 		w.write("config", w.config(map[string]any{"max_requests_per_second": 1, "request_timeout": "30s", "verify_connection": false}))
 		w.coldRoles(1, "rotated", "default")
@@ -407,18 +405,18 @@ func TestGreedyCallersDelayNobody(t *testing.T) {
 		requests := w.oauth.Requests()[before:]
 		stop()
 		rotations := len(requestsFor(requests, "rotated0"))
-		t.Logf("%d cold roles at one request a second: served after %s, %d reads tried again, beside %d rotations", len(others), stormed.took.Round(100*time.Millisecond), stormed.failed, rotations)
+		t.Logf("%d cold roles at one request a second: all had tokens after %s, %d reads were retried, with %d rotations in between", len(others), stormed.took.Round(100*time.Millisecond), stormed.failed, rotations)
 		if stormed.failed != 0 {
-			t.Errorf("%d reads had no turn, want none", stormed.failed)
+			t.Errorf("%d reads got no turn, want 0", stormed.failed)
 		}
-		// Every fourth, and one more while the readers were on their way.
+		// Every fourth request, and one more before the readers arrive.
 		if most := len(others)/3 + 2; rotations == 0 || rotations > most {
-			t.Errorf("%d rotations beside %d reads, want 1 to %d", rotations, len(others), most)
+			t.Errorf("got %d rotations with %d reads, want 1 to %d", rotations, len(others), most)
 		}
 	})
 }
 
-// What a reader gets when no turn comes in time.
+// What a reader gets if there is no turn in time.
 func TestNoTurnInTime(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -433,7 +431,7 @@ func TestNoTurnInTime(t *testing.T) {
 		return secret, time.Since(began), err
 	}
 
-	// Too many for the pace, and MojoAuth is well.
+	// Too many requests for the pace, while MojoAuth works.
 	config("narrow", map[string]any{"max_requests_per_second": 1, "request_timeout": "2s"})
 	roles := w.coldRoles(12, "narrow", "narrow")
 	var served, turnedAway atomic.Int64
@@ -448,20 +446,20 @@ func TestNoTurnInTime(t *testing.T) {
 			turnedAway.Add(1)
 			w.wantError(err, 429, fmt.Sprintf("role %q", role), `config "narrow"`, "waiting", "pace 1 per second", "Try again in ")
 			if strings.Contains(err.Error(), "HTTP 429") || strings.Contains(err.Error(), "throttling") {
-				t.Errorf("a reader is told that MojoAuth throttles, which it does not: %v", err)
+				t.Errorf("the error says that MojoAuth throttles, which it does not: %v", err)
 			}
 			if took < 2*time.Second || took > 5*time.Second {
-				t.Errorf("a read that had no turn took %s, with a request_timeout of 2s", took)
+				t.Errorf("a read that got no turn took %s, with a request_timeout of 2s", took)
 			}
 		})
 	}
 	readers.Wait()
 	if served.Load() < 2 || turnedAway.Load() < 6 {
-		t.Errorf("%d reads were served and %d turned away, at one request a second and within 3 s", served.Load(), turnedAway.Load())
+		t.Errorf("got %d tokens and %d errors, at one request a second within 3 s", served.Load(), turnedAway.Load())
 	}
 
 	// MojoAuth throttles.
-	w.oauth.SetLifetime(21 * time.Second) // it rounds down
+	w.oauth.SetLifetime(21 * time.Second) // the server rounds down
 	config("throttled", map[string]any{"request_timeout": "2s"})
 	w.coldRoles(2, "throttled", "throttled")
 	w.write("roles/due", role(map[string]any{"config": "throttled", "min_ttl": "16s"}))
@@ -471,33 +469,34 @@ func TestNoTurnInTime(t *testing.T) {
 	_, took, err := read("creds/throttled0")
 	w.wantError(err, 429, `role "throttled0"`, `config "throttled"`, "waiting", "per second", "HTTP 429", "Try again in ")
 	if took < 2*time.Second || took > 5*time.Second {
-		t.Errorf("a read at an endpoint that throttles took %s, with a request_timeout of 2s", took)
+		t.Errorf("a read from a throttling endpoint took %s, with a request_timeout of 2s", took)
 	}
 	if got := len(w.oauth.Requests()) - before; got < 1 || got > 8 {
-		t.Errorf("%d requests in %s at an endpoint that answers each with 429", got, took)
+		t.Errorf("got %d requests in %s to an endpoint that answers each with 429", got, took)
 	}
 	_, err = w.vault.Logical().Write("mojoauth/rotate-role/due", nil)
 	w.wantError(err, 429, `role "due"`, `config "throttled"`, "HTTP 429", "Try again in ")
 	if got, ok := w.configStatus("throttled")["last_error"]; ok {
-		t.Errorf("status tells the error %v of an endpoint that only throttles", got)
+		t.Errorf("got the error %v in status for an endpoint that only throttles", got)
 	}
-	// A token that is due does.
+	// A token that is due is usable.
 	var due *api.Secret
-	harness.EventuallyWithin(t, 12*time.Second, "the held token comes with a warning", func() (err error) {
+	harness.EventuallyWithin(t, 12*time.Second, "the cached token comes with a warning", func() (err error) {
 		if due, _, err = read("creds/due"); err == nil && len(due.Warnings) == 0 {
 			err = errors.New("no warning")
 		}
 		return err
 	})
 	if due.Data["access_token"] != held.Data["access_token"] {
-		t.Error("it is another token")
+		t.Error("got another token")
 	}
 	t.Logf("the warning of a token that is due: %q", due.Warnings)
 	if text := strings.Join(due.Warnings, " "); !strings.Contains(text, "min_ttl of 16s") {
 		t.Errorf("got the warnings %q", due.Warnings)
 	}
 
-	// A Retry-After that nobody has the time for is told at once, and to all.
+	// If a Retry-After is longer than any read can wait, every reader gets the error
+	// immediately.
 	w.oauth.SetFaults(oauthserver.Faults{Status: 429, Header: map[string]string{"Retry-After": "600"}})
 	config("closed", map[string]any{"request_timeout": "60s"})
 	w.coldRoles(3, "closed", "closed")
@@ -506,7 +505,7 @@ func TestNoTurnInTime(t *testing.T) {
 		_, took, err := read("creds/" + role)
 		w.wantError(err, 429, fmt.Sprintf("role %q", role), `config "closed"`, "Retry-After", "HTTP 429", "Try again in ")
 		if took > 5*time.Second {
-			t.Errorf("a read took %s, want it answered at once", took)
+			t.Errorf("a read took %s, want an immediate response", took)
 		}
 		t.Logf("within %s: %v", took.Round(time.Millisecond), err)
 	}
@@ -518,17 +517,17 @@ func TestNoTurnInTime(t *testing.T) {
 	_, _, err = read("creds/closed2")
 	w.wantError(err, 429, "Try again in ")
 	if got := len(w.oauth.Requests()) - before; got != 1 {
-		t.Errorf("%d requests to an endpoint that has asked for ten minutes, want 1", got)
+		t.Errorf("got %d requests to an endpoint that asked for ten minutes, want 1", got)
 	}
-	// Another endpoint has asked for nothing.
+	// Another endpoint has sent no Retry-After.
 	w.oauth.SetFaults(oauthserver.Faults{})
 	config("closed", map[string]any{"token_url": w.oauth.TokenURL() + "?env=test"})
 	w.token("closed2")
 	w.noCanary()
 }
 
-// A server keeps a Retry-After of the engine's if the mount's tuning allows it, and
-// Vault's client goes by it.
+// A server passes on the engine's Retry-After if the mount's tuning allows it, and
+// Vault's client obeys it.
 func TestRetryAfterOfTheEngine(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -553,7 +552,7 @@ func TestRetryAfterOfTheEngine(t *testing.T) {
 		return resp.Header["Retry-After"]
 	}
 	if got := header(); len(got) != 0 {
-		t.Errorf("on a mount that is not tuned: Retry-After %q, want none", got)
+		t.Errorf("on an untuned mount: got Retry-After %q, want none", got)
 	}
 
 	// Without the header the client tries twice more, after one to two seconds each.
@@ -575,7 +574,7 @@ func TestRetryAfterOfTheEngine(t *testing.T) {
 	w.wantError(err, 429, "Try again in ")
 	t.Logf("Vault's client made %d requests in %s", requests.Load(), time.Since(began).Round(10*time.Millisecond))
 	if got := requests.Load(); got != 3 {
-		t.Errorf("Vault's client made %d requests, want it to try a 429 twice more", got)
+		t.Errorf("Vault's client made %d requests, want it to retry a 429 twice", got)
 	}
 
 	if err := w.vault.Sys().TuneMountAllowNil("mojoauth", api.TuneMountConfigInput{AllowedResponseHeaders: &[]string{"Retry-After"}}); err != nil {
@@ -583,30 +582,30 @@ func TestRetryAfterOfTheEngine(t *testing.T) {
 	}
 	got := header()
 	if len(got) != 1 {
-		t.Fatalf("on a tuned mount: Retry-After %q, want one", got)
+		t.Fatalf("on a tuned mount: got Retry-After %q, want one", got)
 	}
-	if got[0] != "30" { // the most that the engine sends, lest a client sleep through its time
-		t.Errorf("on a tuned mount: Retry-After %q, want 30", got[0])
+	if got[0] != "30" { // the most that the engine sends, so no client waits longer than its own limit
+		t.Errorf("on a tuned mount: got Retry-After %q, want 30", got[0])
 	}
 	// With the header it waits that long, or as long as it may: a minute by default.
 	requests.Store(0)
 	client.SetClientTimeout(3 * time.Second)
 	if _, err = client.Logical().Read("mojoauth/creds/app0"); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("Vault's client did not wait as long as the Retry-After says: %v", err)
+		t.Errorf("Vault's client did not wait for the Retry-After: %v", err)
 	}
 	if got := requests.Load(); got != 1 {
 		t.Errorf("Vault's client made %d requests in 3 s, want 1", got)
 	}
 }
 
-// roundTripper is an http.RoundTripper that is a function.
+// roundTripper makes a function an http.RoundTripper.
 type roundTripper func(*http.Request) (*http.Response, error)
 
 func (f roundTripper) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
 
-// A write of max_requests_per_second concerns those who wait already, whose reads do
-// not fail by it.
-func TestLimitAppliesAtOnce(t *testing.T) {
+// A write of max_requests_per_second applies to requests that are already waiting, and
+// does not make their reads fail.
+func TestLimitAppliesImmediately(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(map[string]any{"max_requests_per_second": 10, "request_timeout": "60s", "verify_connection": false}))
@@ -626,7 +625,7 @@ func TestLimitAppliesAtOnce(t *testing.T) {
 	limit := func(n int) (before int) {
 		t.Helper()
 		w.write("config", map[string]any{"max_requests_per_second": n, "verify_connection": false})
-		time.Sleep(100 * time.Millisecond) // for requests that had left
+		time.Sleep(100 * time.Millisecond) // for requests that had already left
 		return len(w.oauth.Requests())
 	}
 	waitFor(40)
@@ -636,24 +635,24 @@ func TestLimitAppliesAtOnce(t *testing.T) {
 	peak := oauthserver.Peak(requests)
 	t.Logf("lowered from 10 to 2: %d requests in the next 5 s, at most %d in a second", len(requests), peak)
 	if peak > 2 || len(requests) < 6 || len(requests) > 11 {
-		t.Errorf("after the limit was lowered to 2, %d requests came in 5 s, and up to %d in a second", len(requests), peak)
+		t.Errorf("after the limit was lowered to 2, got %d requests in 5 s, and up to %d in a second", len(requests), peak)
 	}
 	raised := limit(1000)
 	began := time.Now()
 	stormed := <-ended
 	requests = w.oauth.Requests()[raised:]
-	t.Logf("raised to 1000: the other %d in %s, at most %d in a second", len(requests), time.Since(began).Round(10*time.Millisecond), oauthserver.Peak(requests))
+	t.Logf("raised to 1000: the other %d took %s, at most %d in a second", len(requests), time.Since(began).Round(10*time.Millisecond), oauthserver.Peak(requests))
 	if took := time.Since(began); took > 20*time.Second {
 		t.Errorf("after the limit was raised, the other %d requests took %s", len(requests), took)
 	}
 	if oauthserver.Peak(requests) <= 10 {
-		t.Error("after the limit was raised, requests came no faster than before")
+		t.Error("after the limit was raised, requests were no faster than before")
 	}
 	if stormed.failed != 0 {
-		t.Errorf("%d reads failed while the limit was changed, want none", stormed.failed)
+		t.Errorf("%d reads failed while the limit changed, want 0", stormed.failed)
 	}
 	if got := len(w.oauth.Requests()); got != len(cold) {
-		t.Errorf("%d requests for %d roles", got, len(cold))
+		t.Errorf("got %d requests for %d roles", got, len(cold))
 	}
 
 	for _, wrong := range []any{0, -1, 1001, "fast"} {
@@ -661,6 +660,6 @@ func TestLimitAppliesAtOnce(t *testing.T) {
 		w.wantError(err, 400, "max_requests_per_second")
 	}
 	if got := number(w, w.read("config").Data["max_requests_per_second"]); got != 1000 {
-		t.Errorf("after refused writes the limit is %d, want 1000", got)
+		t.Errorf("after refused writes: got the limit %d, want 1000", got)
 	}
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// register runs scripts/register.sh with the root token of that Vault.
+// register runs scripts/register.sh with the Vault's root token.
 func register(t *testing.T, vault *harness.Vault, args ...string) (output string, err error) {
 	t.Helper()
 	root, err := harness.Root()
@@ -37,8 +37,8 @@ func sha256Of(t testing.TB, file string) string {
 	return fmt.Sprintf("%x", sha256.Sum256(content))
 }
 
-// scripts/register.sh takes a new binary to a running Vault, and upgrades a mount
-// that is there without losing what it keeps.
+// scripts/register.sh installs a new binary in a running Vault, and upgrades an existing
+// mount without losing its data.
 func TestRegisterScript(t *testing.T) {
 	t.Parallel()
 	w := &world{TB: t, oauth: startOAuth(t), vault: harness.StartVault(t, vaultBinary, pluginDir)}
@@ -57,7 +57,7 @@ func TestRegisterScript(t *testing.T) {
 			return err
 		})
 		if got := w.read("status").Data["version"]; got != "v"+version {
-			t.Errorf("version %v runs, want v%s", got, version)
+			t.Errorf("got version %v, want v%s", got, version)
 		}
 	}
 	inFile := func(binary string) string {
@@ -74,17 +74,17 @@ func TestRegisterScript(t *testing.T) {
 	w.token("app")
 	upgrade("2.1.0", inFile)
 	w.token("app")
-	upgrade("2.0.0", func(binary string) string { return strings.ToUpper(sha256Of(t, binary)) }) // and back
+	upgrade("2.0.0", func(binary string) string { return strings.ToUpper(sha256Of(t, binary)) }) // and a rollback
 	w.token("app")
 
 	binary := filepath.Join(pluginDir, pluginBinary)
-	if out, err := register(t, w.vault, sha256Of(t, binary), binary, "sys"); err == nil || !strings.Contains(out, "at sys/ is an engine of the type system") {
+	if out, err := register(t, w.vault, sha256Of(t, binary), binary, "sys"); err == nil || !strings.Contains(out, "sys/ has an engine of type system") {
 		t.Errorf("another engine's mount: %v\n%s", err, out)
 	}
 }
 
-// A binary runs only when it is the one that was verified, and then without the
-// token that is there to register it.
+// A binary runs only if it is the verified one, and without the token used to register
+// it.
 func TestRegisterScriptRunsNothingUnverified(t *testing.T) {
 	t.Parallel()
 	vault := harness.StartVault(t, vaultBinary, pluginDir)
@@ -108,30 +108,30 @@ func TestRegisterScriptRunsNothingUnverified(t *testing.T) {
 		text string
 	}{
 		"no sum":                   {[]string{binary}, "SUM BINARY"},
-		"no sum, with a mount":     {[]string{binary, "mojoauth"}, "is not a program"},
+		"no sum, with a mount":     {[]string{binary, "mojoauth"}, "is not an executable file"},
 		"another sum":              {[]string{other, binary}, "not run, and not registered"},
 		"a short sum":              {[]string{sum[:63], binary}, "64 hexadecimal digits"},
 		"no sum at all":            {[]string{"", binary}, "neither a SHA-256 nor a file"},
-		"a file without its sum":   {[]string{sums(sum + "  other\n"), binary}, "has no sum of plugin"},
+		"a file without its sum":   {[]string{sums(sum + "  other\n"), binary}, "has no checksum of plugin"},
 		"a file with another sum":  {[]string{sums(other + "  plugin\n"), binary}, "not run, and not registered"},
 		"a file with two sums":     {[]string{sums(sum + "  plugin\n" + other + "  plugin\n"), binary}, "does not have one SHA-256"},
 		"a file without such sums": {[]string{sums("x  plugin\n"), binary}, "does not have one SHA-256"},
 	} {
 		out, err := register(t, vault, c.args...)
 		if err == nil || !strings.Contains(out, c.text) {
-			t.Errorf("%s: got %v, want it refused with %q\n%s", what, err, c.text, out)
+			t.Errorf("%s: got %v, want it to fail with %q\n%s", what, err, c.text, out)
 		}
 		if _, err := os.Stat(ran); err == nil {
 			t.Fatalf("%s: the binary was run", what)
 		}
 	}
 	if _, err := vault.Sys().MountConfig("mojoauth"); err == nil {
-		t.Error("it was enabled")
+		t.Error("the plugin was enabled")
 	}
 
-	// This one is run, and then fails to be enabled: it is no plugin.
+	// This program runs, but cannot be enabled, because it is not a plugin.
 	if out, err := register(t, vault, sum, binary); err == nil {
-		t.Errorf("a program that is no plugin was enabled\n%s", out)
+		t.Errorf("a program that is not a plugin was enabled\n%s", out)
 	}
 	env, err := os.ReadFile(ran)
 	if err != nil {
@@ -142,11 +142,11 @@ func TestRegisterScriptRunsNothingUnverified(t *testing.T) {
 	}
 }
 
-// scripts/register.sh finds the command of the product that the user has.
+// scripts/register.sh uses the command of the product that the user has.
 func TestRegisterScriptChoosesTheCommand(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("sha256sum"); err != nil {
-		harness.Missing(t, "sha256sum is not on PATH: scripts/register.sh is not tested")
+		harness.Missing(t, "sha256sum is not on PATH; not testing scripts/register.sh")
 	}
 	root, err := harness.Root()
 	if err != nil {
@@ -172,7 +172,7 @@ func TestRegisterScriptChoosesTheCommand(t *testing.T) {
 		"BAO_BIN":                            {[]string{"vault", "bao"}, []string{"BAO_BIN=%s/bao"}, "bao elsewhere"},
 		"VAULT_BIN and BAO_BIN":              {nil, []string{"VAULT_BIN=%s/vault", "BAO_BIN=%s/bao"}, "vault elsewhere"},
 		"neither":                            {nil, nil, "neither vault nor bao is on PATH"},
-		"a BAO_BIN that is not there":        {[]string{"vault"}, []string{"BAO_BIN=/nowhere"}, "/nowhere cannot be run"},
+		"a BAO_BIN that does not exist":      {[]string{"vault"}, []string{"BAO_BIN=/nowhere"}, "/nowhere is not executable"},
 	} {
 		m := newBareMachine(t)
 		m.write(filepath.Join(m.root, "scripts", "register.sh"), string(script), 0o700)

@@ -23,7 +23,8 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// hardening are the code blocks beneath "### title" of SECURITY.md, in that language.
+// hardening returns the code blocks in the given language below "### title" in
+// SECURITY.md.
 func hardening(t *testing.T, title, language string) []string {
 	t.Helper()
 	root, err := harness.Root()
@@ -41,12 +42,12 @@ func hardening(t *testing.T, title, language string) []string {
 		blocks = append(blocks, block[1])
 	}
 	if len(blocks) == 0 {
-		t.Fatalf("SECURITY.md has no %s beneath %q", language, title)
+		t.Fatalf("SECURITY.md has no %s below %q", language, title)
 	}
 	return blocks
 }
 
-// runHardening runs the commands of SECURITY.md as somebody with the root token.
+// runHardening runs commands from SECURITY.md with the root token.
 func (w *world) runHardening(commands string, env ...string) {
 	w.Helper()
 	bin, err := os.MkdirTemp(w.vault.Dir, "bin")
@@ -63,7 +64,7 @@ func (w *world) runHardening(commands string, env ...string) {
 	}
 }
 
-// The policies of SECURITY.md allow what it says, and nothing more.
+// The policies in SECURITY.md allow what the text says, and nothing more.
 func TestHardeningPolicies(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -74,25 +75,25 @@ func TestHardeningPolicies(t *testing.T) {
 	policies := hardening(t, "Policies", "hcl")
 	names := []string{"rotates the secret", "writes all but default", "sends the secret", "reads whole scopes"}
 	if len(policies) != len(names) {
-		t.Fatalf("SECURITY.md has %d policies, want those of one who %s", len(policies), strings.Join(names, ", "))
+		t.Fatalf("SECURITY.md has %d policies, want those for a client that %s", len(policies), strings.Join(names, ", "))
 	}
 	type attempt struct {
 		method, path, body string
 		status             int
 	}
 	const (
-		secret  = `{"client_secret": "` + canary + `"}`
-		noTrial = `{"client_secret": "` + canary + `", "verify_connection": false}`
-		moved   = `{"client_secret": "` + canary + `", "token_url": "https://evil.test/"}`
-		trusted = `{"client_secret": "` + canary + `", "ca_cert": ""}`
-		null    = `{"client_secret": null}`
-		bare    = `{"request_timeout": 9}`
+		secret     = `{"client_secret": "` + canary + `"}`
+		unverified = `{"client_secret": "` + canary + `", "verify_connection": false}`
+		moved      = `{"client_secret": "` + canary + `", "token_url": "https://evil.test/"}`
+		trusted    = `{"client_secret": "` + canary + `", "ca_cert": ""}`
+		null       = `{"client_secret": null}`
+		bare       = `{"request_timeout": 9}`
 	)
 	for i, attempts := range [][]attempt{
 		{
 			{"PUT", "config", secret, 204},
 			{"PUT", "config/default", secret, 204},
-			{"PUT", "config", noTrial, 403},
+			{"PUT", "config", unverified, 403},
 			{"PUT", "config", moved, 403},
 			{"PUT", "config/default", moved, 403},
 			{"PUT", "config", trusted, 403},
@@ -142,7 +143,7 @@ func TestHardeningPolicies(t *testing.T) {
 			if a.body != "" {
 				req.BodyBytes = []byte(a.body)
 			}
-			resp, err := client.RawRequest(req) //nolint:staticcheck // there is no other way to send a path and a body as they are
+			resp, err := client.RawRequest(req) //nolint:staticcheck // there is no other way to send a path and a body verbatim
 			var status int
 			var refused *api.ResponseError
 			switch {
@@ -155,14 +156,14 @@ func TestHardeningPolicies(t *testing.T) {
 				_ = resp.Body.Close()
 			}
 			if status != a.status {
-				t.Errorf("one who %s: %s %s %s: got %d, want %d (%v)", names[i], a.method, a.path, a.body, status, a.status, err)
+				t.Errorf("a client that %s: %s %s %s: got %d, want %d (%v)", names[i], a.method, a.path, a.body, status, a.status, err)
 			}
 		}
 	}
 	w.noCanary()
 }
 
-// The rate limits of SECURITY.md are in force.
+// The rate limits in SECURITY.md work.
 func TestHardeningRateLimits(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -170,7 +171,8 @@ func TestHardeningRateLimits(t *testing.T) {
 	w.write("roles/app", role(nil))
 	w.runHardening(strings.Join(hardening(t, "Rate limits", "sh"), "\n"))
 	for path, rate := range map[string]int{"mojoauth/rotate-role/app": 1, "mojoauth/config": 5, "mojoauth/config/default": 5} {
-		// A burst may be as large as the rate, and a second may begin between two.
+		// A burst may be as large as the rate, and a new second may begin between two
+		// requests.
 		var status int
 		for range 10 * (rate + 1) {
 			_, err := w.vault.Logical().Write(path, map[string]any{"verify_connection": false})
@@ -183,19 +185,19 @@ func TestHardeningRateLimits(t *testing.T) {
 			}
 		}
 		if status != http.StatusTooManyRequests {
-			t.Errorf("%s is not limited: got status %d", path, status)
+			t.Errorf("%s has no limit: got status %d", path, status)
 		}
 	}
 	w.token("app")
 }
 
-// The listener of SECURITY.md is one user's, and answers no forged request.
+// The listener in SECURITY.md belongs to one user, and refuses forged requests.
 func TestHardeningListener(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.write("config", w.config(nil))
 	w.write("roles/reports", role(nil))
-	// A socket's path is short.
+	// A socket's path must be short.
 	dir, err := os.MkdirTemp("", "listener")
 	if err != nil {
 		t.Fatal(err)
@@ -209,7 +211,7 @@ func TestHardeningListener(t *testing.T) {
 		`socket_group           = "reports"`: fmt.Sprintf(`socket_group = "%d"`, os.Getgid()),
 	} {
 		if !strings.Contains(listener, own) {
-			t.Fatalf("SECURITY.md does not say %s any more", own)
+			t.Fatalf("SECURITY.md no longer has %s", own)
 		}
 		listener = strings.Replace(listener, own, value, 1)
 	}
@@ -243,7 +245,7 @@ func TestHardeningListener(t *testing.T) {
 		}
 		return resp.StatusCode, answer.Data.AccessToken, err
 	}
-	harness.Eventually(t, "the agent answers with a token", func() error {
+	harness.Eventually(t, "the agent returns a token", func() error {
 		status, token, err := get("X-Vault-Request")
 		if err != nil || status != http.StatusOK || token == "" {
 			return fmt.Errorf("got status %d, %w: %s", status, err, agent.Log())
@@ -251,7 +253,7 @@ func TestHardeningListener(t *testing.T) {
 		return nil
 	})
 	if status, token, err := get(""); err != nil || status == http.StatusOK || token != "" {
-		t.Errorf("without the header: got status %d, %v; want it refused", status, err)
+		t.Errorf("without the header: got status %d, %v; want an error", status, err)
 	}
 	info, err := os.Stat(socket)
 	if err != nil {
@@ -262,7 +264,7 @@ func TestHardeningListener(t *testing.T) {
 	}
 }
 
-// A plugin under a name of its own has a process of its own.
+// A plugin registered under another name runs in a process of its own.
 func TestHardeningProcess(t *testing.T) {
 	t.Parallel()
 	plugins := t.TempDir()
@@ -281,7 +283,7 @@ func TestHardeningProcess(t *testing.T) {
 	processes := func(want int) {
 		t.Helper()
 		if got := w.vault.PluginProcesses(t, pluginName); len(got) != want {
-			t.Errorf("there are the processes %v, want %d", got, want)
+			t.Errorf("got the processes %v, want %d", got, want)
 		}
 	}
 	w.read("status")

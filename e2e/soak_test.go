@@ -19,7 +19,7 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// vitals is what a plugin's process takes, by its own metrics.
+// vitals are the resources of a plugin's process according to its own metrics.
 type vitals struct {
 	goroutines, files float64
 	heap, resident    float64 // bytes
@@ -29,14 +29,14 @@ func (v vitals) String() string {
 	return fmt.Sprintf("%.0f goroutines, %.0f open files, %.1f MiB of heap, %.1f MiB resident", v.goroutines, v.files, v.heap/(1<<20), v.resident/(1<<20))
 }
 
-// exceeds tells whether v is more than what a process that does not grow may be apart
-// from before.
+// exceeds reports whether v differs from before by more than it may for a process that
+// does not grow.
 func (v vitals) exceeds(before vitals) bool {
 	return v.goroutines > before.goroutines+10 || v.files > before.files+10 ||
 		v.resident > before.resident*1.15+4<<20 || v.heap > before.heap*1.5+8<<20
 }
 
-// medianVitals is, for each of them, the middle one.
+// medianVitals returns the median of each value.
 func medianVitals(all []vitals) vitals {
 	middle := func(of func(vitals) float64) float64 {
 		var values []float64
@@ -54,8 +54,8 @@ func medianVitals(all []vitals) vitals {
 	}
 }
 
-// vitals are those of the active node's plugin while nobody reads or writes: the median
-// of a few.
+// vitals returns the median of several measurements of the active node's plugin without
+// reads or writes.
 func (w *clusterWorld) vitals() vitals {
 	w.Helper()
 	w.reading.Lock()
@@ -91,18 +91,18 @@ func scrapeVitals(t testing.TB, client *api.Client) vitals {
 		resident:   values["process_resident_memory_bytes"],
 	}
 	if v.goroutines == 0 || v.files == 0 || v.heap == 0 || v.resident == 0 {
-		t.Fatalf("the metrics lack some of them: %v", v)
+		t.Fatalf("metrics are missing: %v", v)
 	}
 	return v
 }
 
 // A cluster under load goes through random faults for SOAK_MINUTES, and the plugin does
-// not grow: in the first half one process, which outlives the faults of that half; in
-// the second the processes that the faults leave behind.
+// not grow. The first half measures a single process, which survives that half's faults;
+// the second half measures the processes that the faults leave behind.
 func TestSoak(t *testing.T) {
 	minutes, err := strconv.ParseFloat(os.Getenv("SOAK_MINUTES"), 64)
 	if err != nil {
-		harness.Skip(t, "takes as long as SOAK_MINUTES says: run make soak")
+		harness.Skip(t, "takes SOAK_MINUTES; run make soak")
 	}
 	half := time.Duration(minutes * float64(time.Minute) / 2)
 	w := newClusterWorld(t, pluginBinary, pluginVersion, chooseSeed(t))
@@ -115,7 +115,8 @@ func TestSoak(t *testing.T) {
 		}
 	}
 
-	// Every gentle fault once and all the large roles, so that what is made once has been made.
+	// Each gentle fault and all large roles once, to allocate what is allocated only
+	// once.
 	for n := range 20 * writtenKeys {
 		w.half.Store(int64(n % 2))
 		if err := w.filler.writeLarge(); err != nil {
@@ -134,10 +135,10 @@ func TestSoak(t *testing.T) {
 	after := w.vitals()
 	t.Logf("one process, after %s: %v; before: %v", half, after, before)
 	if !slices.Equal(w.plugin(), process) {
-		t.Error("it is another process")
+		t.Error("the process has changed")
 	}
 	if after.exceeds(before) {
-		t.Error("the plugin grows")
+		t.Error("the plugin has grown")
 	}
 
 	var each []vitals
@@ -148,12 +149,12 @@ func TestSoak(t *testing.T) {
 	}
 	third := len(each) / 3
 	if third < 2 {
-		t.Fatalf("only %d faults: SOAK_MINUTES is too few", len(each))
+		t.Fatalf("only %d faults: SOAK_MINUTES is too low", len(each))
 	}
 	first, last := medianVitals(each[:third]), medianVitals(each[len(each)-third:])
 	t.Logf("after %d faults that may end the process: %v; after the first ones: %v", len(each), last, first)
 	if last.exceeds(first) {
-		t.Error("the plugin grows")
+		t.Error("the plugin has grown")
 	}
 	w.noCanary()
 }

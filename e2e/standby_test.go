@@ -20,9 +20,9 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// Standbys that answer reads themselves are one customer of MojoAuth together with the
-// active node. Where standbys forward everything, most of this holds by itself; what they
-// do without an active node is left out there.
+// Standbys that serve reads themselves share the active node's tokens: to MojoAuth, the
+// cluster is one client. If standbys forward everything, most of this is true anyway;
+// what standbys do without an active node is left out in that case.
 func TestStandbys(t *testing.T) {
 	t.Parallel()
 	w := newQuietCluster(t, map[string]any{"max_requests_per_second": 1000, "request_timeout": "60s"})
@@ -30,25 +30,25 @@ func TestStandbys(t *testing.T) {
 	w.forwarded()
 	w.eachNodeForItself()
 
-	// The restore takes its time, which a mount of its own uses.
+	// The restore takes a while, and uses a mount of its own.
 	settled := w.restoreUnderStandbys()
-	w.cluster.Enable(t, "lives", pluginName, pluginVersion)
-	lives := &clusterWorld{TB: t, cluster: w.cluster, mount: "lives", oauth: w.oauth, binary: w.binary}
-	lives.connect()
-	lives.livesAtStandbys()
+	w.cluster.Enable(t, "renewing", pluginName, pluginVersion)
+	renewing := &clusterWorld{TB: t, cluster: w.cluster, mount: "renewing", oauth: w.oauth, binary: w.binary}
+	renewing.connect()
+	renewing.renewalsAtStandbys()
 	settled()
 
-	w.withoutActiveNode(roles, lives)
+	w.withoutActiveNode(roles, renewing)
 	w.noCanary()
 }
 
-// standbys are the nodes beside the active one.
+// standbys returns all nodes except the active one.
 func (w *clusterWorld) standbys() []*harness.Vault {
 	w.Helper()
 	return w.cluster.Without(w.cluster.Active(w)).Nodes
 }
 
-// requested counts the requests that something causes.
+// requested counts the requests that do causes.
 func (w *clusterWorld) requested(do func()) int {
 	w.Helper()
 	before := len(w.oauth.Requests())
@@ -56,7 +56,7 @@ func (w *clusterWorld) requested(do func()) int {
 	return len(w.oauth.Requests()) - before
 }
 
-// agree waits until all nodes serve the same token of a role, other than one.
+// agree waits until all nodes serve the same token of a role, other than the given one.
 func (w *clusterWorld) agree(what, role, other string) string {
 	w.Helper()
 	var token string
@@ -68,7 +68,7 @@ func (w *clusterWorld) agree(what, role, other string) string {
 				return err
 			}
 			if held.token == other || token != "" && held.token != token {
-				return fmt.Errorf("%s serves another token of %s than it should", node.Address(), role)
+				return fmt.Errorf("%s serves a different token of %s", node.Address(), role)
 			}
 			token = held.token
 		}
@@ -77,7 +77,7 @@ func (w *clusterWorld) agree(what, role, other string) string {
 	return token
 }
 
-// waits counts the reads of creds that waited for MojoAuth, or failed, at all nodes.
+// waits counts the reads of creds that waited for MojoAuth or failed, on all nodes.
 func (w *clusterWorld) waits() (waits int, all []string) {
 	w.Helper()
 	active := w.cluster.Active(w)
@@ -85,12 +85,12 @@ func (w *clusterWorld) waits() (waits int, all []string) {
 		data := w.read(node, "status")
 		reads, ok := data["reads"].(map[string]any)
 		if !ok {
-			w.Fatalf("%s: status tells of the reads %v", node.Address(), data["reads"])
+			w.Fatalf("%s: got the reads %v in status", node.Address(), data["reads"])
 		}
 		all = append(all, fmt.Sprint(reads))
 		outcomes := []string{"minted", "refreshed", "error"}
 		if node == active {
-			outcomes = append(outcomes, "stale") // a standby does not wait before it serves an old one
+			outcomes = append(outcomes, "stale") // a standby does not wait before it serves an old token
 		}
 		for _, outcome := range outcomes {
 			n, err := reads[outcome].(json.Number).Int64()
@@ -106,7 +106,7 @@ func (w *clusterWorld) waits() (waits int, all []string) {
 	return waits, all
 }
 
-// oneMintForAllNodes reads roles that nobody has read through all nodes at once.
+// oneMintForAllNodes reads roles without a token through all nodes concurrently.
 func (w *clusterWorld) oneMintForAllNodes() (roles []string) {
 	w.Helper()
 	const count = 30
@@ -124,7 +124,7 @@ func (w *clusterWorld) oneMintForAllNodes() (roles []string) {
 	for i, node := range w.cluster.Nodes {
 		sameTokens(w, "the first reads, through "+node.Address(), held[i], held[0])
 		if failed[i] != 0 {
-			w.Errorf("through %s %d reads failed", node.Address(), failed[i])
+			w.Errorf("through %s: %d reads failed", node.Address(), failed[i])
 		}
 		for _, token := range held[i] {
 			tokens[token.token] = true
@@ -137,7 +137,7 @@ func (w *clusterWorld) oneMintForAllNodes() (roles []string) {
 	return roles
 }
 
-// forwarded does at a standby what a standby may not do itself.
+// forwarded requests from a standby what it must forward.
 func (w *clusterWorld) forwarded() {
 	w.Helper()
 	standby, other := w.standbys()[0], w.standbys()[1]
@@ -146,7 +146,7 @@ func (w *clusterWorld) forwarded() {
 		w.Helper()
 		secret, err := client.ReadWithData("mojoauth/creds/"+path, query)
 		if err != nil || secret == nil {
-			w.Fatalf("creds/%s %v at a standby: %v, %v", path, query, secret, err)
+			w.Fatalf("creds/%s %v from a standby: %v, %v", path, query, secret, err)
 		}
 		return secret
 	}
@@ -160,45 +160,45 @@ func (w *clusterWorld) forwarded() {
 				continue
 			}
 			if err := w.clients[standby].Sys().Revoke(secret.LeaseID); err != nil {
-				w.Errorf("revoking it: %v", err)
+				w.Errorf("revoking the lease: %v", err)
 			}
 		}
 	})
 	if requests != 1 {
-		w.Errorf("leased reads at a standby caused %d requests, want 1", requests)
+		w.Errorf("leased reads from a standby caused %d requests, want 1", requests)
 	}
 
 	w.write("roles/narrowed", role(map[string]any{"scopes": "read:data write:data", "extra_params": map[string]any{"role": "narrowed"}}))
 	requests = w.requested(func() {
 		narrowed := read("narrowed", map[string][]string{"scopes": {"write:data"}})
 		if narrowed.Data["scope"] != "write:data" {
-			w.Errorf("narrowed to write:data: got %v", narrowed.Data["scope"])
+			w.Errorf("scope subset write:data: got %v", narrowed.Data["scope"])
 		}
 		for _, node := range []*harness.Vault{standby, other, w.cluster.Active(w)} {
 			again, err := w.clients[node].Logical().ReadWithData("mojoauth/creds/narrowed", map[string][]string{"scopes": {"write:data"}})
 			if err != nil || heldBy(again) != heldBy(narrowed) {
-				w.Errorf("narrowed, through %s: another token, or %v", node.Address(), err)
+				w.Errorf("scope subset, through %s: got another token, or %v", node.Address(), err)
 			}
 		}
 	})
 	if requests != 1 {
-		w.Errorf("narrowed reads at all nodes caused %d requests, want 1", requests)
+		w.Errorf("reads of a scope subset from all nodes caused %d requests, want 1", requests)
 	}
 
 	w.write("roles/refused", role(map[string]any{"extra_params": map[string]any{"role": "refused"}}))
 	requests = w.requested(func() {
 		refused := read("refused", nil)
-		time.Sleep(1100 * time.Millisecond) // a token of the same second would not do
+		time.Sleep(1100 * time.Millisecond) // a token minted in the same second would not count
 		fresh := read("refused", mintedAfter(rotatedAt(refused)))
 		if fresh.Data["access_token"] == refused.Data["access_token"] || len(fresh.Warnings) != 0 {
-			w.Errorf("minted_after at a standby: the refused token, or the warnings %q", fresh.Warnings)
+			w.Errorf("minted_after on a standby: got the refused token, or the warnings %q", fresh.Warnings)
 		}
 		if got := w.agree("all nodes have the token of minted_after", "refused", heldBy(refused).token); got != heldBy(fresh).token {
-			w.Error("minted_after at a standby: the nodes have another token")
+			w.Error("minted_after on a standby: the nodes have another token")
 		}
 	})
 	if requests != 2 {
-		w.Errorf("a first read and minted_after at a standby caused %d requests, want 2", requests)
+		w.Errorf("a first read and minted_after on a standby caused %d requests, want 2", requests)
 	}
 
 	w.write("roles/rotating", role(map[string]any{"extra_params": map[string]any{"role": "rotating"}}))
@@ -207,28 +207,28 @@ func (w *clusterWorld) forwarded() {
 		for range 3 {
 			rotated, err := client.Write("mojoauth/rotate-role/rotating", nil)
 			if err != nil || rotated.Data["access_token"] != nil {
-				w.Fatalf("rotate-role at a standby: %v", err)
+				w.Fatalf("rotate-role on a standby: %v", err)
 			}
 			was = w.agree("all nodes have the rotated token", "rotating", was)
 		}
 	})
 	if requests != 4 {
-		w.Errorf("a first read and three rotations at a standby caused %d requests, want 4", requests)
+		w.Errorf("a first read and three rotations on a standby caused %d requests, want 4", requests)
 	}
 
-	// A reader who wants more life than the token has.
+	// A reader with a min_ttl that the token still has.
 	requests = w.requested(func() {
 		secret := read("rotating", map[string][]string{"min_ttl": {"30m"}})
 		if len(secret.Warnings) != 0 {
-			w.Errorf("min_ttl at a standby: the warnings %q", secret.Warnings)
+			w.Errorf("min_ttl on a standby: got the warnings %q", secret.Warnings)
 		}
 	})
 	if requests != 0 {
-		w.Errorf("a min_ttl that the token has caused %d requests", requests)
+		w.Errorf("a min_ttl that the token still has caused %d requests", requests)
 	}
 }
 
-// eachNodeForItself reads a role whose tokens are nowhere but in memory.
+// eachNodeForItself reads a role whose tokens are only in memory.
 func (w *clusterWorld) eachNodeForItself() {
 	w.Helper()
 	w.write("config/private", map[string]any{
@@ -252,7 +252,7 @@ func (w *clusterWorld) eachNodeForItself() {
 		}
 	})
 	if requests < 1 || requests > want {
-		w.Errorf("persist_tokens=false: reads at all nodes caused %d requests, want at most %d", requests, want)
+		w.Errorf("persist_tokens=false: reads from all nodes caused %d requests, want at most %d", requests, want)
 	}
 	requests = w.requested(func() {
 		for _, node := range w.cluster.Nodes {
@@ -263,7 +263,7 @@ func (w *clusterWorld) eachNodeForItself() {
 		}
 	})
 	if requests != 1 {
-		w.Errorf("persist_tokens=false: leased reads at all nodes caused %d requests, want 1", requests)
+		w.Errorf("persist_tokens=false: leased reads from all nodes caused %d requests, want 1", requests)
 	}
 	stored, err := storedTokens(w, w.cluster.Active(w))
 	if err != nil {
@@ -276,13 +276,15 @@ func (w *clusterWorld) eachNodeForItself() {
 	}
 }
 
-// restoreUnderStandbys puts an older state of storage in the place of what the nodes know.
-// Within two minutes they know it, at which the function that is returned looks.
+// restoreUnderStandbys restores an older state of storage while the nodes have a newer
+// one in memory. They must notice within two minutes; the returned function verifies
+// that.
 func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 	w.Helper()
 	const patience = 2 * time.Minute
 	changed, rotated, renewed, deleted := "restored-changed", "restored-rotated", "restored-renewed", "restored-deleted"
-	// read is the scope and the token of a role at a node, or nothing when there is no role.
+	// read returns the scope and the token of a role at a node, or empty strings if there
+	// is no role.
 	read := func(node *harness.Vault, role string) (scope, token string, err error) {
 		secret, err := w.clients[node].Logical().Read("mojoauth/creds/" + role)
 		var answer *api.ResponseError
@@ -307,14 +309,14 @@ func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 		tokens, err := storedTokens(w, w.cluster.Active(w))
 		for _, name := range names {
 			if err == nil && tokens["default/"+name] == "" {
-				err = fmt.Errorf("that of %s is not", name)
+				err = fmt.Errorf("the token of %s is not stored", name)
 			}
 		}
 		return err
 	})
 	snapshot := w.cluster.Snapshot(w)
 
-	// What is not in the snapshot.
+	// Changes that are not in the snapshot.
 	w.write("roles/"+changed, map[string]any{"scopes": "write:data"})
 	later := map[string]string{changed: w.agree("all nodes have another token", changed, "")}
 	w.write("rotate-role/"+rotated, nil)
@@ -323,7 +325,7 @@ func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 	if err != nil {
 		w.Fatal(err)
 	}
-	time.Sleep(1100 * time.Millisecond) // a token of the same second would not do
+	time.Sleep(1100 * time.Millisecond) // a token minted in the same second would not count
 	if _, err := w.clients[w.cluster.Active(w)].Logical().ReadWithData("mojoauth/creds/"+renewed, mintedAfter(was.rotatedAt)); err != nil {
 		w.Fatal(err)
 	}
@@ -344,7 +346,7 @@ func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 
 	w.cluster.Restore(w, snapshot, w.cluster)
 	restored := time.Now()
-	// wrong is what a node does not know yet of the state that was restored.
+	// wrong returns what a node does not yet know of the restored state.
 	wrong := func(node *harness.Vault) error {
 		for name, token := range later {
 			scope, got, err := read(node, name)
@@ -352,15 +354,15 @@ func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 			case err != nil:
 				return err
 			case got == token:
-				return fmt.Errorf("%s serves the token of %s that is not in storage any more", node.Address(), name)
+				return fmt.Errorf("%s serves the token of %s that is no longer in storage", node.Address(), name)
 			case name == "restored-unknown" && got != "", name != "restored-unknown" && got == "":
-				return fmt.Errorf("%s: whether there is a role %s it does not know", node.Address(), name)
+				return fmt.Errorf("%s is wrong about whether role %s exists", node.Address(), name)
 			case name == changed && scope != oauthserver.DataScope:
 				return fmt.Errorf("%s serves %s with the scope %q", node.Address(), name, scope)
 			}
 		}
 		if _, got, err := read(node, deleted); err != nil || got == "" {
-			return fmt.Errorf("%s does not know the role that is there again: %w", node.Address(), err)
+			return fmt.Errorf("%s does not know the role that exists again: %w", node.Address(), err)
 		}
 		return nil
 	}
@@ -373,7 +375,7 @@ func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 	for _, node := range w.cluster.Nodes {
 		go func() {
 			f := finding{node: node}
-			// From when it was last wrong, and as long as it could be.
+			// Record when the node was last wrong, for as long as it could be.
 			for time.Since(restored) < patience+5*time.Second {
 				if err := wrong(node); err != nil {
 					f.after, f.err = time.Since(restored), err
@@ -389,9 +391,9 @@ func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 		w.Helper()
 		for range w.cluster.Nodes {
 			f := <-findings
-			w.Logf("%s knew what a snapshot has restored %.1f s after it; until then: %v", f.node.Address(), f.after.Seconds(), f.err)
+			w.Logf("%s knew the restored state after %.1f s; until then: %v", f.node.Address(), f.after.Seconds(), f.err)
 			if f.after > patience {
-				w.Errorf("%s does not know what was restored %s ago: %v", f.node.Address(), f.after, f.err)
+				w.Errorf("%s does not know the restored state after %s: %v", f.node.Address(), f.after, f.err)
 			}
 		}
 		for _, name := range names {
@@ -400,21 +402,21 @@ func (w *clusterWorld) restoreUnderStandbys() (settled func()) {
 	}
 }
 
-// livesAtStandbys reads roles whose tokens live 40 s at the standbys only, for 100 s.
-func (w *clusterWorld) livesAtStandbys() {
+// renewalsAtStandbys reads roles with 40-second tokens only through the standbys, for 100 s.
+func (w *clusterWorld) renewalsAtStandbys() {
 	w.Helper()
 	const (
 		lifetime = 40 * time.Second
 		length   = 100 * time.Second
-		// A token is renewed 0.4 s to 2 s before it is due, which it is when a quarter of its
-		// life is left.
+		// A token is renewed 0.4 s to 2 s before it is due, which it is with a quarter of
+		// its lifetime left.
 		earliest = lifetime*3/4 - lifetime/20
 		latest   = lifetime*3/4 - lifetime/100
 		latency  = 100 * time.Millisecond // of the OAuth server: less than that
 		slow     = 2 * time.Second        // as long as a reader waits for a renewal
 	)
 	client := demoClient("forty", canary)
-	client.Lifetime = lifetime + time.Second // it rounds down
+	client.Lifetime = lifetime + time.Second // the server rounds down
 	if err := w.oauth.SetClient(client); err != nil {
 		w.Fatal(err)
 	}
@@ -430,7 +432,7 @@ func (w *clusterWorld) livesAtStandbys() {
 	for _, name := range all {
 		for _, node := range standbys {
 			if _, err := w.clients[node].Logical().Read(w.at("creds/" + name)); err != nil {
-				w.Errorf("the first read of %s at %s: %v", name, node.Address(), err)
+				w.Errorf("first read of %s through %s: %v", name, node.Address(), err)
 			}
 		}
 	}
@@ -440,19 +442,20 @@ func (w *clusterWorld) livesAtStandbys() {
 	var took []time.Duration
 	held := make(map[string]map[string]bool)
 	end := time.Now().Add(length)
-	// follow reads a role at a node until the end, and lets pass what wait says.
+	// follow reads a role through a node until the end, and waits between reads as long
+	// as wait returns.
 	follow := func(node *harness.Vault, name string, wait func(*api.Secret) time.Duration) {
 		for time.Now().Before(end) {
 			began := time.Now()
 			secret, err := w.clients[node].Logical().Read(w.at("creds/" + name))
 			ended := time.Now()
 			if err != nil || secret == nil {
-				w.Errorf("%s at %s: %v", name, node.Address(), err)
+				w.Errorf("%s through %s: %v", name, node.Address(), err)
 				return
 			}
 			expires, err := time.Parse(time.RFC3339, heldBy(secret).expiresAt)
 			if left := expires.Sub(began); err != nil || left <= lifetime/10 {
-				w.Errorf("%s at %s: a token with %s left, %v", name, node.Address(), left, err)
+				w.Errorf("%s through %s: got a token with %s left, %v", name, node.Address(), left, err)
 			}
 			mu.Lock()
 			took = append(took, ended.Sub(began))
@@ -493,7 +496,7 @@ func (w *clusterWorld) livesAtStandbys() {
 	waited, outcomes := w.waits()
 	waited -= before
 	longest, middle := slices.Max(took), median(slices.Clone(took))
-	w.Logf("tokens of %s read at standbys for %s: %d reads, %s (median) and %s (longest), %d waited; outcomes so far: %v",
+	w.Logf("tokens of %s read from standbys for %s: %d reads, %s (median) and %s (longest), %d waited; outcomes so far: %v",
 		lifetime, length, len(took), middle.Round(time.Microsecond), longest.Round(time.Millisecond), waited, outcomes)
 	if longest > slow {
 		w.Errorf("a read took %s", longest)
@@ -501,41 +504,42 @@ func (w *clusterWorld) livesAtStandbys() {
 	late := 0 // renewals
 	for _, name := range all {
 		granted := grantsFor(w.oauth, name)
-		var lives []string
+		var intervals []string
 		for i := 1; i < len(granted); i++ {
 			life := granted[i].At.Sub(granted[i-1].At)
-			lives = append(lives, fmt.Sprintf("%.1f", life.Seconds()))
+			intervals = append(intervals, fmt.Sprintf("%.1f", life.Seconds()))
 			if life < earliest-time.Second {
-				w.Errorf("%s: minted again after %s, want one mint a life", name, life)
+				w.Errorf("%s: minted again after %s, want one mint per lifetime", name, life)
 			}
 			if life > latest+latency {
 				late++
 			}
 		}
-		w.Logf("%s: %d mints, after %v s; readers saw %d tokens", name, len(granted), lives, len(held[name]))
+		w.Logf("%s: %d mints, after %v s; readers saw %d tokens", name, len(granted), intervals, len(held[name]))
 		if got := len(requestsFor(w.oauth.Requests(), name)); got != len(granted) {
-			w.Errorf("%s: %d requests for %d tokens", name, got, len(granted))
+			w.Errorf("%s: got %d requests for %d tokens", name, got, len(granted))
 		}
 	}
-	// One of them may be the machine's fault. Each standby forwards a reader of such a token.
+	// One of each may be the machine's fault. Each standby forwards a reader of such a
+	// token.
 	if waited > min(late, 1)*len(standbys) {
 		w.Errorf("%d reads waited for a mint or failed, and %d tokens were renewed late", waited, late)
 	}
 }
 
-// withoutActiveNode kills the active node, and later two of three nodes: who reads at a
-// standby is served what it holds, and what it finds in storage.
-func (w *clusterWorld) withoutActiveNode(roles []string, lives *clusterWorld) {
+// withoutActiveNode kills the active node, and later two of three nodes. Standbys serve
+// the tokens they have in memory and those they find in storage.
+func (w *clusterWorld) withoutActiveNode(roles []string, renewing *clusterWorld) {
 	w.Helper()
 	standbysRead := w.cluster.Nodes[0].Product.Has(harness.StandbysRead)
 	if !standbysRead {
-		harness.NotTested(w, "what standbys do without an active node: those of Vault forward everything")
+		harness.NotTested(w, "what standbys do without an active node: Vault's standbys forward everything")
 		return
 	}
 	want, _ := readUntilServed(w, w.clients[w.cluster.Active(w)], roles)
 	for _, node := range w.cluster.Nodes {
 		got, failed := readUntilServed(w, w.clients[node], roles)
-		sameTokens(w, "all that, through "+node.Address(), got, want)
+		sameTokens(w, "these tests, through "+node.Address(), got, want)
 		if failed != 0 {
 			w.Errorf("%d reads through %s failed", failed, node.Address())
 		}
@@ -548,8 +552,8 @@ func (w *clusterWorld) withoutActiveNode(roles []string, lives *clusterWorld) {
 	}
 	before := asked()
 
-	// poll reads the roles at a node, one after the other, for a while. Each read may fail
-	// as often as is allowed.
+	// poll reads the roles through a node one after the other, for a while. Each role's
+	// reads may fail at most as often as allowed.
 	poll := func(what string, node *harness.Vault, length time.Duration, allowed int) {
 		w.Helper()
 		failed, reads := make(map[string]int), 0
@@ -567,7 +571,7 @@ func (w *clusterWorld) withoutActiveNode(roles []string, lives *clusterWorld) {
 			}
 			took = append(took, time.Since(asked))
 			if got != want[name] {
-				w.Errorf("%s: %s has another token", what, name)
+				w.Errorf("%s: got another token of %s", what, name)
 			}
 		}
 		sum := 0
@@ -590,10 +594,10 @@ func (w *clusterWorld) withoutActiveNode(roles []string, lives *clusterWorld) {
 	}
 
 	active, standbys := w.cluster.Active(w), w.standbys()
-	stop := lives.pollThrough(standbys)
+	stop := renewing.pollThrough(standbys)
 	active.Kill(w)
 	for _, node := range standbys {
-		poll("no active node, a standby that holds the tokens", node, harness.NoticeDeath/4, 0)
+		poll("no active node, a standby with the tokens in memory", node, harness.NoticeDeath/4, 0)
 	}
 	w.cluster.Active(w) // the next one
 	for _, node := range standbys {
@@ -614,13 +618,13 @@ func (w *clusterWorld) withoutActiveNode(roles []string, lives *clusterWorld) {
 	for _, node := range down {
 		node.Kill(w)
 	}
-	poll("no quorum, a standby that holds the tokens", last, 2*harness.NoticeDeath, 0)
+	poll("no quorum, a standby with the tokens in memory", last, 2*harness.NoticeDeath, 0)
 	last.SignalPlugin(w, pluginBinary, syscall.SIGKILL)
 	harness.Eventually(w, "the plugin runs again", func() error {
 		_, err := last.Logical().Read("mojoauth/status")
 		return err
 	})
-	poll("no quorum, a standby that finds the tokens in storage", last, 2*time.Second, 1)
+	poll("no quorum, a standby with the tokens in storage", last, 2*time.Second, 1)
 
 	for _, node := range down {
 		node.Start(w)
@@ -631,14 +635,14 @@ func (w *clusterWorld) withoutActiveNode(roles []string, lives *clusterWorld) {
 		sameTokens(w, "there was no quorum, through "+node.Address(), got, want)
 	}
 	if got := asked() - before; got != 0 {
-		w.Errorf("%d requests to the OAuth server by all that, want none", got)
+		w.Errorf("got %d requests to the OAuth server during these tests, want 0", got)
 	}
 }
 
-// pollThrough reads the roles of livesAtStandbys at some nodes until the function that is
-// returned is called, while the active node dies. Of each token's readers it forwards the
-// first, and one in 5 s when it is due: these may fail, and those of a node that is just
-// becoming active.
+// pollThrough reads the roles of renewalsAtStandbys through some nodes while the active node
+// dies, until the returned function is called. A node forwards the first reader of each
+// token, and one every 5 s once the token is due. These reads may fail, and so may those
+// of a node that is just becoming active.
 func (w *clusterWorld) pollThrough(nodes []*harness.Vault) (stop func()) {
 	w.Helper()
 	const allowed = 4
@@ -668,12 +672,12 @@ func (w *clusterWorld) pollThrough(nodes []*harness.Vault) (stop func()) {
 					}
 					longest = max(longest, time.Since(began))
 					if expires, err := time.Parse(time.RFC3339, heldBy(secret).expiresAt); err != nil || !expires.After(began) {
-						w.Errorf("%s at %s: got a token that expired at %s, %v", name, node.Address(), expires, err)
+						w.Errorf("%s through %s: got a token that expired at %s, %v", name, node.Address(), expires, err)
 					}
 				}
-				w.Logf("the active node was killed, tokens of 40 s, %s at %s: %d of %d reads failed (%v); the others took %s at most", name, node.Address(), failed, reads, last, longest.Round(time.Millisecond))
+				w.Logf("the active node was killed, 40-second tokens, %s through %s: %d of %d reads failed (%v); the others took at most %s", name, node.Address(), failed, reads, last, longest.Round(time.Millisecond))
 				if failed > allowed {
-					w.Errorf("%s at %s: %d of %d reads failed, want at most %d", name, node.Address(), failed, reads, allowed)
+					w.Errorf("%s through %s: %d of %d reads failed, want at most %d", name, node.Address(), failed, reads, allowed)
 				}
 			})
 		}

@@ -21,7 +21,8 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// heldToken is a token as a reader sees it, and what must not change while it lives.
+// heldToken is a token as a reader sees it, with what must not change during its
+// lifetime.
 type heldToken struct {
 	token, expiresAt, rotatedAt string
 }
@@ -37,7 +38,7 @@ func heldBy(secret *api.Secret) heldToken {
 // readHeld reads the role's token through a node.
 func readHeld(client *api.Client, role string) (heldToken, error) {
 	secret, err := client.Logical().Read("mojoauth/creds/" + role)
-	if err == nil && secret == nil { // a node that has no mounts yet, or none any more
+	if err == nil && secret == nil { // the node has no mounts yet, or none any longer
 		err = errors.New("status 404")
 	}
 	if err != nil {
@@ -46,8 +47,8 @@ func readHeld(client *api.Client, role string) (heldToken, error) {
 	return heldBy(secret), nil
 }
 
-// readUntilServed reads all roles at once through a node, each until it is served, and
-// returns what was served and how many reads failed before.
+// readUntilServed reads all roles concurrently through a node, each until it succeeds. It
+// returns the tokens and the number of failed reads.
 func readUntilServed(t testing.TB, client *api.Client, roles []string) (held map[string]heldToken, failed int) {
 	t.Helper()
 	held = make(map[string]heldToken)
@@ -68,7 +69,7 @@ func readUntilServed(t testing.TB, client *api.Client, roles []string) (held map
 					return
 				}
 				if time.Since(began) > time.Minute {
-					t.Errorf("%s through %s: not served within a minute: %v", role, client.Address(), err)
+					t.Errorf("%s through %s: no success within a minute: %v", role, client.Address(), err)
 					return
 				}
 			}
@@ -78,18 +79,18 @@ func readUntilServed(t testing.TB, client *api.Client, roles []string) (held map
 	return held, failed
 }
 
-// sameTokens checks that each role's token is the one that it had before.
+// sameTokens checks that each role's token is the same as before.
 func sameTokens(t testing.TB, after string, got, want map[string]heldToken) {
 	t.Helper()
 	for role, held := range want {
 		if got[role] != held {
-			t.Errorf("after %s, %s has a token of %s that expires at %s, want that of %s that expires at %s; is it the same token: %v",
+			t.Errorf("after %s, %s has a token of %s that expires at %s, want that of %s that expires at %s; the same token: %v",
 				after, role, got[role].rotatedAt, got[role].expiresAt, held.rotatedAt, held.expiresAt, got[role].token == held.token)
 		}
 	}
 }
 
-// writeColdRoles is coldRoles in a cluster.
+// writeColdRoles is coldRoles for a cluster.
 func (w *clusterWorld) writeColdRoles(n int, prefix, config string, more map[string]any) (names []string) {
 	w.Helper()
 	for i := range n {
@@ -102,14 +103,14 @@ func (w *clusterWorld) writeColdRoles(n int, prefix, config string, more map[str
 	return names
 }
 
-// storedTokens are the tokens of the mount at mojoauth/ in storage, by config/role.
+// storedTokens returns the stored tokens of the mount at mojoauth/, by config/role.
 func storedTokens(t testing.TB, vault *harness.Vault) (map[string]string, error) {
 	t.Helper()
 	return vault.Stored(vault.StorageOf(t, "mojoauth") + "tokens/")
 }
 
-// awaitStored waits until exactly the tokens of these roles are in storage, as
-// config/role.
+// awaitStored waits until exactly the tokens of the given roles, as config/role, are in
+// storage.
 func awaitStored(t testing.TB, vault *harness.Vault, what string, want ...string) {
 	t.Helper()
 	slices.Sort(want)
@@ -119,14 +120,14 @@ func awaitStored(t testing.TB, vault *harness.Vault, what string, want ...string
 			return err
 		}
 		if got := slices.Sorted(maps.Keys(stored)); !slices.Equal(got, want) {
-			return fmt.Errorf("the tokens of %v are in storage, want those of %v", got, want)
+			return fmt.Errorf("storage has the tokens of %v, want those of %v", got, want)
 		}
 		return nil
 	})
 }
 
-// newQuietCluster makes a cluster of three with the engine at mojoauth/ and a config
-// "default", that nobody reads or writes. It may run beside other tests.
+// newQuietCluster starts a cluster of three with the engine at mojoauth/ and a config
+// "default", without reads or writes. It may run in parallel with other tests.
 func newQuietCluster(t testing.TB, config map[string]any) *clusterWorld {
 	t.Helper()
 	w := &clusterWorld{TB: t, cluster: harness.StartPatientCluster(t, vaultBinary, pluginDir, 3), oauth: startOAuth(t), binary: pluginBinary}
@@ -139,7 +140,7 @@ func newQuietCluster(t testing.TB, config map[string]any) *clusterWorld {
 	return w
 }
 
-// inPlaces are roles of a config as their tokens are named in storage.
+// inPlaces returns the names that tokens of a config's roles have in storage.
 func inPlaces(config string, roles []string) (places []string) {
 	for _, role := range roles {
 		places = append(places, config+"/"+role)
@@ -153,7 +154,7 @@ var sealAll = fault{name: "seal and unseal of all nodes", strike: func(w *cluste
 	return nil, nil
 }}
 
-// faultNamed is one of the faults that the cluster under load goes through.
+// faultNamed returns one of the faults of the cluster under load.
 func faultNamed(t testing.TB, name string) fault {
 	t.Helper()
 	i := slices.IndexFunc(faults, func(f fault) bool { return f.name == name })
@@ -163,8 +164,8 @@ func faultNamed(t testing.TB, name string) fault {
 	return faults[i]
 }
 
-// Whatever ends the process that holds the tokens, or the node: all roles have their
-// tokens as before, and the OAuth server, which is down meanwhile, is asked for nothing.
+// Whatever ends the process with the tokens, or its node, all roles still have their
+// tokens. The OAuth server, which is down in the meantime, gets no requests.
 func TestTokensOutliveTheirProcess(t *testing.T) {
 	t.Parallel()
 	const roles = 60
@@ -176,7 +177,7 @@ func TestTokensOutliveTheirProcess(t *testing.T) {
 	w := newQuietCluster(t, map[string]any{"max_requests_per_second": 1000, "request_timeout": "60s"})
 	names := w.writeColdRoles(roles, "role", "default", nil)
 
-	// The plugin is killed while it mints them: only what it could not write is minted
+	// The plugin is killed while it mints. Only tokens that it could not store are minted
 	// again.
 	const latency = 200 * time.Millisecond
 	w.oauth.SetFaults(oauthserver.Faults{Latency: oauthserver.Duration(latency)})
@@ -190,7 +191,7 @@ func TestTokensOutliveTheirProcess(t *testing.T) {
 		held, failed := readUntilServed(t, w.clients[active], names)
 		served <- result{held, failed}
 	}()
-	harness.Eventually(t, "half of the roles were asked for", func() error {
+	harness.Eventually(t, "half of the tokens were requested", func() error {
 		if got := len(w.oauth.Requests()); got < roles/2 {
 			return fmt.Errorf("%d requests", got)
 		}
@@ -210,9 +211,9 @@ func TestTokensOutliveTheirProcess(t *testing.T) {
 			t.Errorf("%s: %d requests, the first %s before the plugin was killed", name, len(requests), before)
 		}
 	}
-	t.Logf("%d cold roles, with the plugin killed meanwhile: %d requests, %d roles were asked for twice; %d reads failed", roles, len(w.oauth.Requests()), twice, first.failed)
+	t.Logf("%d cold roles, with the plugin killed while minting: %d requests, tokens requested twice for %d roles; %d reads failed", roles, len(w.oauth.Requests()), twice, first.failed)
 	if twice > roles/2 {
-		t.Errorf("%d roles were asked for twice, want only those whose write was cut off", twice)
+		t.Errorf("tokens were requested twice for %d roles, want only those whose write was interrupted", twice)
 	}
 	awaitStored(t, w.cluster.Active(t), "all tokens are stored", inPlaces("default", names)...)
 	held, _ := readUntilServed(t, w.clients[active], names)
@@ -245,17 +246,18 @@ func TestTokensOutliveTheirProcess(t *testing.T) {
 			w.cluster.Active(t)
 		}
 		requests := len(w.oauth.Requests()) - asked
-		t.Logf("%s: agreed after %.1f s, %d roles read through %d nodes after %.1f s, %d reads failed meanwhile, %d requests",
+		t.Logf("%s: agreed after %.1f s, %d roles read through %d nodes after %.1f s, %d reads failed until then, %d requests",
 			f.name, struck.Seconds(), roles, len(others.Nodes), took.Seconds(), failures, requests)
 		if requests != 0 {
-			t.Errorf("%s: %d requests to the OAuth server, want none", f.name, requests)
+			t.Errorf("%s: got %d requests to the OAuth server, want 0", f.name, requests)
 			asked += requests
 		}
 	}
 	w.noCanary()
 }
 
-// newStoringWorld is a world of one server without an audit, with a config "default".
+// newStoringWorld returns a world with one server, without an audit, with a config
+// "default".
 func newStoringWorld(t testing.TB) *world {
 	t.Helper()
 	w := newWorldIn(t, harness.StartQuietVault(t, vaultBinary, pluginDir))
@@ -273,12 +275,12 @@ func (w *world) killPlugin() {
 	})
 }
 
-// A token is in storage as long as somebody may be served it, and no longer.
-func TestWhatLeavesNothingInStorage(t *testing.T) {
+// A token is in storage only as long as a reader may get it.
+func TestDroppedTokensLeaveStorage(t *testing.T) {
 	t.Parallel()
 	w := newStoringWorld(t)
 	short := demoClient("short", canary)
-	short.Lifetime = 21 * time.Second // it rounds down
+	short.Lifetime = 21 * time.Second // the server rounds down
 	if err := w.oauth.SetClient(short); err != nil {
 		t.Fatal(err)
 	}
@@ -291,7 +293,7 @@ func TestWhatLeavesNothingInStorage(t *testing.T) {
 	}
 	w.write("config/short", w.config(map[string]any{"client_id": "short", "verify_connection": false}))
 
-	// Those that end by themselves, read once.
+	// Roles whose tokens expire during the test, each read once.
 	ending := w.coldRoles(5, "ending", "short")
 	for _, name := range ending {
 		w.token(name)
@@ -318,7 +320,7 @@ func TestWhatLeavesNothingInStorage(t *testing.T) {
 		}
 		for place, value := range stored {
 			if strings.Contains(value, canary) {
-				t.Errorf("the client secret is beside the token of %s", place)
+				t.Errorf("the client secret is stored with the token of %s", place)
 			}
 			if !strings.HasPrefix(place, "short/") {
 				names = append(names, place)
@@ -332,7 +334,7 @@ func TestWhatLeavesNothingInStorage(t *testing.T) {
 	harness.Eventually(t, "the tokens are stored", func() error {
 		var got []string
 		if got, before = longLived(); !slices.Equal(got, places) {
-			return fmt.Errorf("those of %v are, want %v", got, places)
+			return fmt.Errorf("got those of %v, want %v", got, places)
 		}
 		return nil
 	})
@@ -353,22 +355,23 @@ func TestWhatLeavesNothingInStorage(t *testing.T) {
 	w.write("config/changed", map[string]any{"client_id": "other", "verify_connection": false})
 	w.write("config/private", map[string]any{"persist_tokens": false, "verify_connection": false})
 	if got := w.read("config/private").Data["persist_tokens"]; got != false {
-		t.Errorf("persist_tokens is %v", got)
+		t.Errorf("got persist_tokens %v", got)
 	}
 	if got, _ := longLived(); !slices.Equal(got, []string{"kept/rotated", "kept/stays"}) {
-		t.Errorf("the tokens of %v are in storage, want those that were not dropped", got)
+		t.Errorf("storage has the tokens of %v, want those that were not dropped", got)
 	}
 	private := w.token("of-private")
 	if private != tokens["of-private"] {
 		t.Error("persist_tokens=false dropped a token from memory")
 	}
 
-	// A process that is killed leaves to the hourly sweep what ends later.
+	// After a kill, the hourly sweep deletes what expires later.
 	awaitStored(t, w.vault, "the short-lived tokens are gone", "kept/rotated", "kept/stays")
-	t.Logf("tokens of 20 s are out of storage %.1f s after they were read once", time.Since(read).Seconds())
+	t.Logf("20-second tokens were deleted from storage %.1f s after a single read", time.Since(read).Seconds())
 
-	// What was dropped is not served by the next process either, not even when the last one
-	// was killed before it could delete the tokens, which are put back for that.
+	// The next process does not serve a dropped token either, not even if the last one
+	// was killed before it could delete it. To simulate that, the test puts the deleted
+	// tokens back.
 	requests := len(w.oauth.Requests())
 	for place, value := range before {
 		if place != "kept/stays" {
@@ -390,20 +393,20 @@ func TestWhatLeavesNothingInStorage(t *testing.T) {
 		}
 		served[name], _ = secret.Data["access_token"].(string)
 		if same := served[name] == tokens[name]; same != (name == "stays") {
-			t.Errorf("%s: is it the token from before the kill: %v", name, same)
+			t.Errorf("%s: the token is the one from before the kill: %v", name, same)
 		}
 	}
 	if served["of-private"] == private {
-		t.Error("persist_tokens=false: the next process has the token of the last one")
+		t.Error("persist_tokens=false: the next process has the last one's token")
 	}
 	// recreated, changed, moved, rotated, of-changed, of-private.
 	if got := len(w.oauth.Requests()) - requests; got != 6 {
-		t.Errorf("%d requests after the kill, want one for each role whose token was dropped, and one for the private one", got)
+		t.Errorf("got %d requests after the kill, want one for each role whose token was dropped, and one for the private one", got)
 	}
 	want := []string{"changed/of-changed", "default/moved", "kept/changed", "kept/recreated", "kept/rotated", "kept/stays"}
 	awaitStored(t, w.vault, "the new tokens are stored, and the old ones swept", want...)
 
-	// With persist_tokens=false there is nothing anywhere in storage.
+	// With persist_tokens=false, storage has no token anywhere.
 	everything, err := w.vault.Stored(w.vault.StorageOf(t, "mojoauth"))
 	if err != nil {
 		t.Fatal(err)
@@ -418,7 +421,7 @@ func TestWhatLeavesNothingInStorage(t *testing.T) {
 	}
 	slices.Sort(places)
 	if len(places) != 6 || strings.Contains(strings.Join(places, ","), "private") {
-		t.Errorf("tokens are in storage: %q", places)
+		t.Errorf("got the stored tokens %q", places)
 	}
 	requests = len(w.oauth.Requests())
 	w.killPlugin()
@@ -427,7 +430,7 @@ func TestWhatLeavesNothingInStorage(t *testing.T) {
 	}
 }
 
-// Cached reads cost no operation of storage, and mints one write each.
+// A cached read takes no storage operation, and a mint one write.
 func TestStorageOperations(t *testing.T) {
 	t.Parallel()
 	const (
@@ -441,7 +444,8 @@ func TestStorageOperations(t *testing.T) {
 	cold := w.coldRoles(mints, "cold", "default")
 	awaitStored(t, w.vault, "the token is stored", "default/app")
 
-	// What the server itself does for a request is known from those that need no storage.
+	// Requests that need no storage show what the server itself reads and writes for a
+	// request.
 	count := func(do func()) (gets, puts int) {
 		t.Helper()
 		beforeGets, beforePuts := w.vault.BarrierOperations(t)
@@ -463,21 +467,21 @@ func TestStorageOperations(t *testing.T) {
 		for _, name := range cold {
 			w.token(name)
 		}
-		// A token is written after its reader was answered.
+		// A token is written after its reader got it.
 		awaitStored(t, w.vault, "all tokens are stored", append(inPlaces("default", cold), "default/app")...)
 	})
 	t.Logf("storage operations of the server: %d reads of status %d gets and %d puts; of a cached token %d and %d; %d mints %d puts",
 		reads, statusGets, statusPuts, cachedGets, cachedPuts, mints, mintPuts)
-	const own = 20 // the server's, now and then
+	const own = 20 // the server's own, now and then
 	if cachedGets > statusGets+own || cachedPuts > statusPuts+own {
-		t.Errorf("%d cached reads cost %d gets and %d puts, want what status costs: %d and %d", reads, cachedGets, cachedPuts, statusGets, statusPuts)
+		t.Errorf("%d cached reads took %d gets and %d puts, want as many as reads of status: %d and %d", reads, cachedGets, cachedPuts, statusGets, statusPuts)
 	}
 	if mintPuts < mints || mintPuts > mints+own {
-		t.Errorf("%d mints cost %d puts, want one each", mints, mintPuts)
+		t.Errorf("%d mints took %d puts, want one each", mints, mintPuts)
 	}
 }
 
-// grantsFor are the requests for a role that were granted, in their order.
+// grantsFor returns the granted requests for a role, in order.
 func grantsFor(server *oauthserver.Server, role string) (granted []oauthserver.Request) {
 	for _, request := range server.Requests() {
 		if form, err := url.ParseQuery(request.Body); err == nil && form.Get("role") == role && request.Status == 200 {

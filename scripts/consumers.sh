@@ -1,10 +1,10 @@
 #!/bin/sh
-# Runs the tests of the consumers in e2e/consumers against OpenBao and then Vault, or
-# against the one that SERVER names.
+# Runs the tests in e2e/consumers against OpenBao and then Vault, or only against the one
+# that SERVER names.
 #
 #   SERVER=openbao scripts/consumers.sh [FLAG OF go test]... [PACKAGE]...
 #
-# Programs that a test needs are built or installed into bin/consumers, once.
+# Programs that a test needs are built or installed into bin/consumers once.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 
@@ -22,10 +22,10 @@ status=0
 summary=
 for server in $servers; do
 	if [ "$server" = vault ]; then
-		VAULT_BIN=$("$root/scripts/vault.sh") || die "there is no Vault to test with"
+		VAULT_BIN=$("$root/scripts/vault.sh") || die "no Vault to test with"
 		export VAULT_BIN
 	else
-		BAO_BIN=$("$root/scripts/bao.sh") || die "there is no OpenBao to test with"
+		BAO_BIN=$("$root/scripts/bao.sh") || die "no OpenBao to test with"
 		export BAO_BIN
 	fi
 	say "Consumers of $server"
@@ -33,7 +33,7 @@ for server in $servers; do
 	result=passed
 	(cd "$root/e2e/consumers" && SERVER=$server go test -count=1 -timeout 30m -p 1 "$@") || { result=FAILED; status=1; }
 	summary="$summary
-==> The consumers' tests $result with $server, in $(($(date +%s) - started)) seconds"
+==> The consumers' tests $result with $server after $(($(date +%s) - started)) seconds"
 done
 echo "$summary"
 exit $status

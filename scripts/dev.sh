@@ -1,19 +1,20 @@
 #!/bin/sh
-# Runs Vault or OpenBao in dev mode with the engine, configured and tried, until Ctrl-C.
+# Runs Vault or OpenBao in dev mode with the engine, configures it and reads a token. The
+# server runs until Ctrl-C.
 #
-# It takes the vault that VAULT_BIN names or that is on PATH, else one that was built
-# before into bin/, else OpenBao (scripts/bao.sh). SERVER=vault or SERVER=openbao chooses.
-# Where it can have neither, it builds Vault from source.
+# The script uses the vault that VAULT_BIN names, the one on PATH, one already built in
+# bin/, or else OpenBao (scripts/bao.sh). Choose with SERVER=vault or SERVER=openbao. If
+# neither is available, the script builds Vault from source.
 #
-# An OAuth server of the end-to-end tests stands in for MojoAuth, with an API
-# that its tokens open. When MOJOAUTH_TOKEN_URL, MOJOAUTH_CLIENT_ID and
-# MOJOAUTH_CLIENT_SECRET are set, the real MojoAuth is asked instead, for the
-# audience MOJOAUTH_API_AUDIENCE and the scopes MOJOAUTH_SCOPES if they are set.
+# The OAuth server of the end-to-end tests stands in for MojoAuth, with an API that accepts
+# its tokens. If MOJOAUTH_TOKEN_URL, MOJOAUTH_CLIENT_ID and MOJOAUTH_CLIENT_SECRET are set,
+# the engine uses the real MojoAuth instead, with the audience MOJOAUTH_API_AUDIENCE and
+# the scopes MOJOAUTH_SCOPES, if set.
 #
-# With AGENT=1 two of its Agents run too: one keeps a token in files, the other starts
-# a program with the token in its environment, and again whenever there is a new one.
+# With AGENT=1, two Agents run too: one keeps a token in files, the other runs a program
+# with the token in its environment and restarts it for each new token.
 #
-# Nothing is kept: the storage is in memory.
+# Nothing is kept: storage is in memory.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cd "$root"
@@ -36,21 +37,21 @@ cleanup() {
 trap cleanup EXIT
 trap 'echo; say "Stopping"; exit 0' INT TERM
 
-# until_ready WHAT PID LOG COMMAND...: waits, for a minute at most, until the
-# command succeeds while the process lives.
+# until_ready WHAT PID LOG COMMAND...: waits until COMMAND succeeds, for a minute at most
+# and only while the process runs.
 until_ready() {
 	what=$1 pid=$2 log=$3
 	shift 3
 	tries=0
 	until "$@" >/dev/null 2>&1; do
-		kill -0 "$pid" 2>/dev/null || die "$what has ended: $(tail -n 5 "$log")"
+		kill -0 "$pid" 2>/dev/null || die "$what exited: $(tail -n 5 "$log")"
 		tries=$((tries + 1))
 		[ $tries -lt 300 ] || die "$what is not ready after a minute: $(tail -n 5 "$log")"
 		sleep 0.2
 	done
 }
 
-# A server that has to be fetched comes while the plugin compiles.
+# Fetches OpenBao, if needed, while the plugin compiles.
 fetch() {
 	scripts/bao.sh >"$work/fetched" &
 	fetch_pid=$!
@@ -76,7 +77,7 @@ if [ -n "${MOJOAUTH_TOKEN_URL:-}" ]; then
 	api=''
 else
 	say "Building the OAuth server (about 1 minute the first time)"
-	# With the plugin's flags, so that what both need is compiled once.
+	# With the plugin's flags, what both need is compiled only once.
 	(cd e2e && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o ../bin/oauth-server ./cmd/oauth-server)
 	client_id=demo-client
 	client_secret=demo-$(od -An -N12 -tx1 /dev/urandom | tr -d ' \n')
@@ -96,17 +97,17 @@ if [ -z "$fetch_pid" ]; then
 elif wait "$fetch_pid"; then
 	bin=$(cat "$work/fetched")
 elif [ "${SERVER:-}" = openbao ]; then
-	die "there is no OpenBao to run"
+	die "no OpenBao to run"
 else
-	say "There is neither a Vault nor an OpenBao here: building Vault from source"
+	say "Neither Vault nor OpenBao is available: building Vault from source"
 	bin=$(scripts/vault.sh)
 fi
 fetch_pid=''
-version=$("$bin" version | awk '{ sub(/,$/, "", $2); print $1, $2; exit }') || die "$bin does not tell its version"
+version=$("$bin" version | awk '{ sub(/,$/, "", $2); print $1, $2; exit }') || die "$bin does not report a version"
 case $version in
 "OpenBao v"*) title=OpenBao program=bao made="fetched into bin/" other="Vault: make dev SERVER=vault" ;;
 "Vault v"*) title=Vault program=vault made="built from source into bin/" other="OpenBao: make dev SERVER=openbao" ;;
-*) die "$bin is neither Vault nor OpenBao: it calls itself $version" ;;
+*) die "$bin is neither Vault nor OpenBao: its version is $version" ;;
 esac
 case ${SERVER:-}$title in
 vaultOpenBao) die "SERVER is vault, and VAULT_BIN is $version" ;;
@@ -120,7 +121,7 @@ case $bin in
 esac
 say "Running $version, $origin; for $other"
 
-# Its commands as a user types them, also where it is not on PATH.
+# Makes the server's command available as users type it, even if it is not on PATH.
 mkdir "$work/bin"
 ln -s "$(CDPATH='' cd -- "$(dirname -- "$bin")" && pwd)/$(basename -- "$bin")" "$work/bin/$program"
 path=''
@@ -130,8 +131,8 @@ port=${VAULT_DEV_PORT:-8200}
 while curl -s -o /dev/null "http://127.0.0.1:$port/"; do
 	port=$((port + 10))
 done
-# OpenBao's commands look for BAO_ before VAULT_. A namespace that you use elsewhere is
-# not here.
+# OpenBao's commands prefer BAO_ to VAULT_. The user's namespace does not exist in this
+# server.
 unset VAULT_NAMESPACE BAO_NAMESPACE
 export VAULT_ADDR="http://127.0.0.1:$port"
 VAULT_TOKEN=dev-$(od -An -N12 -tx1 /dev/urandom | tr -d ' \n')
@@ -139,7 +140,7 @@ export VAULT_TOKEN BAO_ADDR="$VAULT_ADDR" BAO_TOKEN="$VAULT_TOKEN"
 server_log=$work/$program.log
 say "Starting $title at $VAULT_ADDR"
 printf 'plugin_directory = "%s/plugins"\n' "$work" >"$work/server.hcl"
-# The root token comes by the environment: arguments can be read by other users.
+# Pass the root token in the environment: other users can read arguments.
 VAULT_DEV_ROOT_TOKEN_ID=$VAULT_TOKEN BAO_DEV_ROOT_TOKEN_ID=$VAULT_TOKEN \
 	"$bin" server -dev -dev-no-store-token \
 	-dev-listen-address="127.0.0.1:$port" -config="$work/server.hcl" >"$server_log" 2>&1 &
@@ -151,7 +152,7 @@ sum=$(cd "$work/plugins" && { sha256sum ./* 2>/dev/null || shasum -a 256 ./*; })
 VAULT_BIN=$bin scripts/register.sh "${sum%% *}" "$work/plugins/vault-plugin-secrets-mojoauth" mojoauth
 
 say "Writing config and roles"
-# The secret comes from standard input: arguments can be read by other users.
+# Pass the secret on standard input: other users can read arguments.
 printf '%s' "$client_secret" | "$bin" write mojoauth/config token_url="$token_url" client_id="$client_id" client_secret=-
 "$bin" write mojoauth/roles/demo audience="$audience" scopes="$scopes"
 "$bin" write mojoauth/roles/demo-narrow audience="$audience" scopes="$narrow"
@@ -169,7 +170,7 @@ if [ -n "$api" ]; then
 fi
 
 if [ "${AGENT:-}" = 1 ]; then
-	say "Starting two $title Agents: one keeps a token in a file, one supervises a program"
+	say "Starting two $title Agents: one keeps a token in a file, the other supervises a program"
 	"$bin" policy write demo - >/dev/null <<'HCL'
 path "mojoauth/creds/demo" {
   capabilities = ["read"]
@@ -205,7 +206,7 @@ template {
   perms       = "0600"
 }
 HCL
-	# A program of yours would call the API with the token; this one notes that it came.
+	# A real program would call the API with the token; this one only logs its start.
 	cat >"$work/program" <<'SH'
 echo "$(date +%T) started with a token of ${#MOJOAUTH_TOKEN} characters" >>"$1"
 exec sleep 86400
@@ -227,12 +228,12 @@ HCL
 	until_ready "the supervising agent" "$supervisor_pid" "$work/supervisor.log" test -s "$work/supervised.log"
 	until_ready "the agent" "$agent_pid" "$work/agent.log" test -s "$work/header"
 	if [ -n "$api" ]; then
-		printf '%s with what the agent wrote into %s/header\n' "$(curl -s -o /dev/null -w '%{http_code}' -H @"$work/header" "$api")" "$work"
+		printf '%s with the header that the agent wrote to %s/header\n' "$(curl -s -o /dev/null -w '%{http_code}' -H @"$work/header" "$api")" "$work"
 	fi
 fi
 
-# Commands are indented, and nothing else is; without comments, which not every
-# interactive shell takes.
+# Only commands are indented. They have no comments, which some interactive shells do not
+# accept.
 cat <<TXT
 
 $title is running. In another terminal:
@@ -243,13 +244,14 @@ TXT
 [ -z "$path" ] || echo "  export $path"
 cat <<TXT
 
-The same token, from the cache; one with fewer scopes; and a new one now:
+Read the same token from the cache, read one with fewer scopes, and rotate the token:
 
   $program read mojoauth/creds/demo
   $program read -field=access_token mojoauth/creds/demo-narrow
   $program write -force mojoauth/rotate-role/demo
 
-The config, without the client secret; what the node did; and how to do more:
+Read the config (without the client secret), the node's status and metrics, the help for
+roles, and the server's log:
 
   $program read mojoauth/config
   $program read -format=json mojoauth/status
@@ -259,29 +261,29 @@ The config, without the client secret; what the node did; and how to do more:
 TXT
 [ -z "$api" ] || cat <<TXT
 
-The API that the token opens, also for the programs in examples/:
+Call the API with the token; the programs in examples/ use API_URL too:
 
   export API_URL=$api
   curl -H "Authorization: Bearer \$($program read -field=access_token mojoauth/creds/demo)" \$API_URL
 
-An outage, to watch the engine on a bad day (docs/monitoring.md has more). The rotation
-fails, and says when the next try is; the read is answered all the same, from the cache;
-the status tells the failure and the back-off:
+Simulate an outage of MojoAuth (see also docs/monitoring.md). The rotation fails with the
+time of the next try, the read still returns the cached token, and status shows the
+failure and the back-off:
 
   curl -X PUT $oauth/faults -d '{"status": 503}'
   $program write -force mojoauth/rotate-role/demo
   $program read mojoauth/creds/demo
   $program read -format=json mojoauth/status
 
-The end of the outage:
+End the outage:
 
   curl -X DELETE $oauth/faults
 TXT
 [ -z "$agent_pid" ] || cat <<TXT
 
-One agent keeps $work/token and $work/header fresh; its log is $work/agent.log.
-The other restarts a program at each new token, which notes so in $work/supervised.log.
+One agent keeps $work/token and $work/header up to date; its log is $work/agent.log.
+The other restarts a program for each new token; the program logs to $work/supervised.log.
 TXT
 echo
 say "Press Ctrl-C to stop and remove everything"
-wait "$server_pid" || die "$title has ended: $(tail -n 5 "$server_log")"
+wait "$server_pid" || die "$title exited: $(tail -n 5 "$server_log")"

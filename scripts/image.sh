@@ -1,19 +1,19 @@
 #!/bin/sh
-# Builds the plugin's image, for Vault and OpenBao alike, and writes it to dist/ for
+# Builds the plugin's image for Vault and OpenBao, and writes it to dist/ for
 # `docker load`.
 #
-#   VERSION=0.1.0-dev scripts/image.sh          of this source
-#   scripts/image.sh ARCHIVE.zip                of the binary in a release's archive
+#   VERSION=0.1.0-dev scripts/image.sh          from this source
+#   scripts/image.sh ARCHIVE.zip                from the binary in a release archive
 #
-# Verify an archive first, as the README shows.
+# Verify the archive first, as the README shows.
 #
-# It needs buildah, podman or docker, the first that is there, or the one that ENGINE
-# names; buildah needs neither a daemon nor a network. IMAGE_ARCH is amd64 or arm64, by
-# default this machine's, and IMAGE the image's name.
+# The script uses the first of buildah, podman and docker that is installed, or the one
+# that ENGINE names; buildah needs no daemon and no network. IMAGE_ARCH is amd64 or arm64
+# (default: this machine's). IMAGE is the image's name.
 #
-# CA_BUNDLE is the file with the certificate authorities that the image trusts, by
-# default this machine's. It is data that changes while the plugin does not, so it is
-# no part of a release; the image's label says which one it was.
+# CA_BUNDLE is the file with the certificate authorities that the image trusts (default:
+# this machine's). Authorities change independently of the plugin, so a release does not
+# contain them; a label of the image has the bundle's checksum.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 name=vault-plugin-secrets-mojoauth
@@ -25,7 +25,7 @@ archive=
 case $# in
 0) ;;
 1) archive=$(CDPATH='' cd -- "$(dirname -- "$1")" && pwd)/$(basename -- "$1") ;;
-*) sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+*) sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 cd "$root"
 
@@ -33,13 +33,13 @@ engine=${ENGINE:-}
 for candidate in buildah podman docker; do
 	[ -n "$engine" ] || ! command -v "$candidate" >/dev/null || engine=$candidate
 done
-command -v "${engine:-none}" >/dev/null || die "buildah, podman or docker is needed"
+command -v "${engine:-none}" >/dev/null || die "install buildah, podman or docker"
 
 bundle=${CA_BUNDLE:-}
 for candidate in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/cert.pem; do
 	[ -n "$bundle" ] || [ ! -f "$candidate" ] || bundle=$candidate
 done
-grep -qs 'BEGIN CERTIFICATE' "${bundle:-none}" || die "no certificate authorities: name their file in CA_BUNDLE"
+grep -qs 'BEGIN CERTIFICATE' "${bundle:-none}" || die "no certificate authorities found: set CA_BUNDLE to their file"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -51,12 +51,12 @@ if [ -n "$archive" ]; then
 		$(basename "$archive" .zip)
 	TXT
 	[ "$os" = linux ] || die "$archive is not for linux"
-	# It may come from anybody: a link in it would have what follows write and read
-	# outside of the directory.
+	# The archive may come from any source. A link in it would make the commands below read
+	# and write outside the directory.
 	contents=$(unzip -Z1 "$archive" | LC_ALL=C sort) || die "$archive cannot be read"
 	[ "$contents" = "LICENSE.txt
-$name" ] || die "$archive does not hold LICENSE.txt and $name alone"
-	[ "$(unzip -Z "$archive" | grep -c '^-')" -eq 2 ] || die "$archive holds something else than files"
+$name" ] || die "$archive must contain only LICENSE.txt and $name"
+	[ "$(unzip -Z "$archive" | grep -c '^-')" -eq 2 ] || die "$archive contains something other than files"
 	unzip -q "$archive" -d "$context"
 	for file in LICENSE.txt "$name"; do
 		[ -f "$context/$file" ] && [ ! -h "$context/$file" ] || die "$file in $archive is not a file"
@@ -68,8 +68,8 @@ else
 	GOOS=linux GOARCH=$arch make --no-print-directory -s build VERSION="$version" OUT="$context/$name"
 	cp LICENSE "$context/LICENSE.txt"
 fi
-# The same binary and the same authorities make the same image: its time is the
-# commit's, which the files in an archive have, too.
+# The same binary and authorities give the same image: its time is the commit's, which the
+# files in a release archive have as well.
 if [ -n "$archive" ]; then
 	time=$(stat -c %Y "$context/LICENSE.txt")
 else
@@ -80,7 +80,7 @@ chmod 755 "$context/$name"
 chmod 644 "$context/LICENSE.txt" "$context/ca-certificates.crt"
 find "$context" -exec touch -h -d "@$time" {} +
 sum=$(sha256sum "$context/ca-certificates.crt")
-# Vault takes the tag without v, OpenBao the one with it.
+# Vault uses the tag without v, OpenBao the one with it.
 image=${IMAGE:-$name}:$version
 prefixed=${IMAGE:-$name}:v$version
 label=org.opencontainers.image
@@ -97,13 +97,13 @@ file=dist/${name}_${version}_linux_$arch.image.tar
 mkdir -p dist
 rm -f "$file"
 say "Building the image $image with $engine"
-# As OCI, although Docker gets it: in Docker's own format the name of the container that
-# it was built in is part of the image.
+# Use the OCI format, even for Docker: in Docker's own format, the name of the build
+# container is part of the image.
 case $engine in
 buildah)
 	buildah build --isolation chroot --format oci --identity-label=false --timestamp "$time" "$@" "$context"
 	buildah push --quiet "$image" "docker-archive:$work/archive.tar:$image"
-	# It leaves out the other tag.
+	# buildah omits the second tag.
 	mkdir "$work/archive"
 	tar -xf "$work/archive.tar" -C "$work/archive"
 	chmod u+w "$work/archive/manifest.json"
@@ -118,10 +118,10 @@ docker)
 	SOURCE_DATE_EPOCH=$time docker build "$@" "$context"
 	docker save --output "$file" "$image" "$prefixed"
 	;;
-*) die "ENGINE is $engine, want buildah, podman or docker" ;;
+*) die "ENGINE is $engine: use buildah, podman or docker" ;;
 esac
-# What `docker load` will show. Vault wants it as the plugin's checksum; OpenBao wants the
-# binary's.
+# This is the image ID that `docker load` shows. Vault needs it as the plugin's checksum;
+# OpenBao needs the binary's checksum.
 id=$(tar -xOf "$file" manifest.json | sed 's|.*"Config":"\(blobs/sha256/\)\{0,1\}\([0-9a-f]*\).*|\2|')
 binary=$(sha256sum "$context/$name")
 say "Image $image and $prefixed"

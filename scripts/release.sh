@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes a release, step by step. The workflow "release" runs each step where nothing
-# is that the step does not need: what builds has no key, and what signs runs gpg and
-# nothing that was downloaded. `make release` runs all steps here.
+# Makes a release in steps. The workflow "release" runs each step in a job that has only
+# what the step needs: the build job has no key, and the signing job runs gpg and nothing
+# that was downloaded. `make release` runs all steps on this machine.
 #
 #   VERSION=0.1.0-dev scripts/release.sh snapshot
 #   scripts/release.sh check v0.1.0
@@ -10,13 +10,12 @@
 #   GITHUB_TOKEN=... scripts/release.sh publish v0.1.0
 #   scripts/release.sh notes 0.1.0
 #
-# snapshot makes everything in dist/ and publishes nothing; GPG_FINGERPRINT is the key
-# that signs it, if any. The others make a release of a tag, vX.Y.Z, which is always
-# named. check says whether one can be made of it: it is what is checked out, and lies
-# on main. build makes the files in dist/ with goreleaser, as .goreleaser.yaml
-# describes them. sign signs their sums with the key in release-key.asc, which users
-# check them with. publish uploads all that as a draft, with gh. notes prints a
-# version's part of CHANGELOG.md.
+# snapshot builds everything into dist/ and publishes nothing. It signs with the key
+# GPG_FINGERPRINT, if set. The other steps release the named tag, vX.Y.Z. check verifies
+# that the tag can be released: it is checked out, and is on main. build builds the files
+# into dist/ with goreleaser, as described in .goreleaser.yaml. sign signs their checksums
+# with the key in release-key.asc, with which users verify them. publish uploads
+# everything as a draft with gh. notes prints a version's section of CHANGELOG.md.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cd "$root"
@@ -24,10 +23,10 @@ name=vault-plugin-secrets-mojoauth
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'release.sh: %s\n' "$*" >&2; exit 1; }
-usage() { sed -n '2,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
-# notes VERSION: what is between "## VERSION" and the next "## ", without blank lines
-# around it.
+# notes VERSION: prints the text between "## VERSION" and the next "## ", without
+# surrounding blank lines.
 notes() {
 	awk -v version="$1" '
 		/^## / { found = $2 == version; next }
@@ -35,7 +34,7 @@ notes() {
 		END { sub(/\n+$/, "\n", text); printf "%s", text }' CHANGELOG.md
 }
 
-# goreleaser finds the sbom program on the PATH.
+# goreleaser finds the sbom program on PATH.
 make_files() {
 	started=$(date +%s)
 	PATH=$root/bin:$PATH bin/goreleaser release --clean --skip=publish "$@"
@@ -49,35 +48,35 @@ check() {
 	printf '%s\n' "$tag" | grep -Eqx 'v[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.]+)?' || die "the tag is $tag, want vX.Y.Z"
 	version=${tag#v}
 	commit=$(git rev-parse --quiet --verify "refs/tags/$tag^{commit}") || die "there is no tag $tag"
-	[ "$commit" = "$(git rev-parse HEAD)" ] || die "$tag is not what is checked out"
+	[ "$commit" = "$(git rev-parse HEAD)" ] || die "$tag is not checked out"
 	git merge-base --is-ancestor "$commit" refs/remotes/origin/main ||
-		die "$tag does not lie on origin/main: a release is made of what was reviewed there"
-	[ -z "$(git status --porcelain)" ] || die "there are changes that are not committed"
-	[ -f release-key.asc ] || die "release-key.asc is not there: users check the signature with it"
-	[ "$(keys pub)" = 1 ] || die "release-key.asc does not hold one key"
-	[ -n "$(notes "$version")" ] || die "CHANGELOG.md has no part \"## $version\""
+		die "$tag is not on origin/main: only reviewed commits are released"
+	[ -z "$(git status --porcelain)" ] || die "there are uncommitted changes"
+	[ -f release-key.asc ] || die "release-key.asc is missing: users verify the signature with it"
+	[ "$(keys pub)" = 1 ] || die "release-key.asc must contain exactly one key"
+	[ -n "$(notes "$version")" ] || die "CHANGELOG.md has no section \"## $version\""
 }
 
-# keys KIND: how many records of that kind release-key.asc has.
+# keys KIND: prints the number of records of that kind in release-key.asc.
 keys() { gpg --batch --with-colons --show-keys release-key.asc | awk -F: -v kind="$1" '$1 == kind { n++ } END { print n + 0 }'; }
 
-# sums VERSION: checks that dist/ holds what its sums say, and nothing else.
+# sums VERSION: checks that dist/ has exactly the files in its checksums.
 sums() {
 	sums=dist/${name}_$1_SHA256SUMS
-	[ -f "$sums" ] || die "$sums is not there: run scripts/release.sh build v$1 first"
-	(cd dist && sha256sum --check --quiet --strict "${sums#dist/}") || die "a file in dist/ is not the one in $sums"
+	[ -f "$sums" ] || die "$sums is missing: run scripts/release.sh build v$1 first"
+	(cd dist && sha256sum --check --quiet --strict "${sums#dist/}") || die "a file in dist/ does not match $sums"
 	listed=$(awk '{ sub(/^\*/, "", $2); print $2 }' "$sums" | LC_ALL=C sort)
 	there=$(cd dist && for file in *.zip *.cdx.json; do printf '%s\n' "$file"; done | LC_ALL=C sort)
-	[ "$listed" = "$there" ] || die "dist/ does not hold just the files in $sums"
+	[ "$listed" = "$there" ] || die "dist/ has other files than $sums"
 }
 
-# signed VERSION: checks that the sums are signed with the key in release-key.asc.
+# signed VERSION: checks the checksums' signature with the key in release-key.asc.
 signed() {
 	work=$(mktemp -d)
 	trap 'rm -rf "$work"' EXIT
 	gpg --batch --quiet --dearmor --output "$work/key.gpg" release-key.asc
 	gpgv --quiet --keyring "$work/key.gpg" "dist/${name}_$1_SHA256SUMS.sig" "dist/${name}_$1_SHA256SUMS" ||
-		die "the sums are not signed with the key in release-key.asc"
+		die "the checksums are not signed with the key in release-key.asc"
 }
 
 sign() {
@@ -96,14 +95,14 @@ snapshot)
 	: "${VERSION:?is not set}"
 	export VERSION
 	if [ -n "$(git status --porcelain)" ]; then
-		say "There are changes that are not committed: they are in this snapshot, too"
+		say "This snapshot includes uncommitted changes"
 	fi
-	say "Making version $VERSION for 8 platforms: about 10 minutes on 2 cores, one when Go's build cache has it"
+	say "Building version $VERSION for 8 platforms: about 10 minutes on 2 cores, or one if it is in Go's build cache"
 	make_files --snapshot
 	if [ -n "${GPG_FINGERPRINT:-}" ]; then
 		sign "$VERSION"
 	else
-		say "No GPG_FINGERPRINT: the sums are not signed"
+		say "No GPG_FINGERPRINT: the checksums are not signed"
 	fi
 	;;
 check)
@@ -114,8 +113,8 @@ check)
 build)
 	[ $# = 2 ] || usage
 	check "$2"
-	say "Making $tag for 8 platforms"
-	# goreleaser would look for a tag by itself, and there may be two.
+	say "Building $tag for 8 platforms"
+	# Otherwise goreleaser chooses a tag, and the commit may have two.
 	export GORELEASER_CURRENT_TAG="$tag" VERSION="$version"
 	make_files
 	;;

@@ -1,16 +1,16 @@
 #!/bin/sh
-# Prints the path of a vault binary: $VAULT_BIN, or the vault on PATH, or one
-# built from source, once, into bin/.
+# Prints the path of a vault binary: $VAULT_BIN, the vault on PATH, or one built from
+# source, once, into bin/.
 #
 #   scripts/vault.sh [present]
 #
-# With present it builds nothing: it fails, silently, when there is none yet.
+# With present, it builds nothing, and fails without a message if there is no vault yet.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 case ${1:-} in '' | present) ;; *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
 
 if [ -n "${VAULT_BIN:-}" ]; then
-	[ -x "$VAULT_BIN" ] || { echo "VAULT_BIN is $VAULT_BIN, which cannot be run" >&2; exit 1; }
+	[ -x "$VAULT_BIN" ] || { echo "VAULT_BIN is $VAULT_BIN, which is not executable" >&2; exit 1; }
 	echo "$VAULT_BIN"
 	exit
 fi
@@ -18,13 +18,13 @@ if command -v vault; then
 	exit
 fi
 
-# Built anew when another version is asked for, known by the name.
+# The file name has the version, so a newly required version is built again.
 version=$(cd "$root/tools/vault" && go list -m -f '{{.Version}}' github.com/hashicorp/vault)
 vault=$root/bin/vault-$version
 if [ ! -x "$vault" ]; then
 	[ "${1:-}" != present ] || exit 1
 	echo "No vault on PATH: building Vault $version from source into bin/." >&2
-	echo "The first time this takes about 8 minutes on 2 cores, and half a minute when Go's build cache has it." >&2
+	echo "This takes about 8 minutes on 2 cores, or half a minute if it is in Go's build cache." >&2
 	mkdir -p "$root/bin"
 	(cd "$root/tools/vault" && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o "$vault.part" github.com/hashicorp/vault)
 	mv "$vault.part" "$vault"

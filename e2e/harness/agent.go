@@ -13,9 +13,9 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// Agent is a Vault Agent, or a Vault Proxy, that logs in with AppRole.
+// Agent is a Vault Agent or a Vault Proxy that logs in with AppRole.
 type Agent struct {
-	Dir     string // what its configuration names may be put here
+	Dir     string // for files that its configuration names
 	LogFile string
 
 	t       testing.TB
@@ -24,9 +24,9 @@ type Agent struct {
 	process *process
 }
 
-// StartAgent starts a Vault Agent of its own AppRole with that policy. stanzas is
-// its configuration beyond address and login; a %s in it stands for the agent's
-// directory.
+// StartAgent starts a Vault Agent with an AppRole of its own and the given policy.
+// stanzas is its configuration besides address and login; a %s in it stands for the
+// agent's directory.
 func (v *Vault) StartAgent(t testing.TB, name, policy, stanzas string) *Agent {
 	t.Helper()
 	return v.startAgent(t, "agent", name, policy, stanzas)
@@ -103,14 +103,14 @@ func (a *Agent) start() {
 	a.process = start(a.t, cmd)
 }
 
-// Restart ends the agent and starts it again.
+// Restart stops the agent and starts it again.
 func (a *Agent) Restart() {
 	a.t.Helper()
 	a.process.stop()
 	a.start()
 }
 
-// Log is all that the agent has logged.
+// Log returns everything that the agent has logged.
 func (a *Agent) Log() string {
 	content, err := os.ReadFile(a.LogFile)
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// Authority signs certificates of servers.
+// Authority is a certificate authority for servers.
 type Authority struct {
 	PEM string // its own certificate
 
@@ -27,7 +27,7 @@ type Authority struct {
 	certificate *x509.Certificate
 }
 
-// NewAuthority makes an authority that lives for a day.
+// NewAuthority creates an authority that is valid for a day.
 func NewAuthority(t testing.TB) *Authority {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -50,7 +50,7 @@ func NewAuthority(t testing.TB) *Authority {
 	return &Authority{encode("CERTIFICATE", der), key, certificate}
 }
 
-// Issue makes a certificate for a server at an IP address, or at a host of that name.
+// Issue returns a certificate for a server at an IP address or host name.
 func (a *Authority) Issue(t testing.TB, host string, until time.Time) tls.Certificate {
 	t.Helper()
 	var ips []net.IP
@@ -75,8 +75,8 @@ func (a *Authority) Issue(t testing.TB, host string, until time.Time) tls.Certif
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
-// write puts the authority's certificate, and a certificate and key of its for a
-// server at 127.0.0.1, into dir: ca.pem, cert.pem and key.pem.
+// write writes the authority's certificate, and a certificate and key for a server at
+// 127.0.0.1, to ca.pem, cert.pem and key.pem in dir.
 func (a *Authority) write(t testing.TB, dir string) {
 	t.Helper()
 	issued := a.Issue(t, "127.0.0.1", a.certificate.NotAfter)

@@ -16,29 +16,29 @@ import (
 	"time"
 )
 
-// Cluster is a Vault or an OpenBao of several nodes on integrated storage, with TLS between them and
-// to them.
+// Cluster is a Vault or OpenBao cluster on integrated storage, with TLS between the nodes
+// and for clients.
 type Cluster struct {
 	Nodes []*Vault
 }
 
-// diskSize is enough for what a node stores in the longest test, and little enough to
-// be filled up.
+// diskSize is enough for what a node stores in the longest test, and small enough to
+// fill.
 const diskSize = 192 << 20
 
-// StartCluster starts a cluster with an empty storage. Each node's storage is a disk
-// of its own, if this process may mount one.
+// StartCluster starts a cluster with empty storage. If this process may mount disks, each
+// node's storage is on its own disk.
 func StartCluster(t testing.TB, binary, pluginDir string, nodes int) *Cluster {
 	t.Helper()
 	return startCluster(t, binary, pluginDir, nodes, time.Second)
 }
 
-// NoticeDeath is how long the nodes of a patient cluster do without an active one before
-// they elect another.
+// NoticeDeath is how long the nodes of a patient cluster wait without an active node
+// before they elect another.
 const NoticeDeath = 5 * time.Second
 
-// StartPatientCluster is StartCluster for a test beside others, which take the machine's
-// time.
+// StartPatientCluster is StartCluster for tests that run in parallel with others and
+// compete for CPU time.
 func StartPatientCluster(t testing.TB, binary, pluginDir string, nodes int) *Cluster {
 	t.Helper()
 	return startCluster(t, binary, pluginDir, nodes, NoticeDeath)
@@ -68,7 +68,7 @@ func startCluster(t testing.TB, binary, pluginDir string, nodes int, patience ti
 	t.Cleanup(func() {
 		if t.Failed() {
 			for i, node := range c.Nodes {
-				t.Logf("the end of the log of node %d, %s:\n%s", i, node.address, node.logTail(t))
+				t.Logf("end of the log of node %d, %s:\n%s", i, node.address, node.logTail(t))
 			}
 		}
 	})
@@ -76,7 +76,7 @@ func startCluster(t testing.TB, binary, pluginDir string, nodes int, patience ti
 	first := c.Nodes[0]
 	first.initialize(t)
 	first.Unseal(t)
-	// Else a node has no vote in its first ten seconds.
+	// Otherwise a node has no vote for its first ten seconds.
 	if _, err := first.Logical().Write("sys/storage/raft/autopilot/configuration", map[string]any{"server_stabilization_time": "1s"}); err != nil {
 		t.Fatal(err)
 	}
@@ -95,13 +95,13 @@ func startCluster(t testing.TB, binary, pluginDir string, nodes int, patience ti
 	return c
 }
 
-// Without is the cluster without a node.
+// Without returns the cluster without a node.
 func (c *Cluster) Without(node *Vault) *Cluster {
 	return &Cluster{Nodes: slices.DeleteFunc(slices.Clone(c.Nodes), func(other *Vault) bool { return other == node })}
 }
 
-// Agreed is the active node, once it says so itself and all nodes that are unsealed
-// know it. Until then there is an error.
+// Agreed returns the active node once it says so itself and all unsealed nodes know it.
+// Until then, it returns an error.
 func (c *Cluster) Agreed() (*Vault, error) {
 	var active *Vault
 	address := ""
@@ -124,17 +124,17 @@ func (c *Cluster) Agreed() (*Vault, error) {
 			return nil, err
 		}
 		if leader.LeaderAddress == "" || address != "" && leader.LeaderAddress != address {
-			return nil, fmt.Errorf("%s takes %q for the active node, another takes %q", node.address, leader.LeaderAddress, address)
+			return nil, fmt.Errorf("%s considers %q the active node, another considers %q", node.address, leader.LeaderAddress, address)
 		}
 		address = leader.LeaderAddress
 	}
 	if active == nil || active.address != address {
-		return nil, fmt.Errorf("the nodes take %q for active, and it is not", address)
+		return nil, fmt.Errorf("the nodes consider %q active, but it is not", address)
 	}
 	return active, nil
 }
 
-// Active waits until the nodes agree on the active one.
+// Active waits until the nodes agree on the active node.
 func (c *Cluster) Active(t testing.TB) *Vault {
 	t.Helper()
 	var active *Vault
@@ -160,7 +160,7 @@ func (c *Cluster) Enable(t testing.TB, path, plugin, version string) {
 	}
 }
 
-// StepDown has the active node step down, and waits until another one is active.
+// StepDown makes the active node step down, and waits until another one is active.
 func (c *Cluster) StepDown(t testing.TB) {
 	t.Helper()
 	const patience = 5 * time.Second // an election takes less
@@ -181,8 +181,8 @@ func (c *Cluster) StepDown(t testing.TB) {
 	})
 }
 
-// Activations is how often a node of the cluster has started the plugin: as the active
-// one, and in OpenBao as a standby too (StandbysRead).
+// Activations returns how often a node of the cluster has started the plugin: as the
+// active node, and in OpenBao also as a standby (StandbysRead).
 func (c *Cluster) Activations(t testing.TB) int {
 	t.Helper()
 	n := 0
@@ -192,15 +192,15 @@ func (c *Cluster) Activations(t testing.TB) int {
 	return n
 }
 
-// Restart starts a node again that has ended, and unseals it.
+// Restart starts a node that has exited, and unseals it.
 func (c *Cluster) Restart(t testing.TB, node *Vault) {
 	t.Helper()
 	node.Start(t)
 	node.Unseal(t)
 }
 
-// Restore puts a snapshot of another cluster in the place of all that this one has
-// stored. Its keys and its root token are the other's from then on.
+// Restore replaces everything stored in the cluster with a snapshot of another cluster.
+// From then on, it has the other's keys and root token.
 func (c *Cluster) Restore(t testing.TB, snapshot string, from *Cluster) {
 	t.Helper()
 	file, err := os.Open(snapshot)
@@ -216,12 +216,12 @@ func (c *Cluster) Restore(t testing.TB, snapshot string, from *Cluster) {
 		node.unsealKey = from.Nodes[0].unsealKey
 		node.SetToken(from.Nodes[0].Token())
 	}
-	// The nodes find out one after the other that they do not have the key.
+	// The nodes notice one after the other that they lack the key.
 	c.Serve(t)
 }
 
-// SealAndUnseal seals all nodes, the active one by a request and the others, which take
-// none, by ending them and starting them again; and unseals all.
+// SealAndUnseal seals all nodes and unseals them. It seals the active node with a
+// request; the others accept none, so it restarts them.
 func (c *Cluster) SealAndUnseal(t testing.TB) {
 	t.Helper()
 	active := c.Active(t)
@@ -237,7 +237,7 @@ func (c *Cluster) SealAndUnseal(t testing.TB) {
 	c.Serve(t)
 }
 
-// Serve unseals the nodes that are sealed, until all serve.
+// Serve unseals all sealed nodes, and waits until all serve.
 func (c *Cluster) Serve(t testing.TB) {
 	t.Helper()
 	Eventually(t, "all nodes serve", func() error {
@@ -260,14 +260,14 @@ func (c *Cluster) Serve(t testing.TB) {
 	})
 }
 
-// disk is where a node of a cluster keeps its storage.
+// disk returns the directory of a node's storage.
 func (v *Vault) disk() string { return filepath.Join(v.Dir, "raft") }
 
 // mountDisk mounts a small disk at dir, if this process may.
 func mountDisk(t testing.TB, dir string) {
 	t.Helper()
 	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", fmt.Sprintf("size=%d,mode=0700", diskSize), "tmpfs", dir).CombinedOutput(); err != nil {
-		t.Logf("no disk of its own for %s: %v: %s", dir, err, out)
+		t.Logf("cannot mount a separate disk at %s: %v: %s", dir, err, out)
 		return
 	}
 	t.Cleanup(func() {
@@ -277,7 +277,7 @@ func mountDisk(t testing.TB, dir string) {
 	})
 }
 
-// HasDisks tells whether the nodes' storages are disks of their own.
+// HasDisks reports whether the nodes' storage is on separate disks.
 func (c *Cluster) HasDisks(t testing.TB) bool {
 	t.Helper()
 	var own, parent syscall.Stat_t
@@ -288,8 +288,7 @@ func (c *Cluster) HasDisks(t testing.TB) bool {
 	return own.Dev != parent.Dev
 }
 
-// FillDisk leaves no space on a node's disk, which has to be one of its own. free
-// makes it again.
+// FillDisk fills a node's disk, which must be a separate one. free frees the space.
 func (v *Vault) FillDisk(t testing.TB) (free func()) {
 	t.Helper()
 	junk := filepath.Join(v.disk(), "junk")
@@ -314,7 +313,7 @@ func (v *Vault) FillDisk(t testing.TB) (free func()) {
 	}
 }
 
-// Snapshot saves all that the cluster has stored to a file.
+// Snapshot saves everything the cluster has stored to a file.
 func (c *Cluster) Snapshot(t testing.TB) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "vault.snap")
@@ -329,7 +328,7 @@ func (c *Cluster) Snapshot(t testing.TB) string {
 	return path
 }
 
-// Sealed tells whether the server is sealed.
+// Sealed reports whether the server is sealed.
 func (v *Vault) Sealed(t testing.TB) bool {
 	t.Helper()
 	status, err := v.Sys().SealStatus()
@@ -339,7 +338,7 @@ func (v *Vault) Sealed(t testing.TB) bool {
 	return status.Sealed
 }
 
-// logTail is the end of what the server has logged.
+// logTail returns the end of the server's log.
 func (v *Vault) logTail(t testing.TB) string {
 	lines := strings.SplitAfter(v.Log(t), "\n")
 	return strings.Join(lines[max(0, len(lines)-80):], "")

@@ -1,9 +1,9 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package harness runs the real things that the end-to-end tests are about: the
-// plugin as a binary, and Vault. Everything listens on free loopback ports, and
-// is ended with the test that started it.
+// Package harness runs the real programs for the end-to-end tests: the plugin binary, and
+// Vault or OpenBao. Everything listens on free loopback ports, and stops with the test
+// that started it.
 package harness
 
 import (
@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// Root is the directory of the project.
+// Root returns the project's directory.
 func Root() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {
@@ -38,8 +38,8 @@ func Root() (string, error) {
 	}
 }
 
-// BuildPlugin builds the plugin with that version into dir, and returns the
-// binary's name in it.
+// BuildPlugin builds the plugin with the given version into dir, and returns the binary's
+// name in dir.
 func BuildPlugin(dir, version string) (string, error) {
 	root, err := Root()
 	if err != nil {
@@ -48,10 +48,10 @@ func BuildPlugin(dir, version string) (string, error) {
 	return buildPlugin(root, dir, version)
 }
 
-// ErrNoHistory is that the project's history is not here, as in a shallow clone.
+// ErrNoHistory means that the commit is missing, as in a shallow clone.
 var ErrNoHistory = errors.New("git does not have that commit")
 
-// BuildPluginOf is BuildPlugin of the project as it was at a commit.
+// BuildPluginOf is BuildPlugin for the project at a commit.
 func BuildPluginOf(t testing.TB, commit, dir, version string) (string, error) {
 	t.Helper()
 	root, err := Root()
@@ -105,7 +105,7 @@ func BuildTool(dir, command string) error {
 	return nil
 }
 
-// FreeAddress is a loopback address that nothing listens on just now.
+// FreeAddress returns a loopback address that nothing listens on at the moment.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -116,14 +116,14 @@ func FreeAddress(t testing.TB) string {
 	return listener.Addr().String()
 }
 
-// Eventually waits until the condition holds, and fails the test with its last
-// error when it does not within a generous time.
+// Eventually waits until the condition holds. If it does not within a generous time, the
+// test fails with the condition's last error.
 func Eventually(t testing.TB, what string, holds func() error) {
 	t.Helper()
 	EventuallyWithin(t, time.Minute, what, holds)
 }
 
-// EventuallyWithin is Eventually for what may take longer.
+// EventuallyWithin is Eventually with a longer time.
 func EventuallyWithin(t testing.TB, patience time.Duration, what string, holds func() error) {
 	t.Helper()
 	deadline := time.Now().Add(patience)
@@ -139,7 +139,7 @@ func EventuallyWithin(t testing.TB, patience time.Duration, what string, holds f
 	}
 }
 
-// process is a program that is ended with the test.
+// process is a program that stops with the test.
 type process struct {
 	cmd    *exec.Cmd
 	exited chan struct{}
@@ -147,7 +147,7 @@ type process struct {
 
 func start(t testing.TB, cmd *exec.Cmd) *process {
 	t.Helper()
-	endWithParent(cmd) // also when the tests end by a panic
+	endWithParent(cmd) // also when the tests panic
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -160,7 +160,7 @@ func start(t testing.TB, cmd *exec.Cmd) *process {
 	return p
 }
 
-// stop asks the process to end, and ends it when it does not.
+// stop interrupts the process, and kills it if it does not exit.
 func (p *process) stop() {
 	_ = p.cmd.Process.Signal(os.Interrupt)
 	select {
@@ -171,7 +171,7 @@ func (p *process) stop() {
 	}
 }
 
-// run runs a command to its end, and answers what it printed.
+// run runs a command until it exits, and returns its output.
 func run(ctx context.Context, env []string, name string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Env = append(os.Environ(), env...)

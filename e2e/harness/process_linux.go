@@ -8,7 +8,7 @@ import (
 	"syscall"
 )
 
-// endWithParent has the command interrupted when this process ends.
+// endWithParent makes the kernel interrupt the command when this process ends.
 func endWithParent(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGINT}
 }

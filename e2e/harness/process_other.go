@@ -7,5 +7,5 @@ package harness
 
 import "os/exec"
 
-// endWithParent does nothing where there is nothing to do it with.
+// endWithParent does nothing on platforms without such a feature.
 func endWithParent(*exec.Cmd) {}

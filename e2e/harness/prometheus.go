@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// StartPrometheus starts the Prometheus on PATH with a configuration file, and
-// returns its address once it is ready. It writes into dir.
+// StartPrometheus starts the Prometheus on PATH with a configuration file, and returns
+// its address once it is ready. Prometheus writes to dir.
 func StartPrometheus(t testing.TB, config, dir string) string {
 	t.Helper()
 	address := FreeAddress(t)

@@ -13,8 +13,8 @@ import (
 	"sync"
 )
 
-// Product is what a server is. Both run the same plugin; what differs between them, and
-// tests have to allow for, is in differences.go.
+// Product is the kind of server. Both run the same plugin; differences.go lists the
+// differences that tests must allow for.
 type Product string
 
 // The servers that the tests run in.
@@ -23,7 +23,7 @@ const (
 	OpenBao        Product = "OpenBao"
 )
 
-// Program is the name of the product's command.
+// Program returns the name of the product's command.
 func (p Product) Program() string {
 	if p == OpenBao {
 		return "bao"
@@ -31,12 +31,12 @@ func (p Product) Program() string {
 	return "vault"
 }
 
-// Choice is the value of SERVER that chooses the product.
+// Choice returns the value of SERVER that selects the product.
 func (p Product) Choice() string { return strings.ToLower(string(p)) }
 
-var products sync.Map // of binaries that were asked, by path
+var products sync.Map // by the binary's path
 
-// ProductOf is what a binary calls itself, with its version.
+// ProductOf returns the product and version that a binary reports.
 func ProductOf(binary string) (product Product, version string, err error) {
 	out, ok := products.Load(binary)
 	if !ok {
@@ -54,9 +54,9 @@ func ProductOf(binary string) (product Product, version string, err error) {
 	return Product(words[0]), strings.TrimSuffix(words[1], ","), nil
 }
 
-// ServerBinary finds the server that SERVER names, vault or openbao, or gets it: a Vault
-// is built, which takes minutes, and an OpenBao is fetched. Without SERVER it is the one
-// that VAULT_BIN names, whatever that is, else OpenBao.
+// ServerBinary returns the server that SERVER names, vault or openbao. If necessary, it
+// builds Vault, which takes minutes, or fetches OpenBao. Without SERVER, it returns the
+// server that VAULT_BIN names, whichever that is, or else OpenBao.
 func ServerBinary() (string, error) {
 	root, err := Root()
 	if err != nil {

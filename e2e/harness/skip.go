@@ -15,14 +15,14 @@ var (
 	untested   []string
 )
 
-// Untested lists what the tests so far have left out, each with its reason.
+// Untested returns what the tests so far have left out, each with its reason.
 func Untested() []string {
 	untestedMu.Lock()
 	defer untestedMu.Unlock()
 	return append([]string(nil), untested...)
 }
 
-// NotTested notes something that a test leaves out, for the run to list at its end.
+// NotTested records something that a test leaves out. The run lists it at its end.
 func NotTested(t testing.TB, reason string) {
 	t.Helper()
 	t.Log("NOT TESTED: " + reason)
@@ -31,14 +31,15 @@ func NotTested(t testing.TB, reason string) {
 	untested = append(untested, t.Name()+": "+reason)
 }
 
-// Skip skips a test, and the run lists it at its end. Tests skip by no other way.
+// Skip skips a test, and the run lists it at its end. Tests must not skip in any other
+// way.
 func Skip(t testing.TB, format string, args ...any) {
 	t.Helper()
 	NotTested(t, fmt.Sprintf(format, args...))
 	t.SkipNow()
 }
 
-// Skip skips a test in products with that difference, which leaves nothing to test.
+// Skip skips a test that the difference makes pointless in a product.
 func (d Difference) Skip(t testing.TB, in Product) {
 	t.Helper()
 	if in.Has(d) {
@@ -46,17 +47,17 @@ func (d Difference) Skip(t testing.TB, in Product) {
 	}
 }
 
-// Once skips a test of the plugin's own figures, which take minutes and are the same in
-// each server, when the same run goes on in another server.
+// Once skips a test of the plugin's own figures if the same run continues in another
+// server. Such a test takes minutes, and its figures are the same in each server.
 func Once(t testing.TB) {
 	t.Helper()
 	if next := os.Getenv("E2E_NEXT"); next != "" {
-		Skip(t, "measured once in a run, in %s, which follows", next)
+		Skip(t, "measured once per run, in %s, which follows", next)
 	}
 }
 
-// Missing skips a test for something that this machine lacks. In CI, which has
-// everything, the test fails instead.
+// Missing skips a test because this machine lacks something. In CI, which has everything,
+// the test fails instead.
 func Missing(t testing.TB, format string, args ...any) {
 	t.Helper()
 	if os.Getenv("CI") != "" {

@@ -12,9 +12,9 @@ import (
 	"testing"
 )
 
-// What a server stores, seen past the engine: sys/raw decrypts it for root.
+// What a server stores, read without the engine: sys/raw decrypts it for root.
 
-// StorageOf is where a mount's storage is.
+// StorageOf returns the path of a mount's storage.
 func (v *Vault) StorageOf(t testing.TB, mount string) string {
 	t.Helper()
 	secret, err := v.Logical().Read("sys/mounts/" + mount)
@@ -24,7 +24,8 @@ func (v *Vault) StorageOf(t testing.TB, mount string) string {
 	return fmt.Sprintf("logical/%s/", secret.Data["uuid"])
 }
 
-// Stored is what is stored below a path, which ends in a slash, by the rest of the path.
+// Stored returns what is stored below a path that ends in a slash, by the rest of the
+// path.
 func (v *Vault) Stored(path string) (map[string]string, error) {
 	stored := make(map[string]string)
 	list, err := v.Logical().List("sys/raw/" + path)
@@ -51,14 +52,14 @@ func (v *Vault) Stored(path string) (map[string]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		if entry != nil { // else it was deleted meanwhile
+		if entry != nil { // otherwise it was deleted in the meantime
 			stored[key] = fmt.Sprint(entry.Data["value"])
 		}
 	}
 	return stored, nil
 }
 
-// Store puts something into storage behind the engine's back.
+// Store writes to storage without the engine.
 func (v *Vault) Store(t testing.TB, path, value string) {
 	t.Helper()
 	if _, err := v.Logical().Write("sys/raw/"+path, map[string]any{"value": value}); err != nil {
@@ -66,8 +67,8 @@ func (v *Vault) Store(t testing.TB, path, value string) {
 	}
 }
 
-// BarrierOperations are how many entries a metered server has read and written so far, for
-// itself and for its mounts.
+// BarrierOperations returns how many entries a metered server has read and written so
+// far, for itself and for its mounts.
 func (v *Vault) BarrierOperations(t testing.TB) (gets, puts int) {
 	t.Helper()
 	resp, err := v.Logical().ReadRawWithData("sys/metrics", map[string][]string{"format": {"prometheus"}})
@@ -85,7 +86,7 @@ func (v *Vault) BarrierOperations(t testing.TB) (gets, puts int) {
 	}
 	gets, puts = counts["vault_barrier_get_count"], counts["vault_barrier_put_count"]
 	if gets == 0 || puts == 0 {
-		t.Fatalf("the server's metrics tell of %d gets and %d puts", gets, puts)
+		t.Fatalf("got %d gets and %d puts from the server's metrics", gets, puts)
 	}
 	return gets, puts
 }

@@ -25,25 +25,25 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// Vault is a server, a Vault or an OpenBao: one alone, whose storage outlives a seal and
-// its process, or a node of a Cluster.
+// Vault is a Vault or OpenBao server: a single one, whose storage survives a seal and the
+// end of its process, or a node of a Cluster.
 type Vault struct {
 	*api.Client // with the root token
 
 	Binary    string
 	Product   Product
-	Dir       string // everything the server writes is in here
+	Dir       string // has all files that the server writes
 	LogFile   string
 	AuditFile string
 
-	address   string // with its scheme
+	address   string // with the scheme
 	caFile    string // "" without TLS
 	unsealKey string
 	process   *process
 	responses recorder
 }
 
-// recorder keeps the bodies of the responses that pass it.
+// recorder keeps the bodies of the responses that pass through it.
 type recorder struct {
 	next   http.RoundTripper
 	mu     sync.Mutex
@@ -67,16 +67,14 @@ func (r *recorder) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// Responses are the bodies of all responses that the server has given to the
-// client of v.
+// Responses returns the bodies of all responses that the server sent to the client of v.
 func (v *Vault) Responses() string {
 	v.responses.mu.Lock()
 	defer v.responses.mu.Unlock()
 	return v.responses.bodies.String()
 }
 
-// StartVault starts a Vault with an empty storage whose plugin directory is
-// pluginDir.
+// StartVault starts a server with empty storage and the given plugin directory.
 func StartVault(t testing.TB, binary, pluginDir string) *Vault {
 	t.Helper()
 	v := startVault(t, binary, pluginDir, "trace", true, "")
@@ -91,20 +89,20 @@ func StartVault(t testing.TB, binary, pluginDir string) *Vault {
 	return v
 }
 
-// StartQuietVault is StartVault without an audit and with the log of a Vault in
-// production, for measuring.
+// StartQuietVault is StartVault without an audit and with a production log level, for
+// measurements.
 func StartQuietVault(t testing.TB, binary, pluginDir string) *Vault {
 	t.Helper()
 	return startVault(t, binary, pluginDir, "info", false, "")
 }
 
-// StartMeteredVault is StartQuietVault with metrics of its own, for BarrierOperations.
+// StartMeteredVault is StartQuietVault with server metrics, for BarrierOperations.
 func StartMeteredVault(t testing.TB, binary, pluginDir string) *Vault {
 	t.Helper()
 	return startVault(t, binary, pluginDir, "info", false, "telemetry {\n  prometheus_retention_time = \"1h\"\n  disable_hostname = true\n}\n")
 }
 
-// startVault starts a server alone. more is added to its configuration.
+// startVault starts a single server. more is added to its configuration.
 func startVault(t testing.TB, binary, pluginDir, logLevel string, audited bool, more string) *Vault {
 	t.Helper()
 	dir := t.TempDir()
@@ -115,7 +113,7 @@ func startVault(t testing.TB, binary, pluginDir, logLevel string, audited bool, 
 	}
 	stanzas := fmt.Sprintf("storage \"file\" {\n  path = %q\n}", path)
 	if v.Product.Has(NoFileStorage) {
-		mountDisk(t, path) // Raft waits for the disk at every write, and these tests are not about that
+		mountDisk(t, path) // Raft waits for the disk at every write, which these tests are not about
 		stanzas = raftStanza(path, "node", "", 1)
 	}
 	if audited && v.Product.Has(AuditInConfiguration) {
@@ -128,14 +126,14 @@ func startVault(t testing.TB, binary, pluginDir, logLevel string, audited bool, 
 	return v
 }
 
-// raftStanza is integrated storage at a path, of a node that joins others by those
-// stanzas.
+// raftStanza returns the stanza of integrated storage at a path, for a node that joins
+// others with the join stanzas.
 func raftStanza(path, node, join string, multiplier int) string {
 	return fmt.Sprintf("storage \"raft\" {\n  path = %q\n  node_id = %q\n  performance_multiplier = %d\n%s}", path, node, multiplier, join)
 }
 
-// multiplier is the least performance_multiplier with which nodes wait that long for the
-// leader. Vault's documentation advises 1 for production.
+// multiplier returns the lowest performance_multiplier with which nodes wait that long
+// for the leader. Vault's documentation recommends 1 for production.
 func (p Product) multiplier(patience time.Duration) int {
 	unit := time.Second
 	if p.Has(PatientNodes) {
@@ -144,8 +142,8 @@ func (p Product) multiplier(patience time.Duration) int {
 	return int((patience + unit - 1) / unit)
 }
 
-// newVault is a server at that address, with TLS if there is an authority for its
-// certificate.
+// newVault returns a server at the given address, with TLS if there is an authority for
+// its certificate.
 func newVault(t testing.TB, binary, dir, address string, ca *Authority) *Vault {
 	t.Helper()
 	product, _, err := ProductOf(binary)
@@ -171,7 +169,7 @@ func newVault(t testing.TB, binary, dir, address string, ca *Authority) *Vault {
 	return v
 }
 
-// newClient makes a client without a token that tries once.
+// newClient returns a client without a token that tries each request once.
 func (v *Vault) newClient(t testing.TB, wrap func(http.RoundTripper) http.RoundTripper) *api.Client {
 	t.Helper()
 	config := api.DefaultConfig()
@@ -190,8 +188,8 @@ func (v *Vault) newClient(t testing.TB, wrap func(http.RoundTripper) http.RoundT
 	return client
 }
 
-// Reader makes another client with the root token, whose responses are not kept. It
-// waits at most that long for an answer.
+// Reader returns another client with the root token, whose responses are not kept. It
+// waits at most timeout for a response.
 func (v *Vault) Reader(t testing.TB, timeout time.Duration) *api.Client {
 	t.Helper()
 	client := v.newClient(t, func(transport http.RoundTripper) http.RoundTripper { return transport })
@@ -200,7 +198,7 @@ func (v *Vault) Reader(t testing.TB, timeout time.Duration) *api.Client {
 	return client
 }
 
-// configure writes the server's configuration file, with those stanzas.
+// configure writes the server's configuration file with the given stanzas.
 func (v *Vault) configure(t testing.TB, stanzas, pluginDir, logLevel string) {
 	t.Helper()
 	listener := "tls_disable = true"
@@ -233,7 +231,7 @@ raw_storage_endpoint = true
 
 func (v *Vault) configFile() string { return filepath.Join(v.Dir, "vault.hcl") }
 
-// Start starts the server's process, and waits until it answers.
+// Start starts the server's process, and waits until it responds.
 func (v *Vault) Start(t testing.TB) {
 	t.Helper()
 	log, err := os.OpenFile(v.LogFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -243,18 +241,18 @@ func (v *Vault) Start(t testing.TB) {
 	defer log.Close() // the process has its own
 	cmd := exec.Command(v.Binary, "server", "-config", v.configFile())
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.Env = append(os.Environ(), "TMPDIR="+v.Dir) // where a plugin that is killed leaves its socket
+	cmd.Env = append(os.Environ(), "TMPDIR="+v.Dir) // where a killed plugin leaves its socket
 	v.process = start(t, cmd)
-	Eventually(t, "Vault answers", func() error {
+	Eventually(t, "Vault responds", func() error {
 		if !v.Running() {
-			return errors.New("it has exited: " + v.Log(t))
+			return errors.New("the server has exited: " + v.Log(t))
 		}
 		_, err := v.Sys().SealStatus()
 		return err
 	})
 }
 
-// Running tells whether the server's process runs.
+// Running reports whether the server's process is running.
 func (v *Vault) Running() bool {
 	select {
 	case <-v.process.exited:
@@ -264,7 +262,7 @@ func (v *Vault) Running() bool {
 	}
 }
 
-// Kill ends the server without letting it tell anybody.
+// Kill kills the server without a chance to notify anyone.
 func (v *Vault) Kill(t testing.TB) {
 	t.Helper()
 	if err := v.process.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
@@ -273,10 +271,10 @@ func (v *Vault) Kill(t testing.TB) {
 	<-v.process.exited
 }
 
-// Stop ends the server as an operator does.
+// Stop stops the server as an operator does.
 func (v *Vault) Stop() { v.process.stop() }
 
-// initialize makes the keys of a new Vault, and logs in.
+// initialize creates the keys of a new server, and logs in.
 func (v *Vault) initialize(t testing.TB) {
 	t.Helper()
 	keys, err := v.Sys().Init(&api.InitRequest{SecretShares: 1, SecretThreshold: 1})
@@ -287,16 +285,16 @@ func (v *Vault) initialize(t testing.TB) {
 	v.SetToken(keys.RootToken)
 }
 
-// Unseal unseals the server, and waits until it serves: itself, or as a standby that
-// knows the active node.
+// Unseal unseals the server, and waits until it serves, itself or as a standby that knows
+// the active node.
 func (v *Vault) Unseal(t testing.TB) {
 	t.Helper()
-	// Once only: a node that is joining a cluster takes the key and unseals later, and a
-	// second key would have it become a standby twice.
-	Eventually(t, "Vault takes the key", func() error { _, err := v.Sys().Unseal(v.unsealKey); return err })
+	// Only once: a node that is joining a cluster accepts the key and unseals later; a
+	// second key would make it become a standby twice.
+	Eventually(t, "Vault accepts the key", func() error { _, err := v.Sys().Unseal(v.unsealKey); return err })
 	Eventually(t, "Vault is unsealed", func() error {
 		if v.Sealed(t) {
-			return errors.New("it is still sealed")
+			return errors.New("still sealed")
 		}
 		return nil
 	})
@@ -307,14 +305,14 @@ func (v *Vault) Unseal(t testing.TB) {
 		}
 		leader, err := v.Sys().Leader()
 		if err == nil && leader.LeaderAddress == "" {
-			err = fmt.Errorf("sealed %v, standby %v, and no active node", health.Sealed, health.Standby)
+			err = fmt.Errorf("sealed %v, standby %v, no active node", health.Sealed, health.Standby)
 		}
 		return err
 	})
 }
 
-// Register registers a plugin binary of the plugin directory in Vault's catalog
-// as name, with that version.
+// Register registers a binary in the plugin directory in the server's catalog, with the
+// given name and version.
 func (v *Vault) Register(t testing.TB, pluginDir, binary, name, version string) {
 	t.Helper()
 	content, err := os.ReadFile(filepath.Join(pluginDir, binary))
@@ -346,8 +344,8 @@ func (v *Vault) CLI(ctx context.Context, args ...string) (string, error) {
 	return run(ctx, v.Environment(), v.Binary, args...)
 }
 
-// Environment has the variables that make the server's command talk to this server with
-// the root token, and the project's scripts use its binary.
+// Environment returns the variables that direct the server's command to this server with
+// the root token, and the project's scripts to its binary.
 func (v *Vault) Environment() []string {
 	variables := []string{"ADDR=" + v.address, "CACERT=" + v.caFile, "TOKEN=" + v.Token()}
 	environment := []string{"VAULT_BIN=" + v.Binary}
@@ -360,7 +358,7 @@ func (v *Vault) Environment() []string {
 	return environment
 }
 
-// Log is all that the server and its plugins have logged.
+// Log returns everything that the server and its plugins have logged.
 func (v *Vault) Log(t testing.TB) string {
 	t.Helper()
 	content, err := os.ReadFile(v.LogFile)
@@ -370,7 +368,7 @@ func (v *Vault) Log(t testing.TB) string {
 	return string(content)
 }
 
-// PluginProcesses are the ids of the server's plugin processes that run this
+// PluginProcesses returns the IDs of the server's plugin processes that run the given
 // binary.
 func (v *Vault) PluginProcesses(t testing.TB, binary string) []int {
 	t.Helper()
@@ -382,9 +380,9 @@ func (v *Vault) PluginProcesses(t testing.TB, binary string) []int {
 	for _, file := range stats {
 		content, err := os.ReadFile(file)
 		if err != nil {
-			continue // it has ended
+			continue // it has exited
 		}
-		// pid (name) state ppid …; the name may hold anything but a further ).
+		// pid (name) state ppid …; the name may contain anything except another ).
 		fields := strings.Fields(string(content[strings.LastIndexByte(string(content), ')')+1:]))
 		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
 		if len(fields) < 2 || fields[1] != strconv.Itoa(v.process.cmd.Process.Pid) {
@@ -398,8 +396,8 @@ func (v *Vault) PluginProcesses(t testing.TB, binary string) []int {
 	return pids
 }
 
-// SignalPlugin sends the plugin's process, or processes, a signal: SIGKILL ends it at
-// once, SIGQUIT with a dump of all goroutines to Vault's log, as a crash leaves.
+// SignalPlugin sends a signal to the plugin's processes. SIGKILL ends them immediately;
+// SIGQUIT makes them write all goroutines to Vault's log, like a crash.
 func (v *Vault) SignalPlugin(t testing.TB, binary string, signal syscall.Signal) {
 	t.Helper()
 	pids := v.PluginProcesses(t, binary)

@@ -16,46 +16,46 @@ import (
 	"time"
 )
 
-// FaultsPath is where faults are seen and set while the server runs: GET, PUT with
-// a JSON object of Faults, DELETE to be well again.
+// FaultsPath is where to read and set faults while the server runs: GET, PUT with a JSON
+// object of Faults, DELETE to remove all faults.
 const FaultsPath = "/faults"
 
-// Faults is how the token endpoint misbehaves. The zero value is a server that is
-// well. Clients, scopes and audiences are still checked where an answer is changed
-// and not replaced.
+// Faults describes how the token endpoint misbehaves. The zero value has no faults. The
+// server still checks clients, scopes and audiences if a fault changes a response, but
+// not if it replaces it.
 type Faults struct {
-	// Requests is how many requests the faults are for; 0 is all.
+	// Requests is the number of requests that the faults apply to; 0 means all.
 	Requests int `json:"requests,omitempty"`
-	// Latency is how long an answer takes, such as "500ms".
+	// Latency delays each response, such as by "500ms".
 	Latency Duration `json:"latency,omitempty"`
-	// Hang takes a request and never answers.
+	// Hang accepts a request and never answers.
 	Hang bool `json:"hang,omitempty"`
-	// Drop breaks the connection: "before" the answer, or in the "body".
+	// Drop closes the connection: "before" the response, or in its "body".
 	Drop string `json:"drop,omitempty"`
-	// Status answers with this status instead, and with Header and Body.
+	// Status replaces the response with one that has this status, Header and Body.
 	Status int               `json:"status,omitempty"`
 	Header map[string]string `json:"header,omitempty"`
 	Body   string            `json:"body,omitempty"`
-	// BodySize is how many bytes of junk follow Body.
+	// BodySize is the number of junk bytes after Body.
 	BodySize int `json:"body_size,omitempty"`
 	// Gzip compresses the body.
 	Gzip bool `json:"gzip,omitempty"`
-	// Fields are set in the answers that grant a token; null takes a field out.
+	// Fields are set in successful responses; null removes a field.
 	Fields map[string]json.RawMessage `json:"fields,omitempty"`
-	// RateLimit is how many requests are taken in any second. Those beyond it are
-	// answered with 429, and do not count toward it.
+	// RateLimit is the number of requests allowed in any second. Requests beyond it get a
+	// 429, and do not count toward it.
 	RateLimit int `json:"rate_limit,omitempty"`
-	// RetryAfter is the Retry-After of these 429s, in seconds; 0 is none.
+	// RetryAfter is the Retry-After of these 429s, in seconds; 0 means none.
 	RetryAfter int `json:"retry_after,omitempty"`
 }
 
-// Duration is a time.Duration that JSON holds as "1.5s".
+// Duration is a time.Duration that is "1.5s" in JSON.
 type Duration time.Duration
 
-// MarshalText gives the form that time.ParseDuration reads.
+// MarshalText returns the form that time.ParseDuration reads.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
 
-// UnmarshalText reads what time.ParseDuration does.
+// UnmarshalText accepts what time.ParseDuration does.
 func (d *Duration) UnmarshalText(text []byte) error {
 	parsed, err := time.ParseDuration(string(text))
 	*d = Duration(parsed)
@@ -70,8 +70,8 @@ func (s *Server) SetFaults(f Faults) {
 	s.faultsLeft = f.Requests
 }
 
-// takeFaults is how the server misbehaves for a request that has come at that time.
-// The caller holds s.mu.
+// takeFaults returns the faults for a request that arrived at the given time. The caller
+// holds s.mu.
 func (s *Server) takeFaults(at time.Time) Faults {
 	f := s.faults
 	if f.Requests > 0 {
@@ -88,7 +88,7 @@ func (s *Server) takeFaults(at time.Time) Faults {
 	return f
 }
 
-// refusal is how a request beyond the rate limit is answered.
+// refusal returns the faults for a request beyond the rate limit.
 func (f Faults) refusal() Faults {
 	refusal := Faults{Latency: f.Latency, Status: http.StatusTooManyRequests, Body: `{"error":"slow_down"}`}
 	if f.RetryAfter > 0 {
@@ -104,15 +104,15 @@ func (s *Server) faultsEndpoint(w http.ResponseWriter, r *http.Request) {
 		decoder := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<20))
 		decoder.DisallowUnknownFields()
 		if err := decoder.Decode(&f); err != nil {
-			http.Error(w, "not the faults this server knows: "+err.Error(), http.StatusBadRequest)
+			http.Error(w, "invalid faults: "+err.Error(), http.StatusBadRequest)
 			return
 		}
 		if f.RateLimit < 0 || f.RetryAfter < 0 {
-			http.Error(w, "rate_limit and retry_after may not be negative", http.StatusBadRequest)
+			http.Error(w, "rate_limit and retry_after must not be negative", http.StatusBadRequest)
 			return
 		}
 		if f.Drop != "" && f.Drop != "before" && f.Drop != "body" {
-			http.Error(w, `drop may be "before" or "body"`, http.StatusBadRequest)
+			http.Error(w, `drop must be "before" or "body"`, http.StatusBadRequest)
 			return
 		}
 		s.SetFaults(f)
@@ -126,8 +126,7 @@ func (s *Server) faultsEndpoint(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(f)
 }
 
-// misbehave answers a token request as the faults say; well is how the request is
-// answered otherwise.
+// misbehave answers a token request with the faults; well answers it without.
 func (f Faults) misbehave(w http.ResponseWriter, r *http.Request, well http.HandlerFunc) {
 	if f.Hang {
 		<-r.Context().Done()

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// ask makes a token request to the server, and returns its answer.
+// ask sends a token request to the server, and returns the response.
 func ask(t *testing.T, s *Server) *httptest.ResponseRecorder {
 	t.Helper()
 	form := url.Values{"grant_type": {"client_credentials"}, "client_id": {"client"}, "client_secret": {"secret"}}
@@ -34,7 +34,7 @@ func newServer(t *testing.T) *Server {
 	return s
 }
 
-// statuses are those of the requests so far.
+// statuses returns the statuses of the requests so far.
 func statuses(s *Server) (all []int) {
 	for _, request := range s.Requests() {
 		all = append(all, request.Status)
@@ -55,13 +55,13 @@ func TestRateLimitHoldsInAnySecond(t *testing.T) {
 			{0, 200}, {600 * ms, 200}, {900 * ms, 200},
 			{950 * ms, 429},  // three in the second before
 			{1000 * ms, 200}, // the first is a second old
-			{1100 * ms, 429}, // a new calendar second, and not a new window
-			{1599 * ms, 429}, // refused ones before do not count …
-			{1600 * ms, 200}, // … or this would be refused
+			{1100 * ms, 429}, // a new calendar second, but not a new window
+			{1599 * ms, 429}, // refused requests do not count …
+			{1600 * ms, 200}, // … otherwise this one would be refused
 			{5000 * ms, 200}, // an idle time …
 			{5001 * ms, 200},
 			{5002 * ms, 200},
-			{5003 * ms, 429},        // … saves nothing up
+			{5003 * ms, 429},        // … does not add to the limit
 			{5999*ms + 999999, 429}, // a nanosecond too early
 			{6000 * ms, 200},        //
 		} {
@@ -102,16 +102,16 @@ func TestRequestsTellHowTheyWereAnswered(t *testing.T) {
 		go ask(t, s)
 		synctest.Wait()
 		if got := statuses(s); !slices.Equal(got, []int{200, 200, 0}) {
-			t.Errorf("with one under way: %v", got)
+			t.Errorf("with one in progress: got %v", got)
 		}
 		time.Sleep(time.Second)
 		s.SetFaults(Faults{Status: 503})
 		ask(t, s)
 		if got := statuses(s); !slices.Equal(got, []int{200, 200, 429, 503}) {
-			t.Errorf("in the end: %v", got)
+			t.Errorf("at the end: got %v", got)
 		}
 		if got := Refused(s.Requests()); got != 1 {
-			t.Errorf("%d were refused, want 1", got)
+			t.Errorf("got %d refused, want 1", got)
 		}
 	})
 }

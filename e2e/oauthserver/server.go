@@ -1,14 +1,12 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package oauthserver is an OAuth 2.0 authorization server for tests and for
-// trying the engine without a MojoAuth account, and beside it a small API that
-// its tokens protect.
+// Package oauthserver is an OAuth 2.0 authorization server for tests and for trying the
+// engine without a MojoAuth account, with a small API that its tokens protect.
 //
-// It stands in for MojoAuth's token endpoint; how MojoAuth itself answers was
-// not checked with it. github.com/ory/fosite does the protocol: it
-// authenticates clients, checks scopes and audiences, and makes the errors. The
-// tokens are JWTs signed with RS256.
+// It stands in for MojoAuth's token endpoint; it was not compared with MojoAuth itself.
+// github.com/ory/fosite implements the protocol: it authenticates clients, checks scopes
+// and audiences, and creates the errors. The tokens are JWTs signed with RS256.
 //
 //	POST /oauth2/token           client credentials grant (RFC 6749 §4.4)
 //	GET  /.well-known/jwks.json  the public key (RFC 7517)
@@ -45,7 +43,7 @@ import (
 	"github.com/ory/fosite/token/jwt"
 )
 
-// Where the endpoints are.
+// Paths of the endpoints.
 const (
 	TokenPath  = "/oauth2/token"
 	JWKSPath   = "/.well-known/jwks.json"
@@ -53,56 +51,56 @@ const (
 	HealthPath = "/healthz"
 )
 
-// What the protected API wants of a token.
+// What the protected API requires of a token.
 const (
 	DataAudience = "https://api.example.org/"
 	DataScope    = "read:data"
 )
 
-// Client is a machine-to-machine application that the server knows.
+// Client is a machine-to-machine application registered at the server.
 type Client struct {
 	ID        string
-	Secret    string // at most 72 bytes: it is kept as a bcrypt hash
+	Secret    string // at most 72 bytes: stored as a bcrypt hash
 	Audiences []string
 	Scopes    []string
-	Lifetime  time.Duration // of its tokens; 0 is the server's
+	Lifetime  time.Duration // of its tokens; 0 means the server's
 }
 
-// Request is a token request as it came over the wire.
+// Request is a token request as received.
 type Request struct {
-	At     time.Time // when it had come
-	Status int       // of the answer; 0 until there is one
+	At     time.Time // when it had arrived completely
+	Status int       // of the response; 0 until there is one
 	Method string
-	Query  string // undecoded
+	Query  string // not decoded
 	Header http.Header
-	Body   string // undecoded
+	Body   string // not decoded
 }
 
-// Server is the authorization server and the API. Make it with New, and run it
-// with Start or as an http.Handler.
+// Server is the authorization server and the API. Create it with New, and run it with
+// Start or as an http.Handler.
 type Server struct {
 	mux      *http.ServeMux
 	provider fosite.OAuth2Provider
 	config   *fosite.Config
 	key      jose.JSONWebKey
-	lifetime atomic.Int64 // of the tokens it makes, in nanoseconds
-	padding  atomic.Int64 // bytes that tokens are longer by
+	lifetime atomic.Int64 // of new tokens, in nanoseconds
+	padding  atomic.Int64 // additional bytes in each token
 
 	mu       sync.Mutex
 	clients  map[string]*client
 	requests []*Request
 	issued   []string
 	faults   Faults
-	// faultsLeft is how many requests the faults are still for.
+	// faultsLeft is the number of requests that the faults still apply to.
 	faultsLeft int
-	// taken is when the last requests came that the rate limit let pass.
+	// taken has the times of the last requests within the rate limit.
 	taken []time.Time
 
 	http *http.Server
 	url  string
 }
 
-// New makes a server that knows these clients. Its tokens live for lifetime.
+// New creates a server with the given clients. Its tokens are valid for lifetime.
 func New(lifetime time.Duration, clients ...Client) (*Server, error) {
 	private, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -114,7 +112,7 @@ func New(lifetime time.Duration, clients ...Client) (*Server, error) {
 		key:     jose.JSONWebKey{Key: private, KeyID: "1", Algorithm: string(jose.RS256), Use: "sig"},
 		config: &fosite.Config{
 			GlobalSecret:             []byte(rand.Text() + rand.Text()),
-			HashCost:                 4, // the secrets of tests need no more
+			HashCost:                 4, // enough for test secrets
 			AccessTokenIssuer:        "https://oauth-server.test",
 			ScopeStrategy:            fosite.ExactScopeStrategy,
 			AudienceMatchingStrategy: fosite.ExactAudienceMatchingStrategy,
@@ -143,8 +141,7 @@ func New(lifetime time.Duration, clients ...Client) (*Server, error) {
 	return s, nil
 }
 
-// client gives fosite's client its own lifetime, or the one that the server has at
-// the moment.
+// client gives fosite's client a lifetime of its own, or the server's current one.
 type client struct {
 	*fosite.DefaultClient
 	server   *Server
@@ -158,8 +155,8 @@ func (c *client) GetEffectiveLifespan(fosite.GrantType, fosite.TokenType, time.D
 	return time.Duration(c.server.lifetime.Load())
 }
 
-// store is fosite's storage in memory, but for the clients, which may change
-// while the server runs.
+// store is fosite's in-memory storage, except that clients may change while the server
+// runs.
 type store struct {
 	*storage.MemoryStore
 	server *Server
@@ -174,8 +171,8 @@ func (st *store) GetClient(_ context.Context, id string) (fosite.Client, error) 
 	return nil, fosite.ErrNotFound
 }
 
-// SetClient adds a client, or replaces the one with its ID: that is how a client
-// secret is regenerated.
+// SetClient adds a client, or replaces the one with the same ID, as when a client secret
+// is regenerated.
 func (s *Server) SetClient(c Client) error {
 	hash, err := (&fosite.BCrypt{Config: s.config}).Hash(context.Background(), []byte(c.Secret))
 	if err != nil {
@@ -193,13 +190,13 @@ func (s *Server) SetClient(c Client) error {
 	return nil
 }
 
-// SetLifetime sets how long tokens live that are made from now on.
+// SetLifetime sets the lifetime of new tokens.
 func (s *Server) SetLifetime(d time.Duration) { s.lifetime.Store(int64(d)) }
 
-// SetPadding makes tokens longer by about that many bytes.
+// SetPadding makes new tokens about n bytes longer.
 func (s *Server) SetPadding(n int) { s.padding.Store(int64(n)) }
 
-// Requests are the token requests so far, in order of arrival.
+// Requests returns the token requests so far, in order of arrival.
 func (s *Server) Requests() []Request {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -210,7 +207,7 @@ func (s *Server) Requests() []Request {
 	return requests
 }
 
-// Refused is how many of the requests were answered with 429.
+// Refused returns the number of requests that got a 429.
 func Refused(requests []Request) (n int) {
 	for _, request := range requests {
 		if request.Status == http.StatusTooManyRequests {
@@ -220,8 +217,8 @@ func Refused(requests []Request) (n int) {
 	return n
 }
 
-// Peak is the highest number of the requests, which are in order of arrival, that came
-// within a second.
+// Peak returns the highest number of requests within a second. requests must be in order
+// of arrival.
 func Peak(requests []Request) (most int) {
 	first := 0
 	for i, request := range requests {
@@ -233,7 +230,7 @@ func Peak(requests []Request) (most int) {
 	return most
 }
 
-// Issued are the access tokens so far.
+// Issued returns the access tokens so far.
 func (s *Server) Issued() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -271,13 +268,13 @@ func (s *Server) serve(listener net.Listener, scheme string) error {
 	return nil
 }
 
-// URL is where the server listens, without a path.
+// URL returns the server's URL without a path.
 func (s *Server) URL() string { return s.url }
 
-// TokenURL is the token endpoint.
+// TokenURL returns the URL of the token endpoint.
 func (s *Server) TokenURL() string { return s.url + TokenPath }
 
-// Close stops the server and its connections.
+// Close stops the server and closes its connections.
 func (s *Server) Close() error {
 	if s.http == nil {
 		return nil
@@ -305,7 +302,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) {
 	}}, r, s.grant)
 }
 
-// noting tells the status of an answer before it leaves.
+// noting reports the status of a response before sending it.
 type noting struct {
 	http.ResponseWriter
 	note func(status int)
@@ -316,7 +313,7 @@ func (n *noting) WriteHeader(status int) {
 	n.ResponseWriter.WriteHeader(status)
 }
 
-// grant answers a token request as a server does that is well.
+// grant answers a token request without faults.
 func (s *Server) grant(w http.ResponseWriter, r *http.Request) {
 	ctx := r.Context()
 	session := &oauth2.JWTSession{JWTClaims: &jwt.JWTClaims{}, JWTHeader: &jwt.Headers{Extra: map[string]any{"kid": s.key.KeyID}}}
@@ -351,8 +348,8 @@ func (s *Server) jwks(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{s.key.Public()}})
 }
 
-// data is the protected API: it answers only to a token for its audience, with
-// its scope, that is signed by a key in the JWKS and has not ended.
+// data is the protected API. It accepts a token for its audience and with its scope that
+// is signed by a key in the JWKS and has not expired.
 func (s *Server) data(w http.ResponseWriter, r *http.Request) {
 	subject, err := s.authorize(r)
 	w.Header().Set("Content-Type", "application/json")
@@ -377,11 +374,11 @@ var errScope = fmt.Errorf("the token does not have the scope %s", DataScope)
 func (s *Server) authorize(r *http.Request) (subject string, err error) {
 	bearer, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	if !ok {
-		return "", errors.New("no bearer token was sent")
+		return "", errors.New("no bearer token")
 	}
 	token, err := josejwt.ParseSigned(bearer)
 	if err != nil {
-		return "", errors.New("the token is no signed JWT")
+		return "", errors.New("the token is not a signed JWT")
 	}
 	keys, err := s.fetchJWKS(r.Context())
 	if err != nil {
@@ -399,7 +396,7 @@ func (s *Server) authorize(r *http.Request) (subject string, err error) {
 		Scope string `json:"scope"`
 	}
 	if err := token.Claims(key[0].Key, &claims, &scope); err != nil {
-		return "", errors.New("the token's signature is not valid")
+		return "", errors.New("the token's signature is invalid")
 	}
 	if claims.Expiry == nil {
 		return "", errors.New("the token has no exp")
@@ -413,7 +410,7 @@ func (s *Server) authorize(r *http.Request) (subject string, err error) {
 	return claims.Subject, nil
 }
 
-// fetchJWKS gets the keys as any API would: over HTTP.
+// fetchJWKS gets the keys over HTTP, as any API would.
 func (s *Server) fetchJWKS(ctx context.Context) (*jose.JSONWebKeySet, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url+JWKSPath, nil)
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// stepped is a clock that moves by hand. Nothing rings.
+// stepped is a clock that the test moves. Its timers never fire.
 type stepped struct{ now time.Time }
 
 func (s *stepped) Now() time.Time { return s.now }
@@ -17,7 +17,8 @@ func (s *stepped) AfterFunc(time.Duration, func()) (stop func() bool) {
 	return func() bool { return true }
 }
 
-// BenchmarkWait is a turn that does not wait: made, joined, sent and answered.
+// BenchmarkWait measures a turn that does not wait: creating, joining, sending and the
+// answer.
 func BenchmarkWait(b *testing.B) {
 	clock := &stepped{epoch}
 	g := New(1000, clock)
@@ -36,7 +37,7 @@ func BenchmarkWait(b *testing.B) {
 	}
 }
 
-// BenchmarkWaitBehindTenThousand is a turn that comes while 10,000 places wait,
+// BenchmarkWaitBehindTenThousand measures one turn that arrives while 10,000 places wait,
 // and one that leaves.
 func BenchmarkWaitBehindTenThousand(b *testing.B) {
 	clock := &stepped{epoch}

@@ -16,10 +16,9 @@ import (
 	"time"
 )
 
-// The tests of this file run in a bubble, in which time passes when everybody
-// waits.
+// The tests in this file run in a bubble, where time passes when all goroutines wait.
 
-// crowd is a gate with many who wait, and the order in which they leave.
+// crowd is a gate with many waiting turns, and the order in which they leave.
 type crowd struct {
 	*testing.T
 	*Gate
@@ -32,7 +31,7 @@ func newCrowd(t *testing.T, limit int) *crowd {
 	return &crowd{T: t, Gate: New(limit, nil)}
 }
 
-// hold closes the gate for a while, so that those who come queue up.
+// hold closes the gate for a while, so new turns queue up.
 func (c *crowd) hold(d time.Duration) {
 	c.Helper()
 	pass, err := c.Turn("hold", Whole).Wait(c.Context())
@@ -42,7 +41,7 @@ func (c *crowd) hold(d time.Duration) {
 	pass.Done(Answered, d)
 }
 
-// queue has a turn wait that hurts from then on, and sends its request.
+// queue adds a turn that becomes urgent at hurts, and sends its request.
 func (c *crowd) queue(role string, kind Kind, hurts time.Time) *Turn {
 	turn := c.Turn(role, kind)
 	turn.Join(time.Time{}, hurts)
@@ -69,29 +68,29 @@ func (c *crowd) wantOrder(want string) {
 	c.Helper()
 	c.wg.Wait()
 	if got := strings.Join(c.left, " "); got != want {
-		c.Errorf("the requests left in the order\n%s, want\n%s", got, want)
+		c.Errorf("got the order\n%s, want\n%s", got, want)
 	}
 }
 
-func TestFirstRequestLeavesAtOnce(t *testing.T) {
+func TestFirstRequestLeavesImmediately(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g, start := New(20, nil), time.Now()
 		pass, err := g.Turn("a", Whole).Wait(t.Context())
 		if err != nil || time.Since(start) > 0 {
-			t.Fatalf("it left after %v: %v", time.Since(start), err)
+			t.Fatalf("the request left after %v: %v", time.Since(start), err)
 		}
 		if s := g.Stats(); s.InFlight != 1 || s.Sent != 1 || s.Waiting != 0 {
-			t.Errorf("the gate then says %+v", s)
+			t.Errorf("got %+v", s)
 		}
 		pass.Done(Answered, 0)
 		pass.Done(Answered, 0)
 		if s := g.Stats(); s.InFlight != 0 {
-			t.Errorf("after the answer, %d requests are under way", s.InFlight)
+			t.Errorf("after the answer: got %d requests in progress, want 0", s.InFlight)
 		}
 	})
 }
 
-func TestOrderIsByWhenItHurts(t *testing.T) {
+func TestMostUrgentTurnLeavesFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCrowd(t, 20)
 		c.hold(time.Minute)
@@ -114,7 +113,7 @@ func TestReaderMakesARenewalMoreUrgent(t *testing.T) {
 		c.queue("other", Whole, now.Add(time.Minute))
 		reader, ok := renewal.Join(now.Add(2*time.Minute), now)
 		if !ok {
-			t.Fatal("a reader cannot join a renewal that waits")
+			t.Fatal("a reader cannot join a waiting renewal")
 		}
 		reader.Leave()
 		c.wantOrder("renewal other")
@@ -175,7 +174,7 @@ func TestOneRotationOfARoleAtATime(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, ok := first.Join(time.Time{}, time.Now()); ok {
-			t.Error("a rotation can be joined whose request has left")
+			t.Error("a rotation can be joined after its request has left")
 		}
 		var left, other time.Duration
 		start := time.Now()
@@ -194,7 +193,7 @@ func TestOneRotationOfARoleAtATime(t *testing.T) {
 		pass.Done(Answered, 0)
 		wg.Wait()
 		if left != 7*time.Second || other > time.Second {
-			t.Errorf("while a rotation is under way for 7 s, the next of the role leaves after %v, and one of another role after %v", left, other)
+			t.Errorf("while a rotation takes 7 s, the next one of the role leaves after %v, and one of another role after %v", left, other)
 		}
 	})
 }
@@ -221,7 +220,7 @@ func TestThrottledRequestKeepsItsRank(t *testing.T) {
 			}
 			pass.Done(Throttled, time.Minute)
 			if second, ok := first.Join(time.Time{}, now); !ok {
-				t.Error("nobody can join a request that was throttled")
+				t.Error("a throttled request cannot be joined")
 			} else {
 				second.Leave()
 			}
@@ -254,15 +253,15 @@ func TestTurnWithoutWaitersLeavesTheQueue(t *testing.T) {
 		one.Leave()
 		synctest.Wait()
 		if err != nil || g.Stats().Waiting != 1 {
-			t.Errorf("when one of two waiters has left, %d wait: %v", g.Stats().Waiting, err)
+			t.Errorf("after one of two waiters has left: %d waiting, %v", g.Stats().Waiting, err)
 		}
 		two.Leave()
 		wg.Wait()
 		if !errors.Is(err, ErrAbandoned) || g.Stats().Waiting != 0 {
-			t.Errorf("when both have left, %d wait: %v", g.Stats().Waiting, err)
+			t.Errorf("after both have left: %d waiting, %v", g.Stats().Waiting, err)
 		}
 		if _, ok := turn.Join(time.Time{}, time.Now()); ok {
-			t.Error("a turn can be joined that has left the queue")
+			t.Error("a turn that has left the queue can be joined")
 		}
 	})
 }
@@ -279,7 +278,7 @@ func TestTurnWhoseWaitersLeaveDuringTheRequestDoesNotWaitAgain(t *testing.T) {
 		w.Leave()
 		pass.Done(Throttled, 0)
 		if _, err := turn.Wait(t.Context()); !errors.Is(err, ErrAbandoned) {
-			t.Errorf("it waits again: %v", err)
+			t.Errorf("the turn waits again: %v", err)
 		}
 	})
 }
@@ -298,20 +297,20 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 			t.Fatalf("after its deadline: %v", err)
 		}
 		if want := (NoTurnError{OutOfTime, 0, 0.5, true, 2 * time.Second}); *noTurn != want {
-			t.Errorf("the error is %+v, want %+v", *noTurn, want)
+			t.Errorf("got the error %+v, want %+v", *noTurn, want)
 		}
 		canceled, cancel := context.WithCancel(t.Context())
 		cancel()
 		if _, err := g.Turn("a", Whole).Wait(canceled); !errors.Is(err, context.Canceled) {
-			t.Errorf("when it is canceled: %v", err)
+			t.Errorf("after cancellation: %v", err)
 		}
 		if s := g.Stats(); s.Waiting != 0 {
-			t.Errorf("%d still wait", s.Waiting)
+			t.Errorf("got %d waiting, want 0", s.Waiting)
 		}
 	})
 }
 
-func TestRetryAfterBeyondADeadlineIsToldAtOnce(t *testing.T) {
+func TestRetryAfterBeyondADeadlineFailsImmediately(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(20, nil)
 		start := time.Now()
@@ -324,40 +323,40 @@ func TestRetryAfterBeyondADeadlineIsToldAtOnce(t *testing.T) {
 		long, _ := waits.Join(start.Add(40*time.Second), start)
 		_, _ = short, long
 		var err error
-		var told time.Duration
+		var ended time.Duration
 		var wg sync.WaitGroup
 		time.Sleep(100 * time.Millisecond) // the gate opens at 200
 		wg.Go(func() {
 			_, err = waits.Wait(ctx)
-			told = time.Since(start)
+			ended = time.Since(start)
 		})
 		synctest.Wait()
 		under.Done(Throttled, 30*time.Second)
 		wg.Wait()
 
 		var noTurn *NoTurnError
-		if !errors.As(err, &noTurn) || noTurn.Reason != RetryAfter || told != 100*time.Millisecond {
-			t.Errorf("a wait with too little time ends after %v: %v", told, err)
+		if !errors.As(err, &noTurn) || noTurn.Reason != RetryAfter || ended != 100*time.Millisecond {
+			t.Errorf("a wait with too little time ended after %v: %v", ended, err)
 		} else if noTurn.ComeBack < 30*time.Second || !noTurn.Throttled {
-			t.Errorf("the error is %+v", *noTurn)
+			t.Errorf("got the error %+v", *noTurn)
 		}
 		select {
 		case <-short.TooLate():
 		default:
-			t.Error("a waiter with too little time is not told")
+			t.Error("a waiter with too little time got no error")
 		}
 		select {
 		case <-long.TooLate():
-			t.Error("a waiter who has the time is told that there is too little")
+			t.Error("a waiter with enough time got an error")
 		default:
 		}
-		if late, _ := g.Turn("new", Whole).Join(start.Add(10*time.Second), start); !told429(late) {
-			t.Error("a waiter who comes with too little time is not told")
+		if late, _ := g.Turn("new", Whole).Join(start.Add(10*time.Second), start); !throttled429(late) {
+			t.Error("a new waiter with too little time got no error")
 		}
 	})
 }
 
-func told429(w *Waiter) bool {
+func throttled429(w *Waiter) bool {
 	select {
 	case <-w.TooLate():
 		var noTurn *NoTurnError
@@ -367,7 +366,7 @@ func told429(w *Waiter) bool {
 	}
 }
 
-func TestRetryAfterConcernsARequestUnderWayOnlyWhenItIsThrottled(t *testing.T) {
+func TestRetryAfterAppliesToARequestInProgressOnlyIfItIsThrottled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(20, nil)
 		start := time.Now()
@@ -378,15 +377,15 @@ func TestRetryAfterConcernsARequestUnderWayOnlyWhenItIsThrottled(t *testing.T) {
 		other, _ := g.Turn("b", Whole).Wait(t.Context())
 
 		other.Done(Throttled, 30*time.Second)
-		if told429(w) {
-			t.Error("a waiter is turned away whose request is under way")
+		if throttled429(w) {
+			t.Error("a waiter got an error while its request was in progress")
 		}
 		pass.Done(Throttled, 0)
 		var wg sync.WaitGroup
 		wg.Go(func() { _, _ = turn.Wait(t.Context()) })
 		synctest.Wait()
-		if !told429(w) {
-			t.Error("a waiter is not told whose request has come back")
+		if !throttled429(w) {
+			t.Error("a waiter got no error after its request was throttled")
 		}
 		renewal.Leave()
 		w.Leave()
@@ -394,7 +393,7 @@ func TestRetryAfterConcernsARequestUnderWayOnlyWhenItIsThrottled(t *testing.T) {
 	})
 }
 
-func TestTheLeastUrgentPlaceGoesWhenTooManyWait(t *testing.T) {
+func TestLeastUrgentPlaceIsDroppedWhenTooManyWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(20, nil)
 		p, _ := g.Turn("hold", Whole).Wait(t.Context())
@@ -426,7 +425,7 @@ func TestTheLeastUrgentPlaceGoesWhenTooManyWait(t *testing.T) {
 		queue("rotation", "rotation", Rotation, now.Add(2*time.Hour))
 		synctest.Wait()
 		if len(away) > 0 || g.Stats().Waiting != maxPlaces+1 {
-			t.Errorf("with %d waiting in %d places, %v were turned away", g.Stats().Waiting, maxPlaces, away)
+			t.Errorf("with %d waiting in %d places, %v lost their place", g.Stats().Waiting, maxPlaces, away)
 		}
 		queue("reader-1", "reader-1", Whole, now)
 		synctest.Wait()
@@ -438,14 +437,14 @@ func TestTheLeastUrgentPlaceGoesWhenTooManyWait(t *testing.T) {
 			slices.Sort(away[1:3])
 		}
 		if want := []string{"renewal", "set-1", "set-2", "late"}; !slices.Equal(away, want) {
-			t.Errorf("one after the other, %q were turned away, want %q", away, want)
+			t.Errorf("%q lost their places one after the other, want %q", away, want)
 		}
 		cancel()
 		wg.Wait()
 	})
 }
 
-func TestAtMostTwoThousandRequestsAreUnderWay(t *testing.T) {
+func TestAtMostTwoThousandRequestsAreInProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(1000, nil)
 		g.pace.rate = 1000
@@ -460,21 +459,21 @@ func TestAtMostTwoThousandRequestsAreUnderWay(t *testing.T) {
 		start := time.Now()
 		time.AfterFunc(time.Minute, func() { passes[0].Done(NoAnswer, 0) })
 		if _, err := g.Turn("more", Whole).Wait(t.Context()); err != nil || time.Since(start) != time.Minute {
-			t.Errorf("while %d are under way, one more leaves after %v: %v", maxInFlight, time.Since(start), err)
+			t.Errorf("while %d requests are in progress, another leaves after %v: %v", maxInFlight, time.Since(start), err)
 		}
 	})
 }
 
-func TestNewLimitHoldsForThoseWhoWait(t *testing.T) {
+func TestNewLimitAppliesToWaitingRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCrowd(t, 1)
 		c.hold(0)
 		start := time.Now()
 		c.queue("a", Whole, start)
-		c.SetLimit(1000) // nobody needs the room between the pace and a limit of 1
+		c.SetLimit(1000) // no request needs the room between the pace and a limit of 1
 		c.wg.Wait()
 		if took := time.Since(start); took != time.Second {
-			t.Errorf("at a pace of 1, a request that waits leaves %v after the limit has become 1,000", took)
+			t.Errorf("at a pace of 1, a waiting request leaves %v after the limit became 1,000", took)
 		}
 
 		c = newCrowd(t, 20)
@@ -484,15 +483,15 @@ func TestNewLimitHoldsForThoseWhoWait(t *testing.T) {
 		c.SetLimit(1)
 		c.wg.Wait()
 		if took := time.Since(start); took < time.Second {
-			t.Errorf("a request that waits leaves %v after the limit has become 1", took)
+			t.Errorf("a waiting request leaves %v after the limit became 1", took)
 		}
 		if pace := c.Stats().Pace; pace > 1 {
-			t.Errorf("the pace is %v under a limit of 1", pace)
+			t.Errorf("got a pace of %v under a limit of 1", pace)
 		}
 	})
 }
 
-func TestClosedGateTurnsAllAway(t *testing.T) {
+func TestClosedGateRefusesAllTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCrowd(t, 1)
 		c.hold(time.Minute)
@@ -507,12 +506,12 @@ func TestClosedGateTurnsAllAway(t *testing.T) {
 			}
 		}
 		if len(c.left) != 3 || c.alarm != nil {
-			t.Errorf("%d of 3 were turned away; the timer runs: %t", len(c.left), c.alarm != nil)
+			t.Errorf("%d of 3 got the error; the timer runs: %t", len(c.left), c.alarm != nil)
 		}
 	})
 }
 
-func TestStatsTellThePeaks(t *testing.T) {
+func TestStatsReportPeaks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(20, nil)
 		send := func(n int) {
@@ -533,7 +532,7 @@ func TestStatsTellThePeaks(t *testing.T) {
 	})
 }
 
-func TestErrorTellsWhatTheGateIsLike(t *testing.T) {
+func TestErrorDescribesTheGate(t *testing.T) {
 	e := &NoTurnError{OutOfTime, 4999, 20, true, time.Second}
 	want := "the request was not sent: its turn did not come in time; 4999 wait, at a pace of 20 a second; the endpoint throttles; try again in 1s"
 	if e.Error() != want {
@@ -541,7 +540,7 @@ func TestErrorTellsWhatTheGateIsLike(t *testing.T) {
 	}
 }
 
-// Whatever they do, all come to an end, and the gate is empty then.
+// All turns end, whatever happens to them, and the gate is empty then.
 func TestNothingIsLeftBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(200, nil)
@@ -587,11 +586,11 @@ func TestNothingIsLeftBehind(t *testing.T) {
 		wg.Wait()
 		s := g.Stats()
 		if s.Waiting != 0 || s.InFlight != 0 || len(g.queue.places) != 0 || g.queue.all.Len() != 0 || g.deadlines.Len() != 0 || g.alarm != nil {
-			t.Errorf("in the end: %+v, %d places, %d of them waiting, %d deadlines, timer set: %t",
+			t.Errorf("at the end: %+v, %d places, %d of them waiting, %d deadlines, timer set: %t",
 				s, len(g.queue.places), g.queue.all.Len(), g.deadlines.Len(), g.alarm != nil)
 		}
 		if s.Sent < 100 || s.Peak > 200 {
-			t.Errorf("%d requests left, %d in one second", s.Sent, s.Peak)
+			t.Errorf("got %d requests, %d in one second", s.Sent, s.Peak)
 		}
 	})
 }

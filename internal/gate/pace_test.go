@@ -11,12 +11,12 @@ import (
 
 var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// busy is a pace under test: it always has more to send.
+// busy is a pace under test that always has more to send.
 type busy struct {
 	*testing.T
 	pace
 	now  time.Time
-	sent departure // the last
+	sent departure // the last one
 }
 
 func newBusy(t *testing.T, limit int) *busy {
@@ -33,8 +33,8 @@ func (b *busy) send(n int) departure {
 	return b.sent
 }
 
-// answer has n answers come to the last request that are no 429, while somebody
-// waits whom it hurts.
+// answer records n answers other than 429 to the last request, while an urgent request is
+// waiting.
 func (b *busy) answer(n int) {
 	for range n {
 		b.answered(b.now, b.sent, demand{waiting: 1, hurts: true})
@@ -44,7 +44,7 @@ func (b *busy) answer(n int) {
 func (b *busy) wantRate(want float64, when string) {
 	b.Helper()
 	if math.Abs(b.rate-want) > 0.001 {
-		b.Errorf("the rate is %.3f a second %s, want %.3f", b.rate, when, want)
+		b.Errorf("got a rate of %.3f a second %s, want %.3f", b.rate, when, want)
 	}
 }
 
@@ -54,7 +54,7 @@ func TestPaceStartsAtFiveAndGrowsByOneForEachAnswer(t *testing.T) {
 	for i := range 30 {
 		b.send(10)
 		b.answer(1)
-		b.wantRate(min(float64(6+i), 20), "after an answer more")
+		b.wantRate(min(float64(6+i), 20), "after another answer")
 	}
 	if b := newBusy(t, 2); b.rate != 2 {
 		t.Errorf("the rate starts at %v a second, above a limit of 2", b.rate)
@@ -65,24 +65,23 @@ func TestPaceGrowsOnlyWhileItIsUsed(t *testing.T) {
 	b := newBusy(t, 20)
 	b.send(5)
 	b.answered(b.now, b.sent, demand{})
-	b.wantRate(5, "when nobody waits")
+	b.wantRate(5, "when no request waits")
 
 	b.now = b.now.Add(900 * time.Millisecond)
 	b.answer(1)
-	b.wantRate(5, "when less than half of it has left in the last second")
+	b.wantRate(5, "when less than half the rate was used in the last second")
 }
 
-// Renewals can wait: they need no more than what comes, not all that the
-// endpoint allows.
-func TestPaceGrowsForThoseWhoHaveTimeToWhatTheyNeed(t *testing.T) {
+// Renewals can wait: they need room for what arrives, not everything the endpoint allows.
+func TestPaceForRenewalsGrowsToWhatTheyNeed(t *testing.T) {
 	b := newBusy(t, 1000)
 	b.send(10)
 	b.answered(b.now, b.sent, demand{waiting: 50})
-	b.wantRate(5, "when no more waits than leaves in ten seconds")
+	b.wantRate(5, "with no more waiting than can leave in ten seconds")
 	b.answered(b.now, b.sent, demand{waiting: 51})
-	b.wantRate(6, "when more waits")
+	b.wantRate(6, "with more waiting")
 	b.answered(b.now, b.sent, demand{waiting: 51})
-	b.wantRate(6, "when that is less than leaves in ten seconds now")
+	b.wantRate(6, "when that can now leave in ten seconds")
 }
 
 func TestRequestsLeaveEvenly(t *testing.T) {
@@ -92,56 +91,57 @@ func TestRequestsLeaveEvenly(t *testing.T) {
 		last := b.now
 		b.send(1)
 		if apart := b.now.Sub(last); apart != 200*time.Millisecond {
-			t.Errorf("at 5 a second, two requests leave %v apart", apart)
+			t.Errorf("at 5 a second, two requests left %v apart", apart)
 		}
 	}
 }
 
-// A busy machine wakes late.
-func TestLateRequestDoesNotSlowDownThoseAfterIt(t *testing.T) {
+// On a busy machine, goroutines wake up late.
+func TestLateRequestDoesNotDelayLaterOnes(t *testing.T) {
 	b := newBusy(t, 20)
 	b.rate = 20
 	b.send(1)
 	for range 40 {
 		b.now = b.opens().Add(30 * time.Millisecond)
 		if d := b.leave(b.now, epoch); d.inSecond > 20 {
-			t.Fatalf("%d requests leave in a second", d.inSecond)
+			t.Fatalf("got %d requests in a second, want at most 20", d.inSecond)
 		}
 	}
-	// One delay a second is left: the second before holds no more.
+	// One delay a second remains: no second may have more than the limit.
 	if took, most := b.now.Sub(epoch), 2*window+3*30*time.Millisecond; took > most {
-		t.Errorf("40 requests, each of which wakes 30 ms late, take %v, more than %v", took, most)
+		t.Errorf("40 requests, each waking up 30 ms late, took %v, want at most %v", took, most)
 	}
 
-	// But who has just come is not late, and a long stall is not made up for.
+	// A request that has just arrived is not late, and the pace does not make up for a
+	// long stall.
 	b.now = b.opens().Add(20 * time.Millisecond)
 	b.leave(b.now, b.now)
 	if apart := b.opens().Sub(b.now); apart < 50*time.Millisecond {
-		t.Errorf("the next one leaves %v after one that did not wait", apart)
+		t.Errorf("the next request leaves %v after one that did not wait", apart)
 	}
 	b.now = b.now.Add(time.Minute)
 	for range 2 {
 		b.leave(b.now, epoch)
 	}
 	if !b.opens().After(b.now) {
-		t.Error("after a stall, three requests leave at once")
+		t.Error("after a stall, three requests leave at the same time")
 	}
 }
 
-func TestNoSecondHoldsMoreThanTheLimit(t *testing.T) {
+func TestNoSecondHasMoreThanTheLimit(t *testing.T) {
 	for _, limit := range []int{1, 3, 7, 20, 999} {
 		b := newBusy(t, limit)
 		b.rate = float64(limit)
 		for range 3 * limit {
 			if d := b.send(1); d.inSecond > limit {
-				t.Fatalf("%d requests leave in a second, the limit is %d", d.inSecond, limit)
+				t.Fatalf("got %d requests in a second, want at most %d", d.inSecond, limit)
 			}
 		}
 	}
 }
 
-// What leaves a second apart may arrive closer together.
-func TestNoSecondHoldsMoreThanTheLimitWhereRequestsArrive(t *testing.T) {
+// Requests that leave a second apart may arrive closer together.
+func TestNoSecondHasMoreThanTheLimitOnArrival(t *testing.T) {
 	const limit, late = 20, 49 * time.Millisecond
 	b := newBusy(t, limit)
 	b.rate = limit
@@ -149,11 +149,11 @@ func TestNoSecondHoldsMoreThanTheLimitWhereRequestsArrive(t *testing.T) {
 	first := b.now.Add(late)
 	b.send(limit)
 	if apart := b.now.Sub(first); apart < time.Second {
-		t.Errorf("request %d may arrive %v after the first, which was late by %v", limit+1, apart, late)
+		t.Errorf("request %d may arrive %v after the first, which was %v late", limit+1, apart, late)
 	}
 }
 
-func TestLowerLimitHoldsForTheSecondThatRuns(t *testing.T) {
+func TestLowerLimitAppliesToTheCurrentSecond(t *testing.T) {
 	b := newBusy(t, 50)
 	b.rate = 50
 	b.send(60)
@@ -165,39 +165,39 @@ func TestLowerLimitHoldsForTheSecondThatRuns(t *testing.T) {
 		t.Errorf("%v after the limit became 5, a request leaves as number %d of its second", b.now.Sub(changed), n)
 	}
 	b.setLimit(50)
-	b.wantRate(5, "right after the limit has become higher again")
+	b.wantRate(5, "right after the limit was raised again")
 }
 
-func TestThrottlingHalvesWhatHadLeft(t *testing.T) {
+func TestThrottlingHalvesTheUsedRate(t *testing.T) {
 	b := newBusy(t, 1000)
 	b.rate = 40
 	d := b.send(100)
 	b.throttled(b.now, d, 0)
 	b.wantRate(20, "after a 429 to the 40th request of a second")
 
-	// A rate that has just grown was not used yet.
+	// A rate that has just grown has not been used yet.
 	b = newBusy(t, 1000)
 	b.rate = 40
 	b.send(100)
 	b.rate = 60
 	d = b.send(1)
 	b.throttled(b.now, d, 0)
-	b.wantRate(float64(d.inSecond)/2, "after a 429 when it had grown to 60, but 40 had left in the second")
+	b.wantRate(float64(d.inSecond)/2, "after a 429 at a rate of 60 with 40 requests in the second")
 
-	// But after a rest, little has left in the second, and that says nothing.
+	// After a rest, few requests have left in the second, which says nothing.
 	b = newBusy(t, 1000)
 	b.rate = 40
 	d = b.send(1)
 	b.throttled(b.now, d, 0)
 	b.wantRate(10, "after a 429 to the first request at 40 a second")
 
-	// And when the rate has just become lower, more has left than it allows.
+	// When the rate has just fallen, more requests have left than it allows.
 	b = newBusy(t, 1000)
 	b.rate = 40
 	b.send(100)
 	b.rate = 10
 	b.throttled(b.now, b.send(1), 0)
-	b.wantRate(5, "after a 429 at 10 a second, when more had left in the second")
+	b.wantRate(5, "after a 429 at 10 a second with more requests in the second")
 }
 
 func TestPaceNeverFallsBelowOneInThirtySeconds(t *testing.T) {
@@ -209,8 +209,6 @@ func TestPaceNeverFallsBelowOneInThirtySeconds(t *testing.T) {
 	b.wantRate(1.0/30, "after twenty cuts")
 }
 
-// The answers to what was under way at a cut, and the requests of the next
-// second, whose arrival the endpoint counts together with what came before it.
 func TestPaceRecoversAMinuteAfterTheLast429(t *testing.T) {
 	b := newBusy(t, 20)
 	for range 10 {
@@ -223,32 +221,35 @@ func TestPaceRecoversAMinuteAfterTheLast429(t *testing.T) {
 	b.wantRate(slowestRate, "within the minute")
 	b.now = b.now.Add(1)
 	b.recover(b.now)
-	b.wantRate(1, "after it")
+	b.wantRate(1, "after the minute")
 
 	b = newBusy(t, 20)
 	b.now = b.now.Add(time.Hour)
 	b.recover(b.now)
-	b.wantRate(5, "where nothing was refused")
+	b.wantRate(5, "without any 429")
 }
 
+// Two kinds of 429 cause no further cut: answers to requests that were in flight at the
+// cut, and answers to requests of the next second, which the endpoint counts together with
+// those before.
 func TestOneExcessIsOneCut(t *testing.T) {
 	b := newBusy(t, 1000)
 	b.rate = 40
 	d := b.send(100)
 	b.throttled(b.now, d, 0)
 	b.throttled(b.now, d, 0)
-	b.wantRate(20, "after a second 429 of before the cut")
+	b.wantRate(20, "after a second 429 to a request from before the cut")
 	cut := b.now
 
 	for b.now.Sub(cut) < time.Second {
 		d = b.send(1)
 	}
 	b.throttled(b.now, d, 0)
-	b.wantRate(20, "after a 429 to a request of the second after the cut")
+	b.wantRate(20, "after a 429 to a request from the first second after the cut")
 
 	d = b.send(3)
 	b.throttled(b.now, d, 0)
-	b.wantRate(10, "after a 429 to a request that left later")
+	b.wantRate(10, "after a 429 to a later request")
 }
 
 func TestPaceReturnsToWhatWasSafe(t *testing.T) {
@@ -262,7 +263,7 @@ func TestPaceReturnsToWhatWasSafe(t *testing.T) {
 	b.throttled(b.now, d, 0)
 	b.wantRate(24, "after a late 429, which takes back an answer's growth")
 	b.answer(100)
-	b.wantRate(36, "after many answers: nine tenths of what had left")
+	b.wantRate(36, "after many answers: nine tenths of the requests before the cut")
 }
 
 func TestPaceProbesWhenTheCutIsOver(t *testing.T) {
@@ -277,19 +278,19 @@ func TestPaceProbesWhenTheCutIsOver(t *testing.T) {
 			break
 		}
 		b.answer(1)
-		b.wantRate(36, "after an answer to a request of the three seconds after the cut")
+		b.wantRate(36, "after an answer to a request from the three seconds after the cut")
 	}
 	b.answer(1)
-	b.wantRate(36+probeStep, "after an answer to a request of later")
+	b.wantRate(36+probeStep, "after an answer to a later request")
 	for b.rate < wellAbove*40 {
 		b.send(1)
 		before := b.rate
 		b.answer(1)
-		b.wantRate(before+probeStep, "up to a tenth above what had left at the cut")
+		b.wantRate(before+probeStep, "up to a tenth above the requests before the cut")
 	}
 }
 
-// An answer that says that the endpoint allows more than it did.
+// Each answer shows that the endpoint allows more than it did at the cut.
 func TestPaceProbesFasterTheFartherAboveTheCutItIs(t *testing.T) {
 	b := newBusy(t, 1000)
 	b.rate = 40
@@ -301,11 +302,11 @@ func TestPaceProbesFasterTheFartherAboveTheCutItIs(t *testing.T) {
 		b.now = b.now.Add(steadyFor)
 		b.send(100)
 		b.answer(1)
-		b.wantRate(c.rate+c.step, "after an answer to a request that left at what it was")
+		b.wantRate(c.rate+c.step, "after an answer to a request at that rate")
 	}
 }
 
-func TestPaceHardlyProbesForThoseWhoHaveTime(t *testing.T) {
+func TestPaceHardlyProbesForRenewals(t *testing.T) {
 	b := newBusy(t, 1000)
 	b.rate = 40
 	d := b.send(100)
@@ -313,9 +314,9 @@ func TestPaceHardlyProbesForThoseWhoHaveTime(t *testing.T) {
 	b.answer(50)
 	b.send(10 * 36 * 2)
 	b.answered(b.now, b.sent, demand{waiting: 36 * 10})
-	b.wantRate(36, "when no more waits than leaves in ten seconds")
+	b.wantRate(36, "with no more waiting than can leave in ten seconds")
 	b.answered(b.now, b.sent, demand{waiting: 36*10 + 1})
-	b.wantRate(36+creepStep, "when more waits")
+	b.wantRate(36+creepStep, "with more waiting")
 }
 
 func TestRetryAfterClosesTheGate(t *testing.T) {
@@ -326,7 +327,7 @@ func TestRetryAfterClosesTheGate(t *testing.T) {
 	}
 	b.close(b.now, 2*time.Second)
 	if got := b.opens().Sub(b.now); got != 7*time.Second {
-		t.Errorf("a shorter Retry-After opens the gate in %v", got)
+		t.Errorf("after a shorter Retry-After, the gate opens in %v", got)
 	}
 	b.close(b.now, 24*time.Hour)
 	if got := b.opens().Sub(b.now); got != 10*time.Minute {
@@ -334,7 +335,7 @@ func TestRetryAfterClosesTheGate(t *testing.T) {
 	}
 }
 
-func TestPaceIsSteadyUntilRequestsOfAfterTheCutAreAnswered(t *testing.T) {
+func TestPaceIsSteadyUntilRequestsFromAfterTheCutAreAnswered(t *testing.T) {
 	b := newBusy(t, 20)
 	b.rate = 20
 	b.throttled(b.now, b.send(40), 0)
@@ -344,9 +345,9 @@ func TestPaceIsSteadyUntilRequestsOfAfterTheCutAreAnswered(t *testing.T) {
 	early := b.send(10)
 	b.send(200)
 	b.answered(b.now, early, demand{waiting: 1, hurts: true})
-	b.wantRate(18, "after a late answer to a request of right after the cut")
+	b.wantRate(18, "after a late answer to a request from right after the cut")
 	b.answer(1)
-	b.wantRate(18+probeStep, "after an answer to a request of ten seconds after it")
+	b.wantRate(18+probeStep, "after an answer to a request from ten seconds after the cut")
 }
 
 func TestPaceIsSteadyForLongAfterALongRetryAfter(t *testing.T) {

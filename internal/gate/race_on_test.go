@@ -5,5 +5,5 @@
 
 package gate
 
-// raced is whether the race detector is on, which makes simulations slow.
+// raced reports whether the race detector is on, which makes simulations slow.
 const raced = true

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// The tests of this file are what the gate is for, measured in the world of
+// The tests in this file measure what the gate is for, in the world of
 // simulation_test.go. go test -v prints the figures.
 
 var throttles = []struct {
@@ -28,8 +28,8 @@ var (
 	retryAfters = []time.Duration{0, time.Second}
 )
 
-// eachEndpoint runs test, in parallel, against each kind of endpoint that
-// allows limit requests a second.
+// eachEndpoint runs test, in parallel, against each kind of endpoint that allows limit
+// requests a second.
 func eachEndpoint(t *testing.T, limit int, retryAfters []time.Duration, test func(t *testing.T, e endpoint)) {
 	for _, throttle := range throttles {
 		for _, latency := range latencies {
@@ -49,7 +49,7 @@ func eachEndpoint(t *testing.T, limit int, retryAfters []time.Duration, test fun
 // unlimited allows everything.
 func unlimited(time.Time) bool { return true }
 
-// wantLimit fails when more requests than the limit left in any second.
+// wantLimit fails if more requests than the limit left in any second.
 func (w *world) wantLimit(t *testing.T, limit int) {
 	t.Helper()
 	first := 0
@@ -58,19 +58,19 @@ func (w *world) wantLimit(t *testing.T, limit int) {
 			first++
 		}
 		if n := i - first + 1; n > limit {
-			t.Fatalf("%d requests left in the second up to %v, the limit is %d", n, at.Sub(w.start), limit)
+			t.Fatalf("got %d requests in the second up to %v, want at most %d", n, at.Sub(w.start), limit)
 		}
 	}
 }
 
-// coldRoles has a reader of each of n roles come within the first second.
+// coldRoles adds a reader for each of n roles, all within the first second.
 func (w *world) coldRoles(n int) {
 	for i := range n {
 		w.AfterFunc(w.upTo(time.Second), func() { w.cold(fmt.Sprint("cold-", i), Whole) })
 	}
 }
 
-// warmRoles has n roles whose tokens were minted at any time of the last age.
+// warmRoles adds n roles whose tokens were minted at random times within the given age.
 func (w *world) warmRoles(n int, age, life time.Duration) {
 	for i := range n {
 		w.warm(fmt.Sprint("warm-", i), w.now.Add(-w.upTo(age)), life)
@@ -84,8 +84,8 @@ func size(n int) int {
 	return n
 }
 
-// With 4 s of latency and a Retry-After of a second, the 429s under way at a cut
-// keep the gate closed for 5 s, which takes longer than 1.3 times the least time.
+// With 4 s of latency and a Retry-After of a second, the 429s in flight at a cut keep the
+// gate closed for 5 s, which is longer than 1.3 times the shortest possible time.
 func TestColdRolesGetTheirTokensAlmostAsFastAsTheEndpointAllows(t *testing.T) {
 	eachEndpoint(t, 50, retryAfters, func(t *testing.T, e endpoint) {
 		n := size(5000)
@@ -94,26 +94,26 @@ func TestColdRolesGetTheirTokensAlmostAsFastAsTheEndpointAllows(t *testing.T) {
 		w.run(func() bool { return w.served == n })
 		took := w.now.Sub(w.start)
 		least := time.Duration(n/50-1)*time.Second + e.latency
-		t.Logf("%.2f times the least time: %v", took.Seconds()/least.Seconds(), w)
+		t.Logf("%.2f times the shortest possible time: %v", took.Seconds()/least.Seconds(), w)
 		most := 1.3
 		if e.retryAfter > 0 && e.latency > time.Second {
 			most = 1.4
 		}
 		if took.Seconds() > most*least.Seconds() && !raced {
-			t.Errorf("%d cold roles took %v, more than %v times the least time of %v", n, took, most, least)
+			t.Errorf("%d cold roles took %v, want at most %v times the shortest possible time of %v", n, took, most, least)
 		}
 		share := 0.05
 		if e.latency > time.Second {
 			share = 0.15
 		}
 		if refused := float64(w.refused) / float64(w.asked); refused > share && !raced {
-			t.Errorf("%.1f %% of the requests were refused, more than %v %%", 100*refused, 100*share)
+			t.Errorf("%.1f %% of the requests were throttled, want at most %v %%", 100*refused, 100*share)
 		}
 		w.wantLimit(t, 1000)
 	})
 }
 
-func TestColdRolesDoNotLetWarmTokensEnd(t *testing.T) {
+func TestColdRolesDoNotLetWarmTokensExpire(t *testing.T) {
 	eachEndpoint(t, 50, retryAfters[:1], func(t *testing.T, e endpoint) {
 		n := size(5000)
 		w := newWorld(1000, e)
@@ -122,12 +122,12 @@ func TestColdRolesDoNotLetWarmTokensEnd(t *testing.T) {
 		w.run(func() bool { return w.served == n && w.now.Sub(w.start) > 100*time.Second })
 		t.Log(w)
 		if w.ended > 0 || w.renewed < size(300) {
-			t.Errorf("%d of %d tokens of five minutes reached their floor", w.ended, w.renewed)
+			t.Errorf("%d of %d five-minute tokens reached their floor", w.ended, w.renewed)
 		}
 	})
 }
 
-func TestWithoutAnEndpointsLimitTheGatesOwnIsReached(t *testing.T) {
+func TestGateReachesItsOwnLimit(t *testing.T) {
 	const n, limit = 5000, 1000
 	w := newWorld(limit, endpoint{unlimited, nil, 4 * time.Second, jitter, 0})
 	w.coldRoles(n)
@@ -147,16 +147,16 @@ func TestManyRolesThatWereMintedTogetherAreRenewedInTime(t *testing.T) {
 		w.runFor(2 * time.Hour)
 		t.Logf("limit %d: %v; the longest renewal took %v", limit, w, w.worst)
 		if w.ended > 0 || w.renewed < 2*n {
-			t.Errorf("limit %d: %d of %d tokens of an hour reached their floor", limit, w.ended, w.renewed)
+			t.Errorf("limit %d: %d of %d one-hour tokens reached their floor", limit, w.ended, w.renewed)
 		}
 		w.wantLimit(t, limit)
 	}
 }
 
-// In a sliding window, 46 requests a second that arrive up to 100 ms late are at
-// times more than 50, so some are refused however evenly they leave. A
-// Retry-After would keep the gate closed for more than is left over.
-func TestSteadyRenewalsCloseToTheEndpointsLimitAreHardlyRefused(t *testing.T) {
+// In a sliding window, 46 requests a second that arrive up to 100 ms late are sometimes
+// more than 50. Some are throttled, however evenly they leave. A Retry-After would keep
+// the gate closed for longer than the capacity left over can make up for.
+func TestSteadyRenewalsCloseToTheEndpointsLimitAreHardlyThrottled(t *testing.T) {
 	eachEndpoint(t, 50, retryAfters[:1], func(t *testing.T, e endpoint) {
 		for seed := range uint64(2) {
 			e := e
@@ -169,7 +169,7 @@ func TestSteadyRenewalsCloseToTheEndpointsLimitAreHardlyRefused(t *testing.T) {
 				number++
 				at := w.now
 				turn := w.gate.Turn(fmt.Sprint(number), Whole)
-				turn.Join(time.Time{}, at.Add(13*time.Minute)) // as with tokens of an hour
+				turn.Join(time.Time{}, at.Add(13*time.Minute)) // as with one-hour tokens
 				w.mint(turn, func(time.Time) {
 					w.renewed++
 					w.worst = max(w.worst, w.now.Sub(at))
@@ -180,18 +180,18 @@ func TestSteadyRenewalsCloseToTheEndpointsLimitAreHardlyRefused(t *testing.T) {
 			w.runFor(2 * time.Minute)
 			before := w.refused
 			w.runFor(time.Duration(size(58)) * time.Minute)
-			t.Logf("refused: %d in two minutes, %d then; renewed %d, the slowest after %v", before, w.refused-before, w.renewed, w.worst)
+			t.Logf("throttled: %d in two minutes, %d afterward; renewed %d, the slowest after %v", before, w.refused-before, w.renewed, w.worst)
 			if w.refused > 150 {
-				t.Errorf("%d requests were refused in the hour", w.refused)
+				t.Errorf("%d requests were throttled in the hour", w.refused)
 			}
 			if w.ended > 0 || w.worst > 14*time.Minute {
-				t.Errorf("%d renewals were turned away; the slowest took %v", w.ended, w.worst)
+				t.Errorf("%d renewals got no turn; the slowest took %v", w.ended, w.worst)
 			}
 		}
 	})
 }
 
-// saturate has n roles of which each always wants a token.
+// saturate adds n roles that each always need a token.
 func (w *world) saturate(n int) {
 	var again func(role string)
 	again = func(role string) {
@@ -204,9 +204,9 @@ func (w *world) saturate(n int) {
 	}
 }
 
-// settled is how long it takes until at most a fifth of the requests is refused
-// and at least three fifths of the limit are used, in each five seconds of the
-// rest of the time.
+// settled returns how long it takes until at most a fifth of the requests are throttled
+// and at least three fifths of the limit are used in every five seconds of the remaining
+// time.
 func (w *world) settled(limit int, rest time.Duration) (after time.Duration) {
 	const step = 5 * time.Second
 	for passed := step; passed <= rest; passed += step {
@@ -220,10 +220,10 @@ func (w *world) settled(limit int, rest time.Duration) (after time.Duration) {
 	return after
 }
 
-// Half a minute holds for endpoints that answer within a second without a
-// Retry-After. Where they take 4 s, each step on the way up has to wait as long
-// for its answer; a Retry-After keeps the gate closed after each step too far.
-// What both make of it is printed.
+// Half a minute is enough for endpoints that answer within a second without a
+// Retry-After. If they take 4 s, each step up waits that long for its answer; a
+// Retry-After keeps the gate closed after each step too far. The test prints how both
+// affect the time.
 func TestPaceFollowsALimitThatFallsAndRises(t *testing.T) {
 	eachEndpoint(t, 50, retryAfters, func(t *testing.T, e endpoint) {
 		var falls, rises []time.Duration
@@ -240,28 +240,28 @@ func TestPaceFollowsALimitThatFallsAndRises(t *testing.T) {
 			rise := w.settled(50, 100*time.Second)
 			falls, rises = append(falls, fall), append(rises, rise)
 			if e.latency <= time.Second && e.retryAfter == 0 && max(fall, rise) > 30*time.Second {
-				t.Errorf("the pace has settled %v after a fall, %v after the rise %v later", fall, rise, low)
+				t.Errorf("the pace settled %v after a fall, and %v after the rise %v later", fall, rise, low)
 			}
 		}
 		t.Logf("settled after a fall in %v, after a rise in %v", falls, rises)
 	})
 }
 
-func TestEndpointThatThrottlesEverythingIsHardlyAsked(t *testing.T) {
+func TestEndpointThatThrottlesEverythingGetsFewRequests(t *testing.T) {
 	w := newWorld(20, endpoint{func(time.Time) bool { return false }, nil, 50 * time.Millisecond, jitter, 0})
 	w.coldRoles(1000)
 	w.runFor(time.Minute)
 	asked := w.asked
 	w.allows = unlimited
 	w.run(func() bool { return w.served == 1000 })
-	t.Logf("%d requests in the minute; then 1,000 roles are served within %v", asked, w.now.Sub(w.start)-time.Minute)
+	t.Logf("%d requests in the minute; afterward 1,000 roles are served within %v", asked, w.now.Sub(w.start)-time.Minute)
 	if asked > 20 || asked < 3 {
-		t.Errorf("%d requests in a minute of 429s", asked)
+		t.Errorf("got %d requests in a minute of 429s", asked)
 	}
 }
 
-// delay measures how long a cold read of the role takes at most, without the
-// others and with them.
+// delay measures the longest that a cold read of the role takes, without the others and
+// with them.
 func delay(limit int, role string, others func(w *world)) (without, with time.Duration) {
 	measure := func(others func(w *world)) (worst time.Duration) {
 		w := newWorld(limit, endpoint{unlimited, nil, 50 * time.Millisecond, 0, 0})
@@ -283,7 +283,7 @@ func delay(limit int, role string, others func(w *world)) (without, with time.Du
 	return measure(nil), measure(others)
 }
 
-func TestReaderWhoGoesThroughSubsetsDelaysNobody(t *testing.T) {
+func TestReadingManySubsetsDelaysNoOthers(t *testing.T) {
 	for _, atOnce := range []int{1, 64, 4096} {
 		subsets := func(w *world) {
 			left := 4096
@@ -299,15 +299,15 @@ func TestReaderWhoGoesThroughSubsetsDelaysNobody(t *testing.T) {
 		}
 		for _, role := range []string{"other", "greedy"} {
 			without, with := delay(20, role, subsets)
-			t.Logf("%4d subsets at once: a cold read of the %s role's whole scopes takes %v at most, %v without them", atOnce, role, with, without)
+			t.Logf("%4d concurrent subsets: a cold read of all the %s role's scopes takes at most %v, %v without them", atOnce, role, with, without)
 			if with-without >= time.Second {
-				t.Errorf("%d subsets at once delay a cold read of the %s role by %v", atOnce, role, with-without)
+				t.Errorf("%d concurrent subsets delay a cold read of the %s role by %v", atOnce, role, with-without)
 			}
 		}
 	}
 }
 
-func TestRotatingInALoopDelaysNobody(t *testing.T) {
+func TestRotatingInALoopDelaysNoOthers(t *testing.T) {
 	rotations := func(roles int) func(w *world) {
 		return func(w *world) {
 			for i := range roles {
@@ -323,7 +323,7 @@ func TestRotatingInALoopDelaysNobody(t *testing.T) {
 	}
 	for _, roles := range []int{1, 50} {
 		without, with := delay(20, "other", rotations(roles))
-		t.Logf("rotating %d roles in a loop: a cold read takes %v at most, %v without", roles, with, without)
+		t.Logf("rotating %d roles in a loop: a cold read takes at most %v, %v without", roles, with, without)
 		if with-without >= time.Second {
 			t.Errorf("rotating %d roles in a loop delays a cold read by %v", roles, with-without)
 		}

@@ -9,11 +9,11 @@ import (
 	"time"
 )
 
-// This file is the world of simulated_test.go: a clock that jumps from event to
-// event in one goroutine, token endpoints that throttle, and roles that need
-// tokens. The seed is fixed, so that a test always sees the same.
+// This file is the world of simulated_test.go: a clock that jumps from event to event in
+// one goroutine, token endpoints that throttle, and roles that need tokens. The seed is
+// fixed, so every run of a test is the same.
 
-// world has a gate between its roles and its endpoint.
+// world has roles, an endpoint, and a gate between them.
 type world struct {
 	now    time.Time
 	start  time.Time
@@ -27,16 +27,16 @@ type world struct {
 	asked, refused int // requests
 	left           []time.Time
 	served         int // cold roles that got their token
-	failed         int // reads that ended without one
+	failed         int // reads that ended without a token
 	renewed, ended int // warm roles; those that reached their floor
 	worst          time.Duration
 }
 
 type endpoint struct {
-	allows     func(at time.Time) bool // whether a request is within the limit
+	allows     func(at time.Time) bool // reports whether a request is within the limit
 	throttle   func(limit int) func(at time.Time) bool
 	latency    time.Duration
-	jitter     time.Duration // on the way there
+	jitter     time.Duration // on the way to the endpoint
 	retryAfter time.Duration // 0: none is sent
 }
 
@@ -67,7 +67,7 @@ func newWorld(limit int, e endpoint) *world {
 	return w
 }
 
-// seed makes chance another than in other tests.
+// seed makes the randomness differ from other tests.
 func (w *world) seed(n uint64) { w.rand = rand.New(rand.NewPCG(n, 2)) }
 
 func (w *world) Now() time.Time { return w.now }
@@ -83,7 +83,7 @@ func (w *world) AfterFunc(d time.Duration, f func()) func() bool {
 	}
 }
 
-// run lets time pass until done, or until nothing happens any more.
+// run lets time pass until done returns true, or until no events are left.
 func (w *world) run(done func() bool) {
 	for !done() {
 		e := w.events.first()
@@ -134,7 +134,7 @@ func calendar(limit int) func(time.Time) bool {
 	}
 }
 
-// bucket allows limit requests at once, and limit a second in the long run.
+// bucket allows a burst of limit requests, and limit a second in the long run.
 func bucket(limit int) func(time.Time) bool {
 	var last time.Time
 	full := float64(limit)
@@ -152,9 +152,9 @@ func bucket(limit int) func(time.Time) bool {
 	}
 }
 
-// mint has t wait and send its request until it is answered with a token, and
-// tells when the request left that brought it. abandoned is called when nobody
-// waits any more.
+// mint has t wait and send its request until the answer is a token. It calls minted with
+// the time at which the successful request left, or abandoned if no reader waits any
+// longer.
 func (w *world) mint(t *Turn, minted func(left time.Time), abandoned func()) {
 	_, err := w.gate.enter(t, time.Time{}, func(err error) {
 		w.AfterFunc(0, func() {
@@ -188,23 +188,23 @@ func (w *world) mint(t *Turn, minted func(left time.Time), abandoned func()) {
 	}
 }
 
-// patience is how long a reader waits in a read, and pause how long it stays
-// away after one that failed.
+// patience is how long a reader waits in a read, and pause how long it waits after a
+// failed read.
 const (
 	patience = 10 * time.Second
 	pause    = time.Second
 )
 
-// cold has a reader who comes back until the role has a token.
+// cold adds a reader that tries again until the role has a token.
 func (w *world) cold(role string, kind Kind) {
 	w.read(role, kind, func(time.Duration) { w.served++ })
 }
 
-// read has a reader who comes back until there is a token, and tells how long
-// it has taken. A request that is under way goes on when the reader leaves.
+// read adds a reader that tries again until there is a token, and calls done with the
+// time that took. A request in progress continues after the reader leaves.
 func (w *world) read(role string, kind Kind, done func(took time.Duration)) {
 	began := w.now
-	var turn *Turn // nil when no mint is under way
+	var turn *Turn // nil if no mint is in progress
 	var come func()
 	come = func() {
 		starts := turn == nil
@@ -234,7 +234,7 @@ func (w *world) read(role string, kind Kind, done func(took time.Duration)) {
 	come()
 }
 
-// warm has a role whose token, minted then, is renewed before it ends.
+// warm adds a role whose token, minted at the given time, is renewed before it expires.
 func (w *world) warm(role string, minted time.Time, life time.Duration) {
 	floor := min(time.Minute, life/10)
 	ends := minted.Add(life)
@@ -254,6 +254,6 @@ func (w *world) warm(role string, minted time.Time, life time.Duration) {
 }
 
 func (w *world) String() string {
-	return fmt.Sprintf("%.1f s, %d requests, %d refused (%.1f %%), %d reads failed, %d renewed, %d of them too late",
+	return fmt.Sprintf("%.1f s, %d requests, %d throttled (%.1f %%), %d reads failed, %d renewed, %d of them too late",
 		w.now.Sub(w.start).Seconds(), w.asked, w.refused, 100*float64(w.refused)/float64(max(w.asked, 1)), w.failed, w.renewed, w.ended)
 }

@@ -87,7 +87,7 @@ func TestTTLLeadsToTheRefreshAndALeaseEndsBeforeTheToken(t *testing.T) {
 	}
 }
 
-func TestStaleWaitIsAtMostHalfOfWhatIsLeft(t *testing.T) {
+func TestStaleWaitIsAtMostHalfOfTheTimeLeft(t *testing.T) {
 	cases := []struct {
 		left   time.Duration
 		random float64
@@ -106,15 +106,15 @@ func TestStaleWaitIsAtMostHalfOfWhatIsLeft(t *testing.T) {
 	}
 }
 
-// The rules that hold whatever the lifetime, the settings and the moment.
+// Rules that hold for every lifetime, setting and moment.
 func TestScheduleRulesHoldForAnyLifetime(t *testing.T) {
 	holds := func(lifetimeMS, minMS, maxMS, leftMS uint32, random uint16) bool {
 		ms := func(n uint32, most time.Duration) time.Duration {
 			return time.Duration(n) * time.Millisecond % (most + 1)
 		}
-		told := ms(lifetimeMS, 40*24*time.Hour)
+		reported := ms(lifetimeMS, 40*24*time.Hour)
 		maxTTL := ms(maxMS, 24*time.Hour)
-		lifetime := Effective(told, maxTTL)
+		lifetime := Effective(reported, maxTTL)
 		s := New(lifetime, ms(minMS, 24*time.Hour))
 		left := ms(leftMS, lifetime)
 		rnd := float64(random) / (1 << 16)
@@ -138,13 +138,13 @@ func TestScheduleRulesHoldForAnyLifetime(t *testing.T) {
 			}
 		}
 		for _, lease := range []time.Duration{s.Lease(left), stale} {
-			// A lease cannot be both a second and shorter than less than that.
+			// A lease cannot be a second long and at the same time shorter than a second.
 			if lease < time.Second || left > time.Second && lease >= left {
 				t.Logf("L %s, %s left: lease %s", lifetime, left, lease)
 				return false
 			}
 		}
-		// Who obeys the hint of a fresh token comes back before the floor.
+		// A reader that follows the ttl of a fresh token comes back before the floor.
 		if ttl := time.Duration(s.TTL(left, rnd)) * time.Second; s.Phase(left) == Fresh && lifetime >= 5*time.Second && left-ttl <= s.Floor && ttl > time.Second {
 			t.Logf("L %s, %s left: ttl %s leads below the floor %s", lifetime, left, ttl, s.Floor)
 			return false
@@ -161,7 +161,7 @@ func jwt(claims string) string {
 	return enc([]byte(`{"alg":"RS256"}`)) + "." + enc([]byte(claims)) + "." + enc([]byte("signature"))
 }
 
-func TestToldLifetimeIsTheSoonerOfBoth(t *testing.T) {
+func TestReportedLifetimeIsTheShorterOfBoth(t *testing.T) {
 	minted := time.Unix(1_800_000_000, 0)
 	exp := func(d time.Duration) string { return jwt(fmt.Sprintf(`{"exp":%d}`, minted.Add(d).Unix())) }
 	cases := []struct {
@@ -171,18 +171,18 @@ func TestToldLifetimeIsTheSoonerOfBoth(t *testing.T) {
 		want      time.Duration
 	}{
 		{"opaque", time.Hour, "opaque", time.Hour},
-		{"nothing told", 0, "opaque", 0},
+		{"no lifetime", 0, "opaque", 0},
 		{"JWT alone", 0, exp(time.Hour), time.Hour},
-		{"JWT ends sooner", time.Hour, exp(time.Minute), time.Minute},
-		{"JWT ends later", time.Minute, exp(time.Hour), time.Minute},
-		{"JWT has ended", time.Hour, exp(-time.Second), -1},
-		{"JWT ends now", time.Hour, exp(0), -1},
+		{"JWT expires sooner", time.Hour, exp(time.Minute), time.Minute},
+		{"JWT expires later", time.Minute, exp(time.Hour), time.Minute},
+		{"JWT has expired", time.Hour, exp(-time.Second), -1},
+		{"JWT expires now", time.Hour, exp(0), -1},
 		{"JWT with negative exp", time.Hour, jwt(`{"exp":-5}`), -1},
-		{"JWT with a Share", 0, jwt(`{"exp":1800000000.5}`), time.Second / 2},
+		{"JWT with a fraction", 0, jwt(`{"exp":1800000000.5}`), time.Second / 2},
 		{"JWT without exp", time.Hour, jwt(`{"iat":1}`), time.Hour},
 		{"JWT with exp as text", time.Hour, jwt(`{"exp":"1"}`), time.Hour},
 		{"JWT in milliseconds", 0, jwt(`{"exp":1800000000000}`), Longest},
-		{"JWT beyond time", time.Hour, jwt(`{"exp":1e300}`), time.Hour},
+		{"JWT beyond time's range", time.Hour, jwt(`{"exp":1e300}`), time.Hour},
 		{"JWT broken", time.Hour, "a.!.c", time.Hour},
 		{"JWE", time.Hour, "a.b.c.d.e", time.Hour},
 		{"longer than a year", 2 * Longest, "opaque", Longest},
@@ -195,7 +195,7 @@ func TestToldLifetimeIsTheSoonerOfBoth(t *testing.T) {
 }
 
 func TestMaxTTLCapsALifetimeAndStandsInForOne(t *testing.T) {
-	for _, c := range []struct{ told, maxTTL, want time.Duration }{
+	for _, c := range []struct{ reported, maxTTL, want time.Duration }{
 		{time.Hour, 0, time.Hour},
 		{time.Hour, time.Minute, time.Minute},
 		{time.Minute, time.Hour, time.Minute},
@@ -203,8 +203,8 @@ func TestMaxTTLCapsALifetimeAndStandsInForOne(t *testing.T) {
 		{0, 0, 5 * time.Minute},
 		{0, 2 * Longest, Longest},
 	} {
-		if got := Effective(c.told, c.maxTTL); got != c.want {
-			t.Errorf("told %s, max_ttl %s: got %s, want %s", c.told, c.maxTTL, got, c.want)
+		if got := Effective(c.reported, c.maxTTL); got != c.want {
+			t.Errorf("lifetime %s, max_ttl %s: got %s, want %s", c.reported, c.maxTTL, got, c.want)
 		}
 	}
 }

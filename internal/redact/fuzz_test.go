@@ -11,9 +11,9 @@ import (
 	"unicode/utf8"
 )
 
-// FuzzEchoes looks for a composition of encodings through which too much of a secret
-// is shown. recipe picks the piece of the secret, and up to five encodings with what
-// is around them.
+// FuzzEchoes searches for a combination of encodings that shows too much of a secret.
+// recipe chooses the piece of the secret, and up to five encodings with the text around
+// them.
 func FuzzEchoes(f *testing.F) {
 	f.Add("canary-client-secret-7f3a", []byte{0, 2, 16, 2}, "you sent", "to us")
 	f.Add(`se"cr/et+1 ü<&>='%41\x41`, []byte{3, 10, 6, 11, 1, 20}, `\`, "%")
@@ -30,17 +30,18 @@ func FuzzEchoes(f *testing.F) {
 		echo, encodings := follow(recipe, pick(secret, r.run, recipe))
 		text := before + " " + echo + " " + after
 		if !r.Withholds(text) {
-			t.Errorf("secret %q, %d characters of it by %q: %q is shown", secret, r.run, encodings, text)
+			t.Errorf("secret %q, %d characters of it encoded by %q: %q is shown", secret, r.run, encodings, text)
 		}
 		half := len(echo) / 2
 		if !r.Withholds(before+" "+echo[:half], echo[half:]+" "+after) {
-			t.Errorf("secret %q, %d characters of it by %q: %q is shown when it comes in two texts", secret, r.run, encodings, text)
+			t.Errorf("secret %q, %d characters of it encoded by %q: %q is shown when split over two texts", secret, r.run, encodings, text)
 		}
 	})
 }
 
-// FuzzNoOracle looks for a text whose fate tells whether eight characters in it are
-// the secret's: somebody who has it repeated by the server could guess the secret.
+// FuzzNoOracle searches for a text that is withheld or not depending on whether eight
+// characters in it are the secret's. Someone who can make the server repeat it could use
+// it to guess the secret.
 func FuzzNoOracle(f *testing.F) {
 	f.Add(uint64(1), []byte{5, 0}, "the audience", "is unknown")
 	f.Add(uint64(2), []byte{1, 16, 2, 10}, "client_id=", "&scope=a")
@@ -53,18 +54,18 @@ func FuzzNoOracle(f *testing.F) {
 		length := 15 + random.IntN(80) // 17 with the keys below
 		secret, other := randomSecret(random, length), randomSecret(random, length)
 		piece := pick(secret, 8, recipe)
-		// What happens to be next to the eight, part of an encoding perhaps, must not
-		// be a ninth: that would be half of the secret, and rightly withheld.
+		// The character next to the eight, perhaps part of an encoding, must not happen
+		// to be a ninth: nine would be half of the secret, and rightly withheld.
 		secret = strings.Replace(secret, piece, "🗝"+piece+"🗝", 1)
 		echo, encodings := follow(recipe, piece)
 		text := before + echo + after
 		if with, without := New(secret).Withholds(text), New(other+"🗝🗝").Withholds(text); with != without {
-			t.Errorf("%d characters, 8 of them by %q: %q is withheld: %v; when they are not the secret's: %v", length, encodings, text, with, without)
+			t.Errorf("%d characters, 8 of them encoded by %q: %q is withheld: %v; if they are not the secret's: %v", length, encodings, text, with, without)
 		}
 	})
 }
 
-// pick takes a run of so many characters out of the secret: where, says the recipe.
+// pick returns a run of the given length from the secret. The recipe chooses where.
 func pick(secret string, run int, recipe []byte) string {
 	runes := []rune(secret)
 	start := 0
@@ -74,7 +75,7 @@ func pick(secret string, run int, recipe []byte) string {
 	return string(runes[start : start+run])
 }
 
-// follow encodes text as the recipe says.
+// follow encodes text as the recipe specifies.
 func follow(recipe []byte, text string) (encoded string, names []string) {
 	around := []string{"", " ", "'", "(no) ", "id:", `{"a":`}
 	inBase64 := false

@@ -18,16 +18,17 @@ import (
 	"unicode/utf16"
 )
 
-// encoder is a way in which a server may repeat what it was sent.
+// encoder is a way in which a server may repeat what it received.
 type encoder struct {
 	name   string
 	encode func(string) string
-	// beforeBase64 is set for what would destroy base64, whose letters' case counts.
+	// beforeBase64 is set for encodings that would destroy base64, which is
+	// case-sensitive.
 	beforeBase64 bool
 }
 
 var encoders = []encoder{
-	{name: "as it is", encode: func(s string) string { return s }},
+	{name: "verbatim", encode: func(s string) string { return s }},
 	{name: "percent, query", encode: url.QueryEscape},
 	{name: "percent, path", encode: url.PathEscape},
 	{name: "percent, all", encode: eachByte("%%%02X")},
@@ -41,7 +42,7 @@ var encoders = []encoder{
 	{name: "JSON of PHP", encode: func(s string) string { return strings.ReplaceAll(inJSON(s), "/", `\/`) }},
 	{name: "JSON, ASCII", encode: func(s string) string { return unquoted(strconv.QuoteToASCII(s)) }},
 	{name: "JSON, all", encode: eachUnit(`\u%04x`)},
-	{name: "JSON, all, capitals", encode: eachUnit(`\u%04X`)},
+	{name: "JSON, all, upper case", encode: eachUnit(`\u%04X`)},
 	{name: "JavaScript, braces", encode: eachRune(`\u{%x}`)},
 	{name: "Python, bytes", encode: eachByte(`\x%02x`)},
 	{name: "Python, Latin-1", encode: latin1},
@@ -53,7 +54,7 @@ var encoders = []encoder{
 	{name: "base64url, no padding", encode: func(s string) string { return base64.RawURLEncoding.EncodeToString([]byte(s)) }},
 	{name: "base64 of credentials", encode: func(s string) string { return base64.StdEncoding.EncodeToString([]byte("cli:" + s)) }},
 	{name: "base64 in lines", encode: inLines},
-	{name: "base64 behind a word", encode: func(s string) string { return "Basic_" + base64.StdEncoding.EncodeToString([]byte(s)) }},
+	{name: "base64 after a word", encode: func(s string) string { return "Basic_" + base64.StdEncoding.EncodeToString([]byte(s)) }},
 	{name: "base64 of JavaScript's btoa()", encode: btoa},
 	{name: "base64 in a path", encode: func(s string) string { return "v1/" + base64.RawURLEncoding.EncodeToString([]byte(s)) + "/token" }},
 	{name: "capitals", encode: strings.ToUpper, beforeBase64: true},
@@ -82,7 +83,7 @@ func eachRune(format string) func(string) string {
 	}
 }
 
-// eachUnit encodes each unit of UTF-16, as JSON and JavaScript do.
+// eachUnit encodes each UTF-16 unit, as JSON and JavaScript do.
 func eachUnit(format string) func(string) string {
 	return func(s string) string {
 		var out strings.Builder
@@ -118,7 +119,7 @@ func inJSON(s string) string {
 
 func unquoted(s string) string { return s[1 : len(s)-1] }
 
-// latin1 is Python's repr of a string: \xe4 is a character.
+// latin1 is Python's repr of a string, where \xe4 is a character.
 func latin1(s string) string {
 	var out strings.Builder
 	for _, r := range s {
@@ -138,7 +139,7 @@ func latin1(s string) string {
 	return out.String()
 }
 
-// btoa encodes characters as bytes of Latin-1, where all are.
+// btoa encodes characters as bytes of Latin-1, if all of them are in it.
 func btoa(s string) string {
 	var bytes []byte
 	for _, r := range s {
@@ -169,7 +170,7 @@ func TestEchoesAreWithheld(t *testing.T) {
 		"k+/=9",
 		"ÄÖÜäöüß€𝄞",
 		"äöüß-ÄÖÜ",
-		"Ã¤Ã¶Ã¼â\u20ac", // reads as other characters when taken for UTF-8
+		"Ã¤Ã¶Ã¼â\u20ac", // other characters if read as UTF-8
 	} {
 		r := New(secret)
 		for _, outer := range encoders {
@@ -189,8 +190,8 @@ func TestEchoesAreWithheld(t *testing.T) {
 	}
 }
 
-// Half of the secret is too much, at least eight characters of it, and one
-// character less is not: see the package comment.
+// Half of the secret is too much if it has at least eight characters; one character less
+// is not. See the package comment.
 func TestWithholdsFromHalfOfTheSecret(t *testing.T) {
 	const alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 	letters := []rune("äöüéèêàáâñõãëïîìíòóôùúûýÿžšřčďťňæœøåðþßłđħıŧŋĸżźćśńąęįųėğşţ")
@@ -226,13 +227,13 @@ func TestEchoesSpreadOverTextsAreWithheld(t *testing.T) {
 			t.Errorf("%q: shown", texts)
 		}
 	}
-	// A backslash at the end of one text escapes the next one's first.
+	// A backslash at the end of one text escapes the first character of the next.
 	echo := "abcd1234"
 	for range maxUndoings {
 		echo = eachByte(`\x%02x`)(echo)
 	}
 	if !New("abcd1234").Withholds(`ends in \`, echo) {
-		t.Error("an echo behind a backslash: shown")
+		t.Error("an echo after a backslash: shown")
 	}
 	if r.Withholds("canary-clie", "-secret-7f3") {
 		t.Error("two pieces that do not join: withheld")
@@ -253,7 +254,7 @@ func TestPhrasesAreWithheld(t *testing.T) {
 			}
 		}
 		if r.Withholds("ask the other nod") {
-			t.Error("a part of a phrase: withheld")
+			t.Error("part of a phrase: withheld")
 		}
 	}
 }
@@ -272,21 +273,21 @@ func TestLine(t *testing.T) {
 	}
 }
 
-// Characters that differ in case only are the same, whichever way case was changed.
+// Characters that differ only in case are equal, in whichever direction the case changed.
 func TestFoldIgnoresCase(t *testing.T) {
 	for r := rune(0); r <= unicode.MaxRune; r++ {
 		one := fold(string(r))
 		if up, low := fold(string(unicode.ToUpper(r))), fold(string(unicode.ToLower(r))); up != one || low != one {
-			t.Errorf("%q: its capital folds to %q, itself to %q, its small letter to %q", r, up, one, low)
+			t.Errorf("%q: its upper case folds to %q, itself to %q, its lower case to %q", r, up, one, low)
 		}
 	}
 }
 
-// However a text of 64 KiB is built, reading it ends soon; and one that was built to
-// take long is withheld.
+// However a text of 64 KiB is built, reading it takes little time; one built to take long
+// is withheld.
 func TestReadingIsBounded(t *testing.T) {
 	const size = 64 << 10
-	secret := strings.Repeat("ab", 2<<10) // as long as any, and repetitive
+	secret := strings.Repeat("ab", 2<<10) // as long as any secret, and repetitive
 	r := New(secret)
 	fill := func(unit string) string { return strings.Repeat(unit, size/len(unit)+1)[:size] }
 	noise := make([]byte, size)
@@ -315,7 +316,7 @@ func TestReadingIsBounded(t *testing.T) {
 		took := time.Since(began)
 		t.Logf("%s: %s", c.name, took)
 		if withheld != c.withheld {
-			t.Errorf("%s: withheld is %v, want %v", c.name, withheld, c.withheld)
+			t.Errorf("%s: got withheld %v, want %v", c.name, withheld, c.withheld)
 		}
 		if took > 5*time.Second { // usually some milliseconds
 			t.Errorf("%s: took %s", c.name, took)

@@ -1,8 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package release checks what goreleaser is told, in a fraction of the time that it
-// takes to build goreleaser.
+// Package release checks the configuration of goreleaser, in a fraction of the time that
+// building goreleaser takes.
 package release
 
 import (
@@ -27,7 +27,7 @@ func load(t *testing.T) config.Project {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	// This refuses fields that goreleaser does not know.
+	// Fields that goreleaser does not know are an error.
 	project, err := config.LoadReader(file)
 	if err != nil {
 		t.Fatal(err)
@@ -39,7 +39,7 @@ func load(t *testing.T) config.Project {
 	return project
 }
 
-// What `make build` makes at a tag is what the release holds.
+// At a tag, `make build` builds the same binary as the release.
 func TestBuildsAsTheMakefile(t *testing.T) {
 	content, err := os.ReadFile(makefile)
 	if err != nil {
@@ -50,7 +50,7 @@ func TestBuildsAsTheMakefile(t *testing.T) {
 		t.Helper()
 		match := regexp.MustCompile(pattern).FindStringSubmatch(text)
 		if match == nil {
-			t.Fatalf("the Makefile has nothing like %s", pattern)
+			t.Fatalf("the Makefile has no line like %s", pattern)
 		}
 		return match[1]
 	}
@@ -74,8 +74,8 @@ func TestBuildsAsTheMakefile(t *testing.T) {
 	}
 }
 
-// What reads the archives expects these names: the README, HashiCorp's tools and
-// tools/release/sbom.
+// The README, HashiCorp's tools and tools/release/sbom expect these names of the
+// archives.
 func TestNames(t *testing.T) {
 	project := load(t)
 	for got, want := range map[string]string{
@@ -89,17 +89,17 @@ func TestNames(t *testing.T) {
 			t.Errorf("got %q, want %q", got, want)
 		}
 	}
-	// Neither the key nor the right to publish is anywhere near goreleaser.
+	// goreleaser must have neither the key nor the permission to publish.
 	if len(project.Signs) != 0 || project.Release.Disable != "true" {
-		t.Errorf("goreleaser signs %d times and has release.disable %q, want scripts/release.sh to sign and to publish", len(project.Signs), project.Release.Disable)
+		t.Errorf("goreleaser signs %d times and has release.disable %q, want signing and publishing left to scripts/release.sh", len(project.Signs), project.Release.Disable)
 	}
 	build := project.Builds[0]
 	for _, platform := range []string{"linux", "darwin", "windows", "freebsd"} {
 		if !slices.Contains(build.Goos, platform) {
-			t.Errorf("there is no build for %s", platform)
+			t.Errorf("no build for %s", platform)
 		}
 	}
 	if !slices.Equal(build.Goarch, []string{"amd64", "arm64"}) {
-		t.Errorf("there are builds for %v, want amd64 and arm64", build.Goarch)
+		t.Errorf("got builds for %v, want amd64 and arm64", build.Goarch)
 	}
 }

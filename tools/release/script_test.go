@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// project is a clone with a release to be made: a commit on main with a tag, a
+// project is a clone that is ready for a release: a commit on main with a tag, a
 // changelog and a key.
 type project struct {
 	t           *testing.T
@@ -35,10 +35,10 @@ func newProject(t *testing.T) *project {
 			if os.Getenv("CI") != "" {
 				t.Fatalf("%s is not on PATH", tool)
 			}
-			t.Skipf("%s is not on PATH: scripts/release.sh is not tested", tool)
+			t.Skipf("%s is not on PATH; not testing scripts/release.sh", tool)
 		}
 	}
-	// gpg's sockets do not fit into a long path.
+	// A long path is too long for gpg's sockets.
 	home, err := os.MkdirTemp("", "gpg")
 	if err != nil {
 		t.Fatal(err)
@@ -106,7 +106,7 @@ func (p *project) commit(message string) {
 	p.must("git", "commit", "-q", "--no-gpg-sign", "--allow-empty", "-m", message)
 }
 
-// key makes a key, and answers its fingerprint.
+// key creates a key and returns its fingerprint.
 func (p *project) key(name string) string {
 	p.t.Helper()
 	p.must("gpg", "--batch", "--passphrase", "", "--quick-gen-key", name+" <"+name+"@example.org>", "ed25519", "sign", "1d")
@@ -115,7 +115,7 @@ func (p *project) key(name string) string {
 			return fields[9]
 		}
 	}
-	p.t.Fatal("gpg made no key")
+	p.t.Fatal("gpg created no key")
 	return ""
 }
 
@@ -130,8 +130,8 @@ func (p *project) built() {
 	p.write(sumsFile, sums.String())
 }
 
-// script runs scripts/release.sh, which has to fail with that text, or not at all when
-// it is empty.
+// script runs scripts/release.sh, which must fail with the given text, or succeed if the
+// text is empty.
 func (p *project) script(text string, args ...string) string {
 	p.t.Helper()
 	out, err := p.run("scripts/release.sh", args...)
@@ -144,39 +144,39 @@ func (p *project) script(text string, args ...string) string {
 	return out
 }
 
-// A release is made of a tag that is named, checked out and on main, or not at all.
+// Only a named tag that is checked out and on main can be released.
 func TestOnlyATagOnMainIsReleased(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(*project)
 		args   []string
 		text   string
 	}{
-		"as it should be": {nil, []string{"check", tag}, ""},
-		"no tag named":    {nil, []string{"check"}, "release.sh check v0.1.0"},
-		"a branch":        {nil, []string{"check", "main"}, "want vX.Y.Z"},
-		"a version":       {nil, []string{"check", version}, "want vX.Y.Z"},
-		"an option":       {nil, []string{"check", "--all"}, "want vX.Y.Z"},
-		"no such tag":     {nil, []string{"check", "v9.9.9"}, "there is no tag v9.9.9"},
-		"another commit":  {func(p *project) { p.commit("More") }, []string{"check", tag}, "is not what is checked out"},
-		"a commit beside main": {func(p *project) {
+		"valid":          {nil, []string{"check", tag}, ""},
+		"no tag named":   {nil, []string{"check"}, "release.sh check v0.1.0"},
+		"a branch":       {nil, []string{"check", "main"}, "want vX.Y.Z"},
+		"a version":      {nil, []string{"check", version}, "want vX.Y.Z"},
+		"an option":      {nil, []string{"check", "--all"}, "want vX.Y.Z"},
+		"no such tag":    {nil, []string{"check", "v9.9.9"}, "there is no tag v9.9.9"},
+		"another commit": {func(p *project) { p.commit("More") }, []string{"check", tag}, "is not checked out"},
+		"a commit that is not on main": {func(p *project) {
 			p.must("git", "checkout", "-q", "--detach")
 			p.commit("Not reviewed")
 			p.must("git", "tag", "-f", tag)
-		}, []string{"check", tag}, "does not lie on origin/main"},
+		}, []string{"check", tag}, "is not on origin/main"},
 		"an older commit of main": {func(p *project) {
 			p.commit("More")
 			p.must("git", "update-ref", "refs/remotes/origin/main", "main")
 			p.must("git", "checkout", "-q", tag)
 		}, []string{"check", tag}, ""},
 		"two tags": {func(p *project) { p.must("git", "tag", "v1.2.2") }, []string{"check", tag}, ""},
-		"changes":  {func(p *project) { p.write("new", "x") }, []string{"check", tag}, "not committed"},
-		"no notes": {func(p *project) { p.must("git", "tag", "v1.2.4") }, []string{"check", "v1.2.4"}, "CHANGELOG.md has no part"},
+		"changes":  {func(p *project) { p.write("new", "x") }, []string{"check", tag}, "uncommitted changes"},
+		"no notes": {func(p *project) { p.must("git", "tag", "v1.2.4") }, []string{"check", "v1.2.4"}, "CHANGELOG.md has no section"},
 		"no key": {func(p *project) {
 			p.must("git", "rm", "-q", "release-key.asc")
 			p.commit("No key")
 			p.must("git", "update-ref", "refs/remotes/origin/main", "main")
 			p.must("git", "tag", "-f", tag)
-		}, []string{"check", tag}, "release-key.asc is not there"},
+		}, []string{"check", tag}, "release-key.asc is missing"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newProject(t)
@@ -193,21 +193,21 @@ func TestOnlyATagOnMainIsReleased(t *testing.T) {
 	}
 }
 
-// What is signed is what was built, all of it and nothing else, with the key that users
-// check it with.
-func TestOnlyWhatWasBuiltIsSigned(t *testing.T) {
+// A release's signature covers exactly what was built, and is made with the key that
+// users verify it with.
+func TestOnlyBuiltFilesAreSigned(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(*project)
 		text   string
 	}{
-		"as it should be": {func(*project) {}, ""},
-		"changed":         {func(p *project) { p.write("dist/"+pluginName+"_1.2.3_linux_amd64.zip", "x") }, "is not the one in"},
-		"more":            {func(p *project) { p.write("dist/more.zip", "x") }, "does not hold just the files"},
+		"valid":   {func(*project) {}, ""},
+		"changed": {func(p *project) { p.write("dist/"+pluginName+"_1.2.3_linux_amd64.zip", "x") }, "does not match"},
+		"more":    {func(p *project) { p.write("dist/more.zip", "x") }, "has other files than"},
 		"less": {func(p *project) {
 			if err := os.Remove(filepath.Join(p.dir, "dist", pluginName+"_1.2.3_linux_amd64.cdx.json")); err != nil {
 				p.t.Fatal(err)
 			}
-		}, "is not the one in"},
+		}, "does not match"},
 		"nothing":     {func(p *project) { p.must("rm", "-r", "dist") }, "run scripts/release.sh build"},
 		"another key": {func(p *project) { p.fingerprint = p.key("other") }, "is not the key in release-key.asc"},
 	} {
@@ -217,23 +217,23 @@ func TestOnlyWhatWasBuiltIsSigned(t *testing.T) {
 			c.change(p)
 			p.script(c.text, "sign", tag)
 			if _, err := os.Stat(filepath.Join(p.dir, sumsFile+".sig")); (err == nil) != (c.text == "") {
-				t.Errorf("the signature: %v", err)
+				t.Errorf("signature: %v", err)
 			}
 		})
 	}
 }
 
-// A draft gets what was signed, and the notes.
-func TestOnlyWhatIsSignedIsPublished(t *testing.T) {
+// A draft gets the signed files and the notes.
+func TestOnlySignedFilesArePublished(t *testing.T) {
 	p := newProject(t)
-	// It notes what it was told to do. Nothing is to be published from here.
+	// The fake gh logs its arguments and input, and publishes nothing.
 	p.must("mkdir", filepath.Join(p.home, "bin"))
 	gh := filepath.Join(p.home, "bin", "gh")
 	if err := os.WriteFile(gh, []byte("#!/bin/sh\n{ printf '%s\\n' \"$@\"; cat; } >\"$HOME/gh.log\"\n"), 0o700); err != nil { //nolint:gosec // a program
 		t.Fatal(err)
 	}
 	p.built()
-	p.script("the sums are not signed", "publish", tag)
+	p.script("the checksums are not signed", "publish", tag)
 	p.script("", "sign", tag)
 	p.script("", "publish", tag)
 	log, err := os.ReadFile(filepath.Join(p.home, "gh.log"))
@@ -245,13 +245,13 @@ func TestOnlyWhatIsSignedIsPublished(t *testing.T) {
 		"dist/" + pluginName + "_1.2.3_linux_amd64.zip", "dist/" + pluginName + "_1.2.3_linux_amd64.cdx.json", sumsFile, sumsFile + ".sig",
 		"", "* First.", "",
 	}, "\n")
-	// The first line of the notes is blank where the changelog's is.
+	// The notes begin with a blank line if the changelog's section does.
 	if got := string(log); strings.ReplaceAll(got, "\n\n", "\n") != strings.ReplaceAll(want, "\n\n", "\n") {
-		t.Errorf("gh was told\n%s\nwant\n%s", got, want)
+		t.Errorf("got the gh arguments\n%s\nwant\n%s", got, want)
 	}
 
 	p.write("dist/"+pluginName+"_1.2.3_linux_amd64.zip", "x")
-	p.script("is not the one in", "publish", tag)
+	p.script("does not match", "publish", tag)
 	p.built()
 	other := p.key("other")
 	p.must("rm", filepath.Join(p.dir, sumsFile+".sig"))

@@ -34,7 +34,7 @@ type job struct {
 	}
 }
 
-// needs are the jobs that have to be over before j, by their names.
+// needs returns the names of the jobs that must finish before j.
 func (w workflow) needs(j string) (names []string) {
 	var direct []string
 	switch needs := w.Jobs[j].Needs.(type) {
@@ -63,11 +63,11 @@ func loadWorkflow(t *testing.T) (w workflow, text string) {
 	return w, string(content)
 }
 
-// What each job may do, and no other may.
-func TestRightsOfTheWorkflow(t *testing.T) {
+// Each job has only the permissions it needs.
+func TestWorkflowPermissions(t *testing.T) {
 	w, _ := loadWorkflow(t)
 	if len(w.Permissions) != 0 {
-		t.Errorf("every job has the permissions %v, want none", w.Permissions)
+		t.Errorf("got the permissions %v for every job, want none", w.Permissions)
 	}
 	want := map[string]map[string]string{
 		"check":   {"contents": "read"},
@@ -79,46 +79,46 @@ func TestRightsOfTheWorkflow(t *testing.T) {
 	}
 	for name, j := range w.Jobs {
 		if !maps.Equal(j.Permissions, want[name]) {
-			t.Errorf("the job %s has the permissions %v, want %v", name, j.Permissions, want[name])
+			t.Errorf("job %s has the permissions %v, want %v", name, j.Permissions, want[name])
 		}
 		if (j.Environment != "") != (name == "sign") {
-			t.Errorf("the job %s has the environment %q; only sign has one, with the key", name, j.Environment)
+			t.Errorf("job %s has the environment %q; only sign may have one, with the key", name, j.Environment)
 		}
 	}
 	if len(w.Jobs) != len(want) {
-		t.Errorf("there are %d jobs, want %d", len(w.Jobs), len(want))
+		t.Errorf("got %d jobs, want %d", len(w.Jobs), len(want))
 	}
 }
 
-// Where the key or a right to write is, nothing runs that was built or downloaded but
-// for GitHub's own actions.
-func TestNothingRunsBesideTheKey(t *testing.T) {
+// Jobs with the key or with a write permission run nothing that was built or downloaded,
+// except GitHub's own actions.
+func TestNothingElseRunsWithTheKey(t *testing.T) {
 	w, text := loadWorkflow(t)
 	if got := strings.Count(text, "${{ secrets."); got != 1 {
-		t.Errorf("secrets are named %d times, want once", got)
+		t.Errorf("the workflow names secrets %d times, want once", got)
 	}
 	foreign := regexp.MustCompile(`\b(go|make|goreleaser|npm|pip|curl|wget|docker|bin/\S+)\b`)
 	for name, j := range w.Jobs {
 		if name == "check" || name == "test" || name == "build" {
 			for _, step := range j.Steps {
 				if len(step.Env) != 0 {
-					t.Errorf("the job %s has the variables %v, want none", name, slices.Sorted(maps.Keys(step.Env)))
+					t.Errorf("job %s has the variables %v, want none", name, slices.Sorted(maps.Keys(step.Env)))
 				}
 			}
 			continue
 		}
 		for _, step := range j.Steps {
 			if found := foreign.FindString(step.Run); found != "" {
-				t.Errorf("the job %s runs %s beside what it may do", name, found)
+				t.Errorf("job %s runs %s in spite of its permissions", name, found)
 			}
 			if strings.HasPrefix(step.Uses, "actions/setup-") {
-				t.Errorf("the job %s uses %s", name, step.Uses)
+				t.Errorf("job %s uses %s", name, step.Uses)
 			}
 		}
 	}
 }
 
-func TestOrderOfTheWorkflow(t *testing.T) {
+func TestWorkflowOrder(t *testing.T) {
 	w, _ := loadWorkflow(t)
 	for name, before := range map[string][]string{
 		"test":    {"check"},
@@ -130,26 +130,26 @@ func TestOrderOfTheWorkflow(t *testing.T) {
 		got := w.needs(name)
 		for _, want := range before {
 			if !slices.Contains(got, want) {
-				t.Errorf("the job %s does not wait for %s", name, want)
+				t.Errorf("job %s does not wait for %s", name, want)
 			}
 		}
 	}
 	if len(w.Jobs["check"].Steps) == 0 || !strings.Contains(w.Jobs["check"].Steps[1].Run, `release.sh check "$GITHUB_REF_NAME"`) {
-		t.Error("the job check does not check the tag that was pushed")
+		t.Error("job check does not check the pushed tag")
 	}
 }
 
-// A tag of an action can be moved, a commit cannot.
+// An action's tag can be moved, a commit cannot.
 func TestActionsArePinned(t *testing.T) {
 	w, _ := loadWorkflow(t)
 	pinned := regexp.MustCompile(`^actions/[a-z-]+@[0-9a-f]{40}$`)
 	for name, j := range w.Jobs {
 		for _, step := range j.Steps {
 			if step.Uses != "" && !pinned.MatchString(step.Uses) {
-				t.Errorf("the job %s uses %s, want an action of GitHub's by its commit", name, step.Uses)
+				t.Errorf("job %s uses %s, want one of GitHub's actions pinned to a commit", name, step.Uses)
 			}
 			if strings.HasPrefix(step.Uses, "actions/checkout@") && step.With["persist-credentials"] != false {
-				t.Errorf("the job %s leaves its token in the clone", name)
+				t.Errorf("job %s leaves its token in the clone", name)
 			}
 		}
 	}

@@ -1,9 +1,9 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Command noop-plugin is a secrets engine that answers every read of creds/<role>
-// with the same data, shaped like a token's. No external plugin can be faster:
-// the benchmarks measure the engine against it.
+// Command noop-plugin is a secrets engine that answers every read of creds/<role> with
+// the same data, in the form of a token response. No external plugin can be faster, so
+// the benchmarks compare the engine with it.
 package main
 
 import (

@@ -1,8 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Command oauth-server runs the OAuth 2.0 server of package oauthserver with one
-// client, until it is interrupted. `make dev` uses it in place of MojoAuth.
+// Command oauth-server runs the OAuth 2.0 server of package oauthserver with one client
+// until it is interrupted. `make dev` uses it in place of MojoAuth.
 package main
 
 import (
@@ -25,17 +25,17 @@ func main() {
 }
 
 func run() error {
-	listen := flag.String("listen", "127.0.0.1:0", "address to listen on; port 0 takes a free one")
-	id := flag.String("client-id", "demo-client", "ID of the client")
-	lifetime := flag.Duration("lifetime", 5*time.Minute, "how long tokens live")
-	audiences := flag.String("audiences", oauthserver.DataAudience, "audiences the client may ask for, separated by commas")
-	scopes := flag.String("scopes", oauthserver.DataScope+",write:data", "scopes the client may ask for, separated by commas")
+	listen := flag.String("listen", "127.0.0.1:0", "address to listen on; port 0 selects a free port")
+	id := flag.String("client-id", "demo-client", "client ID")
+	lifetime := flag.Duration("lifetime", 5*time.Minute, "lifetime of tokens")
+	audiences := flag.String("audiences", oauthserver.DataAudience, "audiences the client may request, separated by commas")
+	scopes := flag.String("scopes", oauthserver.DataScope+",write:data", "scopes the client may request, separated by commas")
 	flag.Parse()
 
-	// Not a flag: arguments can be read by every user of the machine.
+	// Not a flag: every user of the machine can read arguments.
 	secret := os.Getenv("OAUTH_SERVER_CLIENT_SECRET")
 	if secret == "" {
-		return fmt.Errorf("set OAUTH_SERVER_CLIENT_SECRET to the client's secret")
+		return fmt.Errorf("set OAUTH_SERVER_CLIENT_SECRET to the client secret")
 	}
 	server, err := oauthserver.New(*lifetime, oauthserver.Client{
 		ID:        *id,

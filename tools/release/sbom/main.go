@@ -1,13 +1,13 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Command sbom writes the bill of materials of a release archive, in CycloneDX:
+// Command sbom writes the bill of materials of a release archive in CycloneDX format:
 //
 //	sbom ARCHIVE.zip FILE.cdx.json
 //
-// It lists what Go wrote into the binary in the archive: the modules it was linked
-// from and the version of Go. The same archive gives the same bytes, so there is no
-// time and no serial number in them.
+// It lists what Go recorded in the archive's binary: the modules it was linked from and
+// the version of Go. The same archive gives the same bytes, so the file has no time and
+// no serial number.
 package main
 
 import (
@@ -58,11 +58,11 @@ func run(archive, file string) error {
 	if err := cdx.NewBOMEncoder(&out, cdx.BOMFileFormatJSON).SetPretty(true).EncodeVersion(bom, cdx.SpecVersion1_6); err != nil {
 		return err
 	}
-	return os.WriteFile(file, out.Bytes(), 0o644) //nolint:gosec // To be published.
+	return os.WriteFile(file, out.Bytes(), 0o644) //nolint:gosec // The file is published.
 }
 
-// versionOf reads the version out of NAME_<version>_<os>_<arch>.zip. The binary's
-// build information does not have it: it is set by the linker.
+// versionOf returns the version in NAME_<version>_<os>_<arch>.zip. The binary's build
+// information does not have it, because the linker sets it.
 func versionOf(archive string) (string, error) {
 	name := archive[strings.LastIndexAny(archive, `/\`)+1:]
 	parts := strings.Split(strings.TrimSuffix(name, ".zip"), "_")
@@ -77,7 +77,7 @@ func readBinary(archive string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer r.Close() //nolint:errcheck // Only read.
+	defer r.Close() //nolint:errcheck // Only reading.
 	for _, file := range r.File {
 		if strings.TrimSuffix(file.Name, ".exe") != binary {
 			continue
@@ -86,10 +86,10 @@ func readBinary(archive string) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		defer content.Close() //nolint:errcheck // Only read.
+		defer content.Close() //nolint:errcheck // Only reading.
 		return io.ReadAll(io.LimitReader(content, largestZip))
 	}
-	return nil, errors.New("there is no " + binary + " in it")
+	return nil, errors.New("no " + binary + " in the archive")
 }
 
 func describe(content []byte, version string) (*cdx.BOM, error) {
@@ -125,7 +125,7 @@ func describe(content []byte, version string) (*cdx.BOM, error) {
 	bom := cdx.NewBOM()
 	bom.Metadata = &cdx.Metadata{Component: &plugin}
 	bom.Components = &components
-	// Go does not write down which module needs which.
+	// Go does not record which module needs which.
 	bom.Dependencies = &[]cdx.Dependency{{Ref: plugin.BOMRef, Dependencies: &refs}}
 	return bom, nil
 }
@@ -135,7 +135,7 @@ func dependency(module *debug.Module) cdx.Component {
 		module = module.Replace
 	}
 	c := component(cdx.ComponentTypeLibrary, module.Path, module.Version)
-	// Go's own sum of the module, as in go.sum: it is not one of a file.
+	// Go's own checksum of the module, as in go.sum, which is not the checksum of a file.
 	c.Properties = &[]cdx.Property{{Name: "go:sum", Value: module.Sum}}
 	return c
 }

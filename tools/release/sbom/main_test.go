@@ -23,7 +23,7 @@ func TestSBOM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	content, err := os.ReadFile(self) //nolint:gosec // Its own binary.
+	content, err := os.ReadFile(self) //nolint:gosec // its own binary
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +53,7 @@ func TestSBOM(t *testing.T) {
 		if err := run(archive, file); err != nil {
 			t.Fatal(err)
 		}
-		if written[i], err = os.ReadFile(file); err != nil { //nolint:gosec // In the test's directory.
+		if written[i], err = os.ReadFile(file); err != nil { //nolint:gosec // a file in the test's directory
 			t.Fatal(err)
 		}
 	}
@@ -67,10 +67,10 @@ func TestSBOM(t *testing.T) {
 	}
 	plugin := bom.Metadata.Component
 	if plugin.Name != binary || plugin.Version != "1.2.3" {
-		t.Errorf("got the component %s %s, want %s 1.2.3", plugin.Name, plugin.Version, binary)
+		t.Errorf("got component %s %s, want %s 1.2.3", plugin.Name, plugin.Version, binary)
 	}
 	if got, want := (*plugin.Hashes)[0].Value, fmt.Sprintf("%x", sha256.Sum256(content)); got != want {
-		t.Errorf("got the sum %s, want %s", got, want)
+		t.Errorf("got checksum %s, want %s", got, want)
 	}
 	if bom.SerialNumber != "" || bom.Metadata.Timestamp != "" {
 		t.Errorf("got serial number %q and time %q, want none", bom.SerialNumber, bom.Metadata.Timestamp)
@@ -84,7 +84,7 @@ func TestSBOM(t *testing.T) {
 	}
 	for _, want := range []string{"pkg:golang/stdlib", "pkg:golang/github.com/CycloneDX/cyclonedx-go"} {
 		if !found[want] {
-			t.Errorf("%s is missing in %v", want, found)
+			t.Errorf("no %s in %v", want, found)
 		}
 	}
 }
@@ -92,7 +92,7 @@ func TestSBOM(t *testing.T) {
 func TestOtherNamesAreRefused(t *testing.T) {
 	for _, name := range []string{"other_1.2.3_linux_amd64.zip", binary + "_1.2.3.zip", "dir/" + binary + ".zip"} {
 		if version, err := versionOf(name); err == nil {
-			t.Errorf("%s: got the version %q, want an error", name, version)
+			t.Errorf("%s: got version %q, want an error", name, version)
 		}
 	}
 }
