@@ -613,7 +613,7 @@ func TestDocsFigures(t *testing.T) {
 		{"docs/concepts.md", "A read that finds a due token waits up to %d seconds", []any{seconds(patience)}},
 		{"docs/concepts.md", "The engine mints for this reason at most once in %d seconds", []any{seconds(demandPause)}},
 		{"docs/concepts.md", "which takes at most %d second.", []any{seconds(storagePatience)}},
-		{"docs/concepts.md", "until %d seconds before it expires, with a warning", []any{seconds(repeatedFloor)}},
+		{"docs/concepts.md", "until %d seconds before `expires_at`, with a warning", []any{seconds(repeatedFloor)}},
 		{"docs/concepts.md", "More than %d scope subsets of a role are read", []any{maxNarrowedOfRole}},
 		{"docs/concepts.md", "More than %s scope subsets are read in a mount", []any{thousands(maxNarrowed)}},
 		{"docs/concepts.md", "`max_ttl`, or %d minutes with a warning", []any{int(lifetime.Assumed.Minutes())}},
