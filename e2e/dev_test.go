@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -88,6 +89,7 @@ func TestDevScript(t *testing.T) {
 		t.Fatalf("dev.sh did not print VAULT_ADDR:\n%s", out.String())
 	}
 	tryPrintedCommands(t, product, out.String())
+	checkReadmeSample(t, root, out.String())
 
 	if err := cmd.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
@@ -103,6 +105,45 @@ func TestDevScript(t *testing.T) {
 	if resp, err := http.Get(address[1]); err == nil {
 		resp.Body.Close()
 		t.Errorf("%s is still running", product)
+	}
+}
+
+// checkReadmeSample compares what the README shows of a read with what dev.sh printed: the
+// same keys, in the same order, with values of the same form.
+func checkReadmeSample(t *testing.T, root, printed string) {
+	t.Helper()
+	readme, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, sample, found := strings.Cut(string(readme), "```text\n$ vault read mojoauth/creds/demo\n")
+	sample, _, closed := strings.Cut(sample, "```\n")
+	if !found || !closed {
+		t.Fatal("the README shows no read of mojoauth/creds/demo")
+	}
+	_, real, found := strings.Cut(printed, " read mojoauth/creds/demo\n")
+	real, _, ended := strings.Cut(real, "==> ")
+	if !found || !ended {
+		t.Fatalf("it printed no read of mojoauth/creds/demo:\n%s", printed)
+	}
+	form := func(table string) (rows []string) {
+		for line := range strings.Lines(table) {
+			key, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+			value = strings.TrimSpace(value)
+			switch key {
+			case "access_token":
+				value, _, _ = strings.Cut(value, ".") // the header of the JWT
+			case "ttl", "rotation_period":
+				value = regexp.MustCompile(`^([0-9]+m)?[0-9]+[ms]$`).ReplaceAllString(value, "<duration>")
+			default:
+				value = regexp.MustCompile(`[0-9]`).ReplaceAllString(value, "0")
+			}
+			rows = append(rows, key+" "+value)
+		}
+		return rows
+	}
+	if got, want := form(sample), form(real); !slices.Equal(got, want) {
+		t.Errorf("the README shows\n%s\nand make dev prints\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }
 

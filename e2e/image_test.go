@@ -356,9 +356,9 @@ func openBaoDownloads(t *testing.T, bao *harness.Vault, plugins string, img *ima
 func declare(t *testing.T, bao *harness.Vault, plugins, stanza string, more map[string]string) {
 	t.Helper()
 	own := map[string]string{
-		"v0.1.0":                     pluginVersion,
-		"<the binary's SHA-256>":     sha256Of(t, filepath.Join(pluginDir, pluginBinary)),
-		"\"/etc/openbao.d/plugins\"": fmt.Sprintf("%q", plugins),
+		"v0.1.0":                   pluginVersion,
+		"<the binary's SHA-256>":   sha256Of(t, filepath.Join(pluginDir, pluginBinary)),
+		"\"/opt/openbao/plugins\"": fmt.Sprintf("%q", plugins),
 	}
 	maps.Copy(own, more)
 	stanza = replaced(t, stanza, own)

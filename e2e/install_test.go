@@ -18,15 +18,13 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// readmeInstallation returns the commands that the README lists to install the plugin in
-// a product.
-func readmeInstallation(t *testing.T, product harness.Product) string {
+// readmeSections are the sections of the README that take a reader from a release's archive
+// to a token.
+var readmeSections = []string{"Install it in production", "Configure it", "Read a token"}
+
+// readmeBlocks are the blocks of commands in those sections, in their order.
+func readmeBlocks(t *testing.T) (blocks []string) {
 	t.Helper()
-	for _, tool := range []string{"bash", "curl", "gpg", "gpgv", "unzip", "sha256sum"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			harness.Missing(t, "%s is not on PATH; not testing the README's installation", tool)
-		}
-	}
 	root, err := harness.Root()
 	if err != nil {
 		t.Fatal(err)
@@ -35,30 +33,42 @@ func readmeInstallation(t *testing.T, product harness.Product) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	blocks := func(section string) (script string) {
-		_, section, found := strings.Cut(string(readme), "\n## "+section+"\n")
+	for _, title := range readmeSections {
+		_, section, found := strings.Cut(string(readme), "\n## "+title+"\n")
 		if !found {
-			t.Fatalf("the README has no section %q", section)
+			t.Fatalf("the README has no section %q", title)
 		}
 		section, _, _ = strings.Cut(section, "\n## ")
 		for _, block := range regexp.MustCompile("(?ms)^ *```sh\n(.*?)^ *```$").FindAllStringSubmatch(section, -1) {
-			// Skip the other way to get the binary, and what only GitHub can answer.
-			if !strings.Contains(block[1], "make build") && !strings.Contains(block[1], "gh attestation verify") {
-				script += regexp.MustCompile("(?m)^   ").ReplaceAllString(block[1], "")
-			}
+			blocks = append(blocks, regexp.MustCompile("(?m)^   ").ReplaceAllString(block[1], ""))
 		}
-		return script
 	}
-	script := blocks("Install it in production")
-	if product == harness.OpenBao {
-		// Its section starts with the binary and its checksum already there.
-		getting, _, found := strings.Cut(script, "install -m 755")
-		if !found {
-			t.Fatal("the README no longer installs the binary")
+	return blocks
+}
+
+// readmeInstallation is the README's script that installs the plugin in a product.
+func readmeInstallation(t *testing.T, product harness.Product) (script string) {
+	t.Helper()
+	for _, tool := range []string{"bash", "curl", "gpg", "gpgv", "unzip", "sha256sum"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			harness.Missing(t, "%s is not on PATH: the README's installation is not tested", tool)
 		}
-		script = getting + blocks("Install it in OpenBao")
+	}
+	for _, block := range readmeBlocks(t) {
+		// TestReadmeBuild runs the other way to get the binary; only GitHub can attest.
+		if !strings.Contains(block, "make build") && !strings.Contains(block, "gh attestation verify") {
+			script += block
+		}
+	}
+	if product == harness.OpenBao {
+		script = inOpenBao(script)
 	}
 	return script
+}
+
+// inOpenBao is a script with bao in place of vault, as the documents advise.
+func inOpenBao(script string) string {
+	return regexp.MustCompile(`(?m)(^|\| )vault `).ReplaceAllString(script, "${1}bao ")
 }
 
 // replaced puts the reader's own names into a text of the README.
@@ -105,9 +115,6 @@ func TestReadmeInstallation(t *testing.T) {
 		"token_url=https://your-app.mojoauth.com/oauth2/token":           "token_url=" + oauth.TokenURL(),
 		"client_id=<client ID>":                                          "client_id=" + clientID,
 	}
-	if product == harness.OpenBao {
-		own["PLUGIN_DIR=/etc/openbao.d/plugins     # of the OpenBao servers"] = "PLUGIN_DIR=" + plugins
-	}
 	text := replaced(t, script, own)
 
 	work := filepath.Join(dir, "work")
@@ -131,6 +138,29 @@ func TestReadmeInstallation(t *testing.T) {
 	}
 	if strings.Contains(string(out), canary) {
 		t.Error("the output contains the client secret")
+	}
+}
+
+// The README's command builds the version that it names.
+func TestReadmeBuild(t *testing.T) {
+	t.Parallel()
+	root, err := harness.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var script string
+	for _, block := range readmeBlocks(t) {
+		if strings.Contains(block, "make build") {
+			script += block
+		}
+	}
+	binary := filepath.Join(t.TempDir(), pluginName)
+	cmd := exec.CommandContext(t.Context(), "bash", "-euc", script+`"$NAME" -version`)
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "NAME="+binary, "VERSION=0.1.0", "PLATFORM="+runtime.GOOS+"_"+runtime.GOARCH)
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), pluginName+" v0.1.0 ") {
+		t.Errorf("got %v, want it to report version v0.1.0\n%s", err, out)
 	}
 }
 

@@ -8,11 +8,12 @@
 // github.com/ory/fosite implements the protocol: it authenticates clients, checks scopes
 // and audiences, and creates the errors. The tokens are JWTs signed with RS256.
 //
-//	POST /oauth2/token           client credentials grant (RFC 6749 §4.4)
-//	GET  /.well-known/jwks.json  the public key (RFC 7517)
-//	GET  /data                   the protected API
-//	GET  /healthz                204 when the server is ready
-//	PUT  /faults                 misbehave: see Faults
+//	POST /oauth2/token                      client credentials grant (RFC 6749 §4.4)
+//	GET  /.well-known/openid-configuration  the endpoints (OpenID Connect Discovery 1.0)
+//	GET  /.well-known/jwks.json             the public key (RFC 7517)
+//	GET  /data                              the protected API
+//	GET  /healthz                           204 when the server is ready
+//	PUT  /faults                            misbehave: see Faults
 package oauthserver
 
 import (
@@ -45,10 +46,12 @@ import (
 
 // Paths of the endpoints.
 const (
-	TokenPath  = "/oauth2/token"
-	JWKSPath   = "/.well-known/jwks.json"
-	DataPath   = "/data"
-	HealthPath = "/healthz"
+	TokenPath = "/oauth2/token"
+	JWKSPath  = "/.well-known/jwks.json"
+	// DiscoveryPath is MojoAuth's path too, by its documentation.
+	DiscoveryPath = "/.well-known/openid-configuration"
+	DataPath      = "/data"
+	HealthPath    = "/healthz"
 )
 
 // What the protected API requires of a token.
@@ -133,6 +136,7 @@ func New(lifetime time.Duration, clients ...Client) (*Server, error) {
 	)
 	s.mux.HandleFunc("POST "+TokenPath, s.token)
 	s.mux.HandleFunc("GET "+JWKSPath, s.jwks)
+	s.mux.HandleFunc("GET "+DiscoveryPath, s.discovery)
 	for _, method := range []string{http.MethodGet, http.MethodPut, http.MethodDelete} {
 		s.mux.HandleFunc(method+" "+FaultsPath, s.faultsEndpoint)
 	}
@@ -346,6 +350,18 @@ func (s *Server) grant(w http.ResponseWriter, r *http.Request) {
 func (s *Server) jwks(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/jwk-set+json")
 	_ = json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{s.key.Public()}})
+}
+
+// discovery lists the endpoints, and what the token endpoint supports.
+func (s *Server) discovery(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(map[string]any{
+		"issuer":                                s.url,
+		"token_endpoint":                        s.TokenURL(),
+		"jwks_uri":                              s.url + JWKSPath,
+		"grant_types_supported":                 []string{"client_credentials"},
+		"token_endpoint_auth_methods_supported": []string{"client_secret_post", "client_secret_basic"},
+	})
 }
 
 // data is the protected API. It accepts a token for its audience and with its scope that

@@ -23,7 +23,7 @@ class VaultAnswer
     [DataMember(Name = "data")] public VaultData Data { get; set; }
     [DataMember(Name = "errors")] public string[] Errors { get; set; }
 
-    // Parse answers null when the body is not Vault's, but of something before it.
+    // Parse returns null if the body is not from Vault, but from something in front of it.
     public static VaultAnswer Parse(string body)
     {
         try
@@ -59,7 +59,7 @@ class Failure : Exception
 
 static class CallApi
 {
-    // A redirect could take the token to another host.
+    // A redirect could send the token to another host.
     static readonly HttpClient Client = new HttpClient(new HttpClientHandler { AllowAutoRedirect = false })
     {
         Timeout = TimeSpan.FromSeconds(30),
@@ -77,11 +77,11 @@ static class CallApi
         return otherwise;
     }
 
-    // Checks a token before it is a header's value: an error about a malformed
-    // one would show it.
+    // Returns the token if it fits into a header. An error about a malformed one would
+    // show it.
     static string Bare(string name, string value)
     {
-        if (!Regex.IsMatch(value ?? "", @"\A[!-~]+\z")) throw new Failure(name + " does not hold a bare token");
+        if (!Regex.IsMatch(value ?? "", @"\A[!-~]+\z")) throw new Failure(name + " is not a bare token");
         return value;
     }
 
@@ -100,27 +100,27 @@ static class CallApi
             }
             catch (Exception e) when (e is HttpRequestException || e is OperationCanceledException)
             {
-                // Why it failed is in the innermost exception.
-                throw new Failure("no answer from " + url + ": " + e.GetBaseException().Message);
+                // The innermost exception has the reason.
+                throw new Failure("no response from " + url + ": " + e.GetBaseException().Message);
             }
         }
     }
 
-    // Reads from Vault, and keeps the token as long as Vault says.
+    // Reads from Vault, and caches the token for the ttl that Vault returns.
     static async Task<string> TokenOfVault(bool refused)
     {
         var now = Clock.Elapsed;
         if (cached != null && !refused && now < readAgain) return cached;
 
         var url = Setting("VAULT_ADDR").TrimEnd('/') + "/v1/" + Setting("MOUNT", "mojoauth") + "/creds/" + Setting("ROLE", "demo");
-        // One that was minted later than the one that the API refused.
+        // A token that is newer than the refused one.
         if (refused) url += "?minted_after=" + Uri.EscapeDataString(mintedAt);
         var vaultToken = Bare("VAULT_TOKEN", Setting("VAULT_TOKEN"));
         var answer = await Get(url, "X-Vault-Token", vaultToken);
         if (answer.Status == 429 || answer.Status >= 500)
         {
-            // The next request starts a plugin that was killed, and may find fewer
-            // token requests waiting for their turn.
+            // Vault restarts a killed plugin at the next request. After a 429, fewer
+            // token requests may be waiting by then.
             await Task.Delay(1000);
             answer = await Get(url, "X-Vault-Token", vaultToken);
         }
@@ -128,9 +128,9 @@ static class CallApi
         if (answer.Status != 200)
         {
             var text = parsed?.Errors?.Any() == true ? string.Join("; ", parsed.Errors) : answer.Body;
-            throw new Failure("Vault answered " + answer.Status + ": " + Regex.Replace(text, @"\s+", " ").Trim());
+            throw new Failure("Vault returned " + answer.Status + ": " + Regex.Replace(text, @"\s+", " ").Trim());
         }
-        if (parsed?.Data == null) throw new Failure("Vault answered without a token");
+        if (parsed?.Data == null) throw new Failure("Vault returned no token");
         cached = Bare("access_token", parsed.Data.AccessToken);
         mintedAt = parsed.Data.LastVaultRotation;
         readAgain = now + TimeSpan.FromSeconds(parsed.Data.Ttl);
@@ -139,7 +139,7 @@ static class CallApi
 
     static async Task<Answer> Call(bool refused)
     {
-        // The file is read at every call, since Vault Agent replaces it.
+        // Read the file for every call, because Vault Agent replaces it.
         var file = Setting("TOKEN_FILE", "");
         var token = file != "" ? Bare("TOKEN_FILE", File.ReadAllText(file).Trim()) : await TokenOfVault(refused);
         return await Get(Setting("API_URL"), "Authorization", "Bearer " + token);
@@ -153,11 +153,11 @@ static class CallApi
         {
             if (call > 0) await Task.Delay(interval);
             var answer = await Call(refused: false);
-            // A newer token may be accepted. Once is enough: a second 401 is
-            // about something else.
+            // The API may accept a newer token. Try only once: a second 401 has
+            // another cause.
             if (answer.Status == (int)HttpStatusCode.Unauthorized) answer = await Call(refused: true);
             if (answer.Status < 200 || answer.Status > 299)
-                throw new Failure("the API answered " + answer.Status + ": " + answer.Body);
+                throw new Failure("the API returned " + answer.Status + ": " + answer.Body);
             Console.WriteLine(answer.Status + " " + answer.Body);
         }
     }

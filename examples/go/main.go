@@ -19,13 +19,13 @@ import (
 	"time"
 )
 
-// A tokenSource gives the token for the next call. When the API has refused the
-// last one, it gives a newer one if there is one.
+// A tokenSource returns the token for the next call: a newer one, if there is one,
+// when the API refused the last.
 type tokenSource interface {
 	token(refused bool) (string, error)
 }
 
-// fileSource reads the file at every call, since Vault Agent replaces it.
+// fileSource reads the file for every call, because Vault Agent replaces it.
 type fileSource string
 
 func (path fileSource) token(bool) (string, error) {
@@ -37,7 +37,7 @@ func (path fileSource) token(bool) (string, error) {
 	return token, err
 }
 
-// vaultSource reads from Vault, and keeps the token as long as Vault says.
+// vaultSource reads from Vault, and caches the token for the ttl that Vault returns.
 type vaultSource struct {
 	url, vaultToken string
 
@@ -52,14 +52,14 @@ func (v *vaultSource) token(refused bool) (string, error) {
 	}
 	from := v.url
 	if refused {
-		// One that was minted later than the one that the API refused.
+		// A token that is newer than the refused one.
 		from += "?minted_after=" + url.QueryEscape(v.mintedAt)
 	}
 	now := time.Now()
 	status, body, err := get(from, "X-Vault-Token", v.vaultToken)
 	if err == nil && (status == http.StatusTooManyRequests || status >= 500) {
-		// The next request starts a plugin that was killed, and may find fewer
-		// token requests waiting for their turn.
+		// Vault restarts a killed plugin at the next request. After a 429, fewer
+		// token requests may be waiting by then.
 		time.Sleep(time.Second)
 		status, body, err = get(from, "X-Vault-Token", v.vaultToken)
 	}
@@ -77,10 +77,10 @@ func (v *vaultSource) token(refused bool) (string, error) {
 	err = json.Unmarshal([]byte(body), &answer)
 	if status != http.StatusOK {
 		text := cmp.Or(strings.Join(answer.Errors, "; "), body)
-		return "", fmt.Errorf("Vault answered %d: %s", status, strings.Join(strings.Fields(text), " "))
+		return "", fmt.Errorf("Vault returned %d: %s", status, strings.Join(strings.Fields(text), " "))
 	}
 	if err != nil || answer.Data.AccessToken == "" {
-		return "", errors.New("Vault answered without a token")
+		return "", errors.New("Vault returned no token")
 	}
 	v.cached, v.mintedAt = answer.Data.AccessToken, answer.Data.LastVaultRotation
 	v.readAgain = now.Add(time.Duration(answer.Data.TTL) * time.Second)
@@ -89,11 +89,11 @@ func (v *vaultSource) token(refused bool) (string, error) {
 
 var client = &http.Client{
 	Timeout: 30 * time.Second,
-	// A redirect could take the token to another host.
+	// A redirect could send the token to another host.
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 }
 
-// get sends a request with one more header, and returns what came back.
+// get sends a GET request with one extra header, and returns the status and body.
 func get(url, header, value string) (status int, body string, err error) {
 	req, err := http.NewRequest(http.MethodGet, url, nil)
 	if err != nil {
@@ -109,7 +109,7 @@ func get(url, header, value string) (status int, body string, err error) {
 	return resp.StatusCode, strings.TrimSpace(string(content)), err
 }
 
-// callAPI calls the API with a token of the source.
+// callAPI calls the API with a token from the source.
 func callAPI(url string, source tokenSource, refused bool) (status int, body string, err error) {
 	token, err := source.token(refused)
 	if err != nil {
@@ -150,15 +150,15 @@ func run() error {
 		}
 		status, body, err := callAPI(url, source, false)
 		if err == nil && status == http.StatusUnauthorized {
-			// A newer token may be accepted. Once is enough: a second 401 is
-			// about something else.
+			// The API may accept a newer token. Try only once: a second 401 has
+			// another cause.
 			status, body, err = callAPI(url, source, true)
 		}
 		if err != nil {
 			return err
 		}
 		if status < 200 || status > 299 {
-			return fmt.Errorf("the API answered %d: %s", status, body)
+			return fmt.Errorf("the API returned %d: %s", status, body)
 		}
 		fmt.Println(status, body)
 	}

@@ -13,27 +13,27 @@ function setting(name, otherwise) {
   return value;
 }
 
-// Checks a token before it is a header's value: an error of fetch about a
-// malformed one would show it.
+// Returns the token if it fits into a header. fetch would show a malformed one in
+// its error.
 function bare(name, value) {
-  if (!/^[!-~]+$/.test(value)) throw new Error(`${name} does not hold a bare token`);
+  if (!/^[!-~]+$/.test(value)) throw new Error(`${name} is not a bare token`);
   return value;
 }
 
 async function get(url, headers) {
-  // A redirect could take the token to another host.
+  // A redirect could send the token to another host.
   const options = { headers, redirect: 'manual', signal: AbortSignal.timeout(30_000) };
   try {
     const response = await fetch(url, options);
     return { status: response.status, body: (await response.text()).trim() };
   } catch (error) {
-    // fetch itself only says that it failed; why is in the cause.
+    // fetch reports only that it failed. The reason is in the cause.
     const why = error.cause?.message || error.cause?.code || error.message;
-    throw new Error(`no answer from ${url}: ${why}`);
+    throw new Error(`no response from ${url}: ${why}`);
   }
 }
 
-// Reads the file at every call, since Vault Agent replaces it.
+// Reads the file for every call, because Vault Agent replaces it.
 async function tokenOfFile() {
   return bare('TOKEN_FILE', (await readFile(setting('TOKEN_FILE'), 'utf8')).trim());
 }
@@ -42,24 +42,24 @@ let cached;
 let mintedAt;
 let readAgain = 0;
 
-// Reads from Vault, and keeps the token as long as Vault says.
+// Reads from Vault, and caches the token for the ttl that Vault returns.
 async function tokenOfVault({ refused }) {
   const now = performance.now();
   if (cached && !refused && now < readAgain) return cached;
 
   const address = setting('VAULT_ADDR').replace(/\/$/, '');
   let url = `${address}/v1/${setting('MOUNT', 'mojoauth')}/creds/${setting('ROLE', 'demo')}`;
-  // One that was minted later than the one that the API refused.
+  // A token that is newer than the refused one.
   if (refused) url += `?minted_after=${encodeURIComponent(mintedAt)}`;
   const headers = { 'X-Vault-Token': bare('VAULT_TOKEN', setting('VAULT_TOKEN')) };
   let { status, body } = await get(url, headers);
   if (status === 429 || status >= 500) {
-    // The next request starts a plugin that was killed, and may find fewer
-    // token requests waiting for their turn.
+    // Vault restarts a killed plugin at the next request. After a 429, fewer
+    // token requests may be waiting by then.
     await sleep(1000);
     ({ status, body } = await get(url, headers));
   }
-  if (status !== 200) throw new Error(`Vault answered ${status}: ${errorText(body)}`);
+  if (status !== 200) throw new Error(`Vault returned ${status}: ${errorText(body)}`);
   const { data } = JSON.parse(body);
   cached = bare('access_token', data.access_token);
   mintedAt = data.last_vault_rotation;
@@ -72,7 +72,7 @@ function errorText(body) {
   try {
     text = JSON.parse(body).errors.join('; ') || body;
   } catch {
-    // It is not Vault's, but of something before it.
+    // Not from Vault, but from something in front of it.
   }
   return text.replace(/\s+/g, ' ').trim();
 }
@@ -89,11 +89,11 @@ async function main() {
     if (call > 0) await sleep(Number(setting('INTERVAL', '1')) * 1000);
     let { status, body } = await callAPI({ refused: false });
     if (status === 401) {
-      // A newer token may be accepted. Once is enough: a second 401 is about
-      // something else.
+      // The API may accept a newer token. Try only once: a second 401 has
+      // another cause.
       ({ status, body } = await callAPI({ refused: true }));
     }
-    if (status < 200 || status > 299) throw new Error(`the API answered ${status}: ${body}`);
+    if (status < 200 || status > 299) throw new Error(`the API returned ${status}: ${body}`);
     console.log(status, body);
   }
 }

@@ -18,7 +18,7 @@ import urllib.request
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect could take the token to another host."""
+    """Refuses redirects, which could send the token to another host."""
 
     def redirect_request(self, *args):
         return None
@@ -35,28 +35,28 @@ def setting(name, default=None):
 
 
 def bare(name, value):
-    """Check a token before it is a header's value: an error of http.client
-    about a malformed one would show it."""
+    """Return the token if it fits into a header. http.client would show a
+    malformed one in its error."""
     if not re.fullmatch("[!-~]+", value):
-        raise ValueError(f"{name} does not hold a bare token")
+        raise ValueError(f"{name} is not a bare token")
     return value
 
 
 def get(url, **headers):
-    """Return the status and the body, of 4xx and 5xx too."""
+    """Return the status and the body, also of a 4xx or 5xx."""
     request = urllib.request.Request(url, headers=headers)
     try:
         response = opener.open(request, timeout=30)
     except urllib.error.HTTPError as error:
         response = error
     except urllib.error.URLError as error:
-        raise ConnectionError(f"no answer from {url}: {error.reason}") from error
+        raise ConnectionError(f"no response from {url}: {error.reason}") from error
     with response:
         return response.status, response.read().decode(errors="replace").strip()
 
 
 class FileSource:
-    """Reads the file at every call, since Vault Agent replaces it."""
+    """Reads the file for every call, because Vault Agent replaces it."""
 
     def token(self, refused):
         with open(setting("TOKEN_FILE"), encoding="ascii", errors="replace") as file:
@@ -64,7 +64,7 @@ class FileSource:
 
 
 class VaultSource:
-    """Reads from Vault, and keeps the token as long as Vault says."""
+    """Reads from Vault, and caches the token for the ttl that Vault returns."""
 
     def __init__(self):
         mount, role = setting("MOUNT", "mojoauth"), setting("ROLE", "demo")
@@ -77,16 +77,16 @@ class VaultSource:
         if refused or self.cached is None or now >= self.read_again:
             url = self.url
             if refused:
-                # One that was minted later than the one that the API refused.
+                # A token that is newer than the refused one.
                 url += "?" + urllib.parse.urlencode({"minted_after": self.minted_at})
             status, body = get(url, **self.headers)
             if status == 429 or status >= 500:
-                # The next request starts a plugin that was killed, and may find fewer
-                # token requests waiting for their turn.
+                # Vault restarts a killed plugin at the next request. After a 429,
+                # fewer token requests may be waiting by then.
                 time.sleep(1)
                 status, body = get(url, **self.headers)
             if status != 200:
-                raise ValueError(f"Vault answered {status}: {error_text(body)}")
+                raise ValueError(f"Vault returned {status}: {error_text(body)}")
             data = json.loads(body)["data"]
             self.cached = bare("access_token", data["access_token"])
             self.minted_at, self.read_again = data["last_vault_rotation"], now + data["ttl"]
@@ -97,7 +97,7 @@ def error_text(body):
     try:
         body = "; ".join(json.loads(body)["errors"]) or body
     except (ValueError, LookupError, TypeError):
-        pass  # it is not Vault's, but of something before it
+        pass  # not from Vault, but from something in front of it
     return " ".join(body.split())
 
 
@@ -112,11 +112,11 @@ def main():
             time.sleep(float(setting("INTERVAL", "1")))
         status, body = call_api(source)
         if status == 401:
-            # A newer token may be accepted. Once is enough: a second 401 is
-            # about something else.
+            # The API may accept a newer token. Try only once: a second 401 has
+            # another cause.
             status, body = call_api(source, refused=True)
         if not 200 <= status <= 299:
-            raise ValueError(f"the API answered {status}: {body}")
+            raise ValueError(f"the API returned {status}: {body}")
         print(status, body, flush=True)
 
 
