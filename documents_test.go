@@ -44,8 +44,8 @@ func document(t *testing.T, name string) string {
 	return string(content)
 }
 
-// prose is a document without its blocks of code.
-func prose(text string) string {
+// withoutCode is a document without its blocks of code.
+func withoutCode(text string) string {
 	return regexp.MustCompile("(?ms)^ *```.*?^ *```$").ReplaceAllString(text, "")
 }
 
@@ -106,7 +106,7 @@ func documents(t *testing.T) []string {
 // anchors are the targets of links that GitHub makes of a document's headings.
 func anchors(text string) map[string]bool {
 	found := make(map[string]bool)
-	for _, m := range regexp.MustCompile(`(?m)^#+ (.+)$`).FindAllStringSubmatch(prose(text), -1) {
+	for _, m := range regexp.MustCompile(`(?m)^#+ (.+)$`).FindAllStringSubmatch(withoutCode(text), -1) {
 		anchor := regexp.MustCompile(`[^\p{L}\p{N}_ -]`).ReplaceAllString(strings.ToLower(m[1]), "")
 		anchor = strings.ReplaceAll(anchor, " ", "-")
 		for n := 1; found[anchor]; n++ {
@@ -122,7 +122,7 @@ func TestDocsLinks(t *testing.T) {
 	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
 	for _, name := range documents(t) {
 		text := document(t, name)
-		for _, m := range link.FindAllStringSubmatch(prose(text), -1) {
+		for _, m := range link.FindAllStringSubmatch(withoutCode(text), -1) {
 			target, anchor, _ := strings.Cut(m[1], "#")
 			if strings.Contains(target, "://") {
 				continue
@@ -150,7 +150,7 @@ func TestDocsFiles(t *testing.T) {
 	file := regexp.MustCompile(`^(?:\.?[\w-]+/)*[\w.-]*\w\.(?:go|sh|yml|yaml|json|md|svg)$`)
 	for _, name := range []string{"docs/concepts.md", "docs/operations.md", "docs/monitoring.md", "docs/architecture.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"} {
 		found := 0
-		for _, text := range code(prose(document(t, name))) {
+		for _, text := range code(withoutCode(document(t, name))) {
 			if !file.MatchString(text) {
 				continue
 			}
@@ -428,7 +428,7 @@ func TestDocsIdentifiers(t *testing.T) {
 
 	identifier := regexp.MustCompile(`^\w+(?:\.\w+)?$`)
 	checked := 0
-	for _, text := range code(prose(document(t, "docs/architecture.md"))) {
+	for _, text := range code(withoutCode(document(t, "docs/architecture.md"))) {
 		if !identifier.MatchString(text) || strings.HasSuffix(text, ".go") {
 			continue
 		}
@@ -576,7 +576,7 @@ func TestDocsGlossary(t *testing.T) {
 		seen[row[0]] = true
 	}
 	for _, name := range []string{"docs/concepts.md", "docs/operations.md", "docs/monitoring.md", "docs/architecture.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"} {
-		text := prose(document(t, name))
+		text := withoutCode(document(t, name))
 		for _, word := range []string{"spent", "narrowed set", "whole scopes", "whoever", "anew", "mended", "licence", "behaviour"} {
 			if m := regexp.MustCompile(`(?i)\b` + word).FindString(text); m != "" {
 				t.Errorf("%s says %q: use the word of the glossary", name, m)
