@@ -31,9 +31,8 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
-// This file compares the documents other than docs/api.md with the code: their links,
-// the files and identifiers that they name, their figures, and the table of files in
-// CONTRIBUTING.md.
+// This file compares the documents other than docs/api.md with the code: the files and
+// identifiers that they name, their figures, and the table of files in CONTRIBUTING.md.
 
 func document(t *testing.T, name string) string {
 	t.Helper()
@@ -101,48 +100,6 @@ func documents(t *testing.T) []string {
 		names = append(names, found...)
 	}
 	return names
-}
-
-// anchors are the targets of links that GitHub makes of a document's headings.
-func anchors(text string) map[string]bool {
-	found := make(map[string]bool)
-	for _, m := range regexp.MustCompile(`(?m)^#+ (.+)$`).FindAllStringSubmatch(withoutCode(text), -1) {
-		anchor := regexp.MustCompile(`[^\p{L}\p{N}_ -]`).ReplaceAllString(strings.ToLower(m[1]), "")
-		anchor = strings.ReplaceAll(anchor, " ", "-")
-		for n := 1; found[anchor]; n++ {
-			anchor = fmt.Sprintf("%s-%d", strings.TrimSuffix(anchor, fmt.Sprintf("-%d", n-1)), n)
-		}
-		found[anchor] = true
-	}
-	return found
-}
-
-// Links lead to files and headings that exist.
-func TestDocsLinks(t *testing.T) {
-	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
-	for _, name := range documents(t) {
-		text := document(t, name)
-		for _, m := range link.FindAllStringSubmatch(withoutCode(text), -1) {
-			target, anchor, _ := strings.Cut(m[1], "#")
-			if strings.Contains(target, "://") {
-				continue
-			}
-			within := text
-			if target != "" {
-				target = path.Join(path.Dir(name), target)
-				if _, err := os.Stat(target); err != nil {
-					t.Errorf("%s links to %s, which does not exist", name, m[1])
-					continue
-				}
-				if anchor != "" {
-					within = document(t, target)
-				}
-			}
-			if anchor != "" && !anchors(within)[anchor] {
-				t.Errorf("%s links to %s, but there is no such heading", name, m[1])
-			}
-		}
-	}
 }
 
 // Source files that the documents name exist.
