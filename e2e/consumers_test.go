@@ -115,25 +115,6 @@ func TestLeastPrivilegePolicies(t *testing.T) {
 			}
 		}
 	}
-
-	// A policy can allow only certain scopes: Vault looks at parameter constraints on
-	// a read too.
-	if err := w.vault.Sys().PutPolicy("constrained", documented[1]); err != nil {
-		t.Fatal(err)
-	}
-	constrained := w.as(&api.TokenCreateRequest{Policies: []string{"constrained"}})
-	for scopes, allowed := range map[string]bool{
-		"read:data": true, "": false, "write:data": false, "read:data,write:data": false, "read:data write:data": false,
-	} {
-		query := map[string][]string{}
-		if scopes != "" {
-			query["scopes"] = []string{scopes}
-		}
-		_, err := constrained.Logical().ReadWithData("mojoauth/creds/app", query)
-		if (err == nil) != allowed {
-			t.Errorf("scopes %q: allowed %v, want %v: %v", scopes, err == nil, allowed, err)
-		}
-	}
 }
 
 // Vault's policies compare paths as they are sent, and the engine takes a name for no

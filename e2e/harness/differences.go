@@ -26,6 +26,7 @@ const (
 	Namespaces          Difference = "OpenBao has namespaces; Vault has them in its Enterprise edition only, and ignores their header"
 	StandbysRead        Difference = "OpenBao's standbys run the plugin and answer reads themselves, with what was there before a write for up to StandbyLag; those of open-source Vault forward everything"
 	DuplicateAttributes Difference = "OpenBao takes a policy that has an attribute twice; Vault refuses it since 1.21"
+	WholeValues         Difference = "OpenBao compares allowed_parameters with a whole value; Vault, since 1.21, with each item of a comma-separated list too, so an empty value passes"
 	StepDownIsIgnored   Difference = "OpenBao's step-down now and then answers 204 and does nothing, on a node that became active by an earlier failover: ask again"
 	MountsArriveLater   Difference = "a new mount takes up to two seconds to reach OpenBao's standbys, which answer 404 until then"
 )
