@@ -63,7 +63,7 @@ lint: $(GOLANGCI) $(ACTIONLINT) ## Check code, modules, scripts and workflows
 	cd e2e && go mod tidy -diff
 	cd e2e/consumers && go mod tidy -diff
 	cd examples/go && go vet .
-	for script in scripts/*.sh examples/curl/*.sh; do sh -n "$$script" || exit; done
+	for script in scripts/*.sh scripts/consumers/*.sh examples/curl/*.sh; do sh -n "$$script" || exit; done
 	bash -n .ci/run
 	$(GOLANGCI) run ./...
 	cd e2e && ../$(GOLANGCI) run --config ../.golangci.yaml ./...

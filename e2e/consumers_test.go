@@ -116,25 +116,6 @@ func TestLeastPrivilegePolicies(t *testing.T) {
 			}
 		}
 	}
-
-	// A policy can allow only certain scopes: Vault checks parameter constraints on reads
-	// as well.
-	if err := w.vault.Sys().PutPolicy("constrained", documented[1]); err != nil {
-		t.Fatal(err)
-	}
-	constrained := w.as(&api.TokenCreateRequest{Policies: []string{"constrained"}})
-	for scopes, allowed := range map[string]bool{
-		"read:data": true, "": false, "write:data": false, "read:data,write:data": false, "read:data write:data": false,
-	} {
-		query := map[string][]string{}
-		if scopes != "" {
-			query["scopes"] = []string{scopes}
-		}
-		_, err := constrained.Logical().ReadWithData("mojoauth/creds/app", query)
-		if (err == nil) != allowed {
-			t.Errorf("scopes %q: allowed %v, want %v: %v", scopes, err == nil, allowed, err)
-		}
-	}
 }
 
 // Vault compares paths with policies as they are sent, and to the engine, names that differ

@@ -16,7 +16,13 @@ openbao | vault) servers=$SERVER ;;
 '') servers='openbao vault' ;;
 *) die "SERVER is $SERVER: use openbao or vault" ;;
 esac
-[ $# -gt 0 ] || set -- ./...
+if [ $# -eq 0 ]; then
+	set -- ./...
+	# Here, where what they say is shown while they work.
+	for script in "$root"/scripts/consumers/*.sh; do
+		"$script" >/dev/null || die "a consumer is not available: see above"
+	done
+fi
 
 status=0
 summary=

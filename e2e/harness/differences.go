@@ -26,6 +26,7 @@ const (
 	Namespaces          Difference = "OpenBao has namespaces; Vault has them only in the Enterprise edition, and otherwise ignores their header"
 	StandbysRead        Difference = "OpenBao's standbys run the plugin and serve reads themselves, for up to StandbyLag with what was there before a write; those of open-source Vault forward everything"
 	DuplicateAttributes Difference = "OpenBao accepts a policy with a duplicate attribute; Vault refuses it since 1.21"
+	WholeValues         Difference = "OpenBao compares allowed_parameters with a whole value; Vault, since 1.21, with each item of a comma-separated list too, so an empty value passes"
 	StepDownIsIgnored   Difference = "OpenBao's step-down sometimes returns 204 and does nothing, on a node that became active in an earlier failover; try again"
 	MountsArriveLater   Difference = "a new mount takes up to two seconds to reach OpenBao's standbys, which return 404 until then"
 )

@@ -182,3 +182,9 @@ func run(ctx context.Context, env []string, name string, args ...string) (string
 	}
 	return out.String(), nil
 }
+
+// StartProgram starts a program that ends with the test, or when stop is called.
+func StartProgram(t testing.TB, cmd *exec.Cmd) (stop func()) {
+	t.Helper()
+	return start(t, cmd).stop
+}

@@ -1,0 +1,17 @@
+#!/bin/sh
+# Prints the path of the consul-template that tools/consul-template pins, built once, from
+# source, into bin/consumers/.
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
+
+# Built again when another version is pinned; the name says which one it is.
+version=$(cd "$root/tools/consul-template" && go list -m -f '{{.Version}}' github.com/hashicorp/consul-template)
+program=$root/bin/consumers/consul-template-$version
+if [ ! -x "$program" ]; then
+	echo "Building consul-template $version into bin/consumers/; the first time this takes about a minute on 2 cores." >&2
+	mkdir -p "$root/bin/consumers"
+	(cd "$root/tools/consul-template" && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o "$program.part" github.com/hashicorp/consul-template)
+	mv "$program.part" "$program"
+	echo "Built $program" >&2
+fi
+echo "$program"
