@@ -173,9 +173,9 @@ func TestInvalidMintedAfter(t *testing.T) {
 			"yesterday":                               "last_vault_rotation",
 			"1767225600":                              "last_vault_rotation",
 			"2026-01-01":                              "last_vault_rotation",
-			formatTime(time.Now().Add(time.Second)):   "ahead of the clock",
+			formatTime(time.Now().Add(time.Second)):   "later than both the current time",
 			strings.Repeat("2", 257):                  "minted_after",
-			formatTime(time.Now().Add(time.Hour * 9)): "ahead of the clock",
+			formatTime(time.Now().Add(time.Hour * 9)): "later than both the current time",
 		} {
 			if text := m.refused(logical.ReadOperation, "creds/app", map[string]any{"minted_after": sent}); !strings.Contains(text, want) || !strings.Contains(text, "minted_after") {
 				t.Errorf("%q: got %q, want it to contain %q", sent, text, want)

@@ -55,7 +55,6 @@ var notLimits = map[string]string{
 	"mojoauth.storeTimeout":       "within the engine",
 
 	"redact.hashBase": "within the engine",
-	"redact.length":   "within the engine",
 	"redact.maxRead":  "within the engine",
 }
 

@@ -219,7 +219,7 @@ func invalidType(field string, t framework.FieldType) string {
 	case framework.TypeInt:
 		return field + " is not valid; send a whole number"
 	case framework.TypeDurationSecond:
-		return field + " is not valid; send a number of seconds or a duration such as 10m, not negative"
+		return field + " is not valid; send a non-negative number of seconds, or a duration such as 10m"
 	case framework.TypeCommaStringSlice:
 		return field + " is not valid; send a list of strings or one comma-separated string"
 	case framework.TypeKVPairs:

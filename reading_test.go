@@ -255,7 +255,7 @@ func TestNarrowerGrantIsAWarning(t *testing.T) {
 		m.mojo.set(func(s *standIn) { s.grant = "a" })
 		m.configure("app", map[string]any{"scopes": "a,b"})
 		resp := m.do(logical.ReadOperation, "creds/app", nil)
-		if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "b missing") {
+		if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], "Missing: b") {
 			t.Errorf("got the warnings %q", resp.Warnings)
 		}
 		if resp := m.do(logical.ReadOperation, "creds/app", map[string]any{"scopes": "a"}); len(resp.Warnings) != 0 {
