@@ -47,8 +47,8 @@ type token struct {
 	// mintedAt is when the request was sent. The lifetime counts from there, so a slow
 	// answer never lengthens it.
 	mintedAt time.Time
-	// told is the lifetime that the answer reports, 0 if it reports none.
-	told time.Duration
+	// reported is the lifetime that the answer reports, 0 if it reports none.
+	reported time.Duration
 }
 
 // oauthErrorClass has the OAuth errors of a token endpoint: RFC 6749 §5.2, RFC 8707 §2, and
@@ -165,8 +165,8 @@ func readToken(a *answer, fields answerFields) (*token, *mintError) {
 		// RFC 6749 appendix A.12. Such a token would break out of a header.
 		return nil, a.failure(classUnexpected, "the access_token contains characters that are not allowed in an access token")
 	}
-	t.told = lifetime.Told(expiresIn(fields["expires_in"], a.sentAt), t.accessToken, a.sentAt)
-	if t.told < 0 {
+	t.reported = lifetime.Reported(expiresIn(fields["expires_in"], a.sentAt), t.accessToken, a.sentAt)
+	if t.reported < 0 {
 		return nil, a.failure(classExpiredOnArrival, "its exp claim had already passed when it was requested")
 	}
 	return t, nil
@@ -224,15 +224,15 @@ func describe(fields answerFields) (parts []string) {
 
 // tokenType reads token_type: a type's name or a URI (RFC 6749 appendix A.13). It returns
 // Bearer for anything else and if there is none.
-func tokenType(told string) string {
+func tokenType(reported string) string {
 	const inURI = "-._~:/?#[]@!$&'()*+,;=%" // RFC 3986 §2, beside letters and digits
 	odd := func(r rune) bool {
 		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && !strings.ContainsRune(inURI, r)
 	}
-	if told == "" || len(told) > maxTokenType || strings.ContainsFunc(told, odd) || strings.EqualFold(told, "bearer") {
+	if reported == "" || len(reported) > maxTokenType || strings.ContainsFunc(reported, odd) || strings.EqualFold(reported, "bearer") {
 		return "Bearer"
 	}
-	return told
+	return reported
 }
 
 // grantedScope reads scope: a string (RFC 6749 §3.3) or, as a tolerance, a list of strings.

@@ -146,7 +146,7 @@ func TestLifetimeIsAtMostAYear(t *testing.T) {
 		{"access_token": jwt(`{"exp":200000000000}`)},
 		{"access_token": jwt(`{"exp":200000000000}`), "expires_in": 1e300},
 	} {
-		if tok, failed := read(200, answer); failed != nil || tok.told != lifetime.Longest {
+		if tok, failed := read(200, answer); failed != nil || tok.reported != lifetime.Longest {
 			t.Errorf("%v: got %v, %v", answer, tok, failed)
 		}
 	}

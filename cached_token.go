@@ -51,7 +51,7 @@ func newCachedToken(tok *token, spec *spec, random float64) *cachedToken {
 // view returns the token as served for a spec.
 func (t *cachedToken) view(spec *spec) *cachedToken {
 	role := &spec.role.entry
-	life := lifetime.Effective(t.told, role.MaxTTL)
+	life := lifetime.Effective(t.reported, role.MaxTTL)
 	endsAt := t.mintedAt.Add(life)
 	schedule := lifetime.New(life, role.MinTTL)
 	if t.repeated() {
@@ -69,7 +69,7 @@ func (t *cachedToken) view(spec *spec) *cachedToken {
 		spec:          spec,
 		schedule:      schedule,
 		endsAt:        endsAt,
-		assumed:       t.told <= 0 && role.MaxTTL <= 0,
+		assumed:       t.reported <= 0 && role.MaxTTL <= 0,
 		missing:       missingScopes(spec.scopes, t.scope),
 		common: tokenAnswer{
 			accessToken:       t.accessToken,

@@ -208,8 +208,8 @@ func TestMintAcceptsEveryValidAnswer(t *testing.T) {
 			if tok.accessToken != "tok" || tok.tokenType != c.tokenType || tok.scope != c.scope {
 				t.Errorf("got token %q, type %q, scope %q", tok.accessToken, tok.tokenType, tok.scope)
 			}
-			if off := tok.told - c.reported; off < -5*time.Second || off > 0 {
-				t.Errorf("got lifetime %s, want %s", tok.told, c.reported)
+			if off := tok.reported - c.reported; off < -5*time.Second || off > 0 {
+				t.Errorf("got lifetime %s, want %s", tok.reported, c.reported)
 			}
 		})
 	}

@@ -61,8 +61,8 @@ func FuzzAnswer(f *testing.F) {
 			if tok.accessToken == "" || strings.ContainsFunc(tok.accessToken, func(r rune) bool { return r <= 0x20 || r > 0x7e }) {
 				t.Errorf("got the token %q", tok.accessToken)
 			}
-			if tok.told < 0 || tok.told > lifetime.Longest || tok.told > 0 && tok.told < time.Nanosecond {
-				t.Errorf("got the lifetime %s", tok.told)
+			if tok.reported < 0 || tok.reported > lifetime.Longest || tok.reported > 0 && tok.reported < time.Nanosecond {
+				t.Errorf("got the lifetime %s", tok.reported)
 			}
 			if tok.tokenType == "" || len(tok.tokenType) > maxTokenType || strings.ContainsFunc(tok.tokenType, func(r rune) bool { return r <= 0x20 || r > 0x7e }) {
 				t.Errorf("got the type %q", tok.tokenType)

@@ -282,7 +282,7 @@ func (c *standInClient) ask(ctx context.Context, req tokenRequest) (*token, erro
 		tokenType:   "Bearer",
 		scope:       cmp.Or(s.grant, joinScopes(req.scopes)),
 		mintedAt:    sent,
-		told:        s.lifetime,
+		reported:    s.lifetime,
 	}
 	if s.alter != nil {
 		s.alter(tok)

@@ -182,12 +182,12 @@ func (e *mintError) answer() (how gate.Answer, retryAfter time.Duration) {
 // request failed. MojoAuth's description, or an error code of its own, may reveal what
 // that role requests.
 func (e *mintError) withoutDescription() *mintError {
-	told := *e
-	told.description = ""
-	if !isErrorCode(told.oauthError) {
-		told.oauthError = ""
+	shown := *e
+	shown.description = ""
+	if !isErrorCode(shown.oauthError) {
+		shown.oauthError = ""
 	}
-	return &told
+	return &shown
 }
 
 // isErrorCode reports whether text looks like an error code of RFC 6749 or of IANA's

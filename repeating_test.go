@@ -25,7 +25,7 @@ func (m *testMount) repeats() {
 				serial++
 				ends, left = tok.mintedAt.Add(time.Hour), time.Hour
 			}
-			tok.accessToken, tok.told = fmt.Sprintf("same-%d", serial), left
+			tok.accessToken, tok.reported = fmt.Sprintf("same-%d", serial), left
 		}
 	})
 }

@@ -61,8 +61,8 @@ func newStoredToken(t *cachedToken, key slotKey) *storedToken {
 		RoleGeneration:   key.roleGeneration,
 		ConfigGeneration: key.configGeneration,
 	}
-	if t.told > 0 {
-		stored.ExpiresAt = stored.MintedAt.Add(t.told)
+	if t.reported > 0 {
+		stored.ExpiresAt = stored.MintedAt.Add(t.reported)
 	}
 	return stored
 }
@@ -77,7 +77,7 @@ func (t *storedToken) restore(spec *spec, now time.Time, random float64) *cached
 	}
 	tok := &token{accessToken: t.AccessToken, tokenType: t.TokenType, scope: t.Scope, mintedAt: t.MintedAt}
 	if !t.ExpiresAt.IsZero() {
-		tok.told = t.ExpiresAt.Sub(t.MintedAt)
+		tok.reported = t.ExpiresAt.Sub(t.MintedAt)
 	}
 	restored := &cachedToken{token: tok, use: new(atomic.Int32), repeatedUntil: t.RepeatedUntil, restored: true, draw: random}
 	restored = restored.view(spec)

@@ -293,7 +293,7 @@ func (u *upstream) mint(ctx context.Context, f *flight) (*cachedToken, error) {
 		log.Info("minting succeeds again", "config", u.config.name, "role", f.spec.role.name)
 	}
 	if failed == nil {
-		log.Debug("minted a token", "config", u.config.name, "role", f.spec.role.name, "duration", time.Since(started), "lifetime", tok.told)
+		log.Debug("minted a token", "config", u.config.name, "role", f.spec.role.name, "duration", time.Since(started), "lifetime", tok.reported)
 		return tok, nil
 	}
 	if !refusal.keyOnly && (before == nil || before.class != failed.class) {

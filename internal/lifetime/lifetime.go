@@ -121,36 +121,36 @@ func Share(d time.Duration, random float64) time.Duration {
 	return time.Duration(float64(d) * random)
 }
 
-// Told is the lifetime according to the token endpoint's answer, counted from mintedAt:
+// Reported is the lifetime according to the token endpoint's answer, counted from mintedAt:
 // expiresIn (0 if absent), or the exp claim of a JWT if that is sooner or stands alone.
 // The claim is not verified, so it can shorten the lifetime but not extend it. 0 means
 // unknown; a negative result means that the token has already expired.
-func Told(expiresIn time.Duration, accessToken string, mintedAt time.Time) time.Duration {
-	told := expiresIn
+func Reported(expiresIn time.Duration, accessToken string, mintedAt time.Time) time.Duration {
+	reported := expiresIn
 	if exp, ok := JWTExpiry(accessToken); ok {
 		left := exp.Sub(mintedAt)
 		if left <= 0 {
 			return -1
 		}
-		if told == 0 || left < told {
-			told = left
+		if reported == 0 || left < reported {
+			reported = left
 		}
 	}
-	return min(told, Longest)
+	return min(reported, Longest)
 }
 
 // Effective is L: the lifetime in the answer, capped by the role's max_ttl. A token
 // without a known lifetime gets max_ttl, or Assumed.
-func Effective(told, maxTTL time.Duration) time.Duration {
+func Effective(reported, maxTTL time.Duration) time.Duration {
 	switch {
-	case told <= 0 && maxTTL <= 0:
+	case reported <= 0 && maxTTL <= 0:
 		return Assumed
-	case told <= 0:
+	case reported <= 0:
 		return min(maxTTL, Longest)
 	case maxTTL <= 0:
-		return told
+		return reported
 	default:
-		return min(told, maxTTL)
+		return min(reported, maxTTL)
 	}
 }
 

@@ -188,7 +188,7 @@ func TestReportedLifetimeIsTheShorterOfBoth(t *testing.T) {
 		{"longer than a year", 2 * Longest, "opaque", Longest},
 	}
 	for _, c := range cases {
-		if got := Told(c.expiresIn, c.token, minted); got != c.want {
+		if got := Reported(c.expiresIn, c.token, minted); got != c.want {
 			t.Errorf("%s: got %s, want %s", c.name, got, c.want)
 		}
 	}
