@@ -400,8 +400,8 @@ func TestConnectionErrorsQuoteNothingFromTheServer(t *testing.T) {
 	}{
 		{"another name", x509.HostnameError{Certificate: names, Host: "h"}, true, "a different host"},
 		{"expired", invalid(x509.Expired), true, "expired"},
-		{"name constraints", invalid(x509.CANotAuthorizedForThisName), true, "not allowed to issue"},
-		{"another usage", invalid(x509.IncompatibleUsage), true, "not issued for servers"},
+		{"name constraints", invalid(x509.CANotAuthorizedForThisName), true, "may not issue it"},
+		{"another usage", invalid(x509.IncompatibleUsage), true, "was not issued for a server"},
 		{"an unknown reason", invalid(99), true, "not valid"},
 		{"unknown", &tls.CertificateVerificationError{Err: errors.New(text)}, true, "could not be verified"},
 		{"unreadable", errors.New("tls: failed to parse certificate from server: " + text), true, "handshake failed"},
