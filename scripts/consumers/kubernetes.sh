@@ -28,7 +28,7 @@ build() {
 
 version() { (cd "$modules/$1" && go list -m -f '{{.Version}}' "$2"); }
 
-build etcd go.etcd.io/etcd/server/v3 go.etcd.io/etcd/server/v3 "a minute"
+build etcd go.etcd.io/etcd/server/v3 go.etcd.io/etcd/server/v3 "2 minutes"
 
 # An API server that doesn't know its version refuses to start.
 kubernetes=$(version kube-apiserver k8s.io/kubernetes)
