@@ -7,6 +7,7 @@ require (
 	github.com/hashicorp/nomad/api v0.0.0-20261016150620-df630b26e78a
 	github.com/hashicorp/vault/api v1.23.0
 	github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e v0.0.0
+	gopkg.in/yaml.v3 v3.0.1
 )
 
 require (
@@ -98,7 +99,6 @@ require (
 	google.golang.org/grpc v1.79.3 // indirect
 	google.golang.org/protobuf v1.36.11 // indirect
 	gopkg.in/ini.v1 v1.67.0 // indirect
-	gopkg.in/yaml.v3 v3.0.1 // indirect
 )
 
 replace github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e => ../

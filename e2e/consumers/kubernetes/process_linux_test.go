@@ -1,0 +1,14 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package kubernetes
+
+import (
+	"os/exec"
+	"syscall"
+)
+
+// endWithParent has the command interrupted when this process ends.
+func endWithParent(cmd *exec.Cmd) {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGINT}
+}
