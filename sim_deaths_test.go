@@ -381,7 +381,7 @@ func (w *simWorld) restore(standbyStays bool) {
 				w.mu.Lock()
 			}
 			for _, key := range changed {
-				w.learned(stays, key, w.history[key].at(now).number)
+				w.learned(stays, key, w.history[key].at(now).number, now)
 			}
 		})
 	}

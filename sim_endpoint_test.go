@@ -273,6 +273,7 @@ func (n *simNode) newClient(config *configEntry) (minter, error) {
 func (c *simClient) mint(ctx context.Context, req tokenRequest, leave departures) (*token, error) {
 	w := c.node.w
 	d := &simDepartures{departures: leave, client: c, req: req, asked: w.now()}
+	defer c.node.asks(req)()
 	tok, err := c.real.mint(context.WithValue(ctx, simMintKey{}, d), req, d)
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -288,6 +289,32 @@ func (c *simClient) mint(ctx context.Context, req tokenRequest, leave departures
 	}
 	w.mintEnds(d.mint, err)
 	return tok, err
+}
+
+// simAsk is the time from when the engine asks its client for a token to the answer. The
+// request may have to wait for its turn first.
+type simAsk struct {
+	role, set string
+	begin     time.Duration
+	end       time.Duration // -1 before it
+}
+
+// asks notes that the engine asks its client for a token. over has to be called when the
+// client has answered.
+func (n *simNode) asks(req tokenRequest) (over func()) {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	j := &n.judge
+	ask := &simAsk{role: simRoleOf(req.audience), set: simSet(req.scopes), begin: n.w.now(), end: -1}
+	j.asks = append(j.asks, ask)
+	return func() {
+		n.w.mu.Lock()
+		defer n.w.mu.Unlock()
+		ask.end = n.w.now()
+		j.asks = slices.DeleteFunc(j.asks, func(ask *simAsk) bool {
+			return ask.end >= 0 && ask.end < n.w.now()-2*time.Minute // no read lasts that long
+		})
+	}
 }
 
 // simDepartures watches the gate from the client's side. A mint begins when its request

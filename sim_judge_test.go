@@ -123,6 +123,7 @@ type simJudge struct {
 	configs   map[string]*simConfigState
 	keys      map[string]*simKeyState
 	flights   map[*simMint]struct{}
+	asks      []*simAsk // that are under way, or were lately
 	failures  []*simFailure
 	rotations []*simOp
 	gates     map[string]*simGate
@@ -166,12 +167,18 @@ func (j *simJudge) key(role, set string) *simKeyState {
 	return k
 }
 
-// configWritten is called when the node has to know of a write of a config: what failed
-// before is forgotten.
-func (j *simJudge) configWritten(name string, now time.Duration) {
+// configWritten is called when the node must know of a write of a config. Failures of
+// mints that began before since are forgotten. Later ones may count already: a write goes
+// on after the node holds the new version, since it deletes tokens, too.
+func (j *simJudge) configWritten(name string, since, now time.Duration) {
 	c := j.config(name)
 	c.written = now
 	c.block.clear()
+	for _, f := range j.failures {
+		if f.config && f.mint.config == name && f.mint.begin >= since {
+			c.block.fail(f.outcome, f.mint.begin, f.mint.end, false)
+		}
+	}
 	c.blur(now)
 }
 

@@ -374,7 +374,7 @@ func (w *simWorld) tellAgain(n *simNode, key string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.note("%s is told of %s again", n.name, key)
-	w.learned(n, key, number)
+	w.learned(n, key, number, w.now())
 }
 
 // greed reads many subsets of a role's scopes, by readers who do not stay.

@@ -534,10 +534,10 @@ func (w *simWorld) judgeStored(m *simMint) {
 // w.mu.
 func (w *simWorld) judgeStoredInstead(op *simOp) {
 	n := op.node
-	looked := op.start // or before, by the mint that it joined
-	for _, f := range n.judge.failures {
-		if f.mint.role == op.role && f.mint.end >= op.start {
-			looked = min(looked, f.mint.asked)
+	looked := op.start // or before the mint that it joined, which may still wait for its turn
+	for _, ask := range n.judge.asks {
+		if ask.role == op.role && (ask.end < 0 || ask.end >= op.start) && op.wants(ask.set) {
+			looked = min(looked, ask.begin)
 		}
 	}
 	for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {

@@ -386,7 +386,7 @@ func (w *simWorld) ended(op *simOp) {
 	// What a write made has to be known now, whether or not it was told so: after a
 	// failure the engine has to look.
 	if op.wrote != nil {
-		w.learned(n, op.key, op.wrote.number)
+		w.learned(n, op.key, op.wrote.number, op.wrote.at)
 	} else if op.err != nil {
 		w.blurred(n, op.key)
 	}
@@ -422,7 +422,7 @@ func (w *simWorld) written(n *simNode, op *simOp, key string) {
 	delay := time.Duration(dice.Int64N(int64([]time.Duration{time.Millisecond, 100 * time.Millisecond, simLate}[dice.IntN(3)])))
 	lost := w.calm < 0 && dice.Float64() < 0.05
 	number := op.wrote.number
-	w.tell(n, key, delay, lost, func(node *simNode) { w.learned(node, key, number) })
+	w.tell(n, key, delay, lost, func(node *simNode) { w.learned(node, key, number, w.now()) })
 }
 
 // tell has the other nodes told of a write, unless the message is lost. The caller holds
@@ -449,12 +449,13 @@ func (w *simWorld) tell(n *simNode, key string, delay time.Duration, lost bool, 
 	}
 }
 
-// learned is called when a node has to know a version of an entry.
-func (w *simWorld) learned(n *simNode, key string, number int) {
+// learned is called when a node must know a version of an entry, which it may have gone by
+// since then.
+func (w *simWorld) learned(n *simNode, key string, number int, since time.Duration) {
 	n.learn(key, number)
 	w.blurred(n, key)
 	if name, ok := strings.CutPrefix(key, configPrefix); ok {
-		n.judge.configWritten(name, w.now())
+		n.judge.configWritten(name, since, w.now())
 	}
 }
 
