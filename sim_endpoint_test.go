@@ -326,16 +326,22 @@ type simDepartures struct {
 	mint   *simMint // nil before, and after a 429
 	again  bool     // it was throttled
 	asked  time.Duration
+	sent   int // requests before the one that may leave now
 }
 
 func (d *simDepartures) wait(ctx context.Context) error {
-	if err := d.departures.wait(ctx); err != nil || d.mint != nil {
+	if err := d.departures.wait(ctx); err != nil {
 		return err
 	}
 	c := d.client
 	w := c.node.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	d.sent = 0
+	if d.mint != nil {
+		d.sent = len(d.mint.tries)
+		return nil
+	}
 	if c.node.cut {
 		return errSimDied
 	}
@@ -359,8 +365,8 @@ func (d *simDepartures) answered(how gate.Answer, retryAfter time.Duration) {
 		d.departures.answered(how, retryAfter)
 		return
 	}
-	o := &simTry{cut: true} // none was sent, if the caller had left
-	if n := len(d.mint.tries); n > 0 {
+	o := &simTry{cut: true} // none was sent, if the time was over at that moment
+	if n := len(d.mint.tries); n > d.sent {
 		o = d.mint.tries[n-1]
 	}
 	switch {

@@ -380,16 +380,37 @@ func (w *simWorld) judgeSave(n *simNode, op *simOp, s *simStored) {
 			w.violate("%s, though %s came at %s", what, b.token.text, b.delivered)
 		}
 	}
-	// Who waited for it has it by now.
-	if op == nil && now > a.delivered && n.blurredAt < a.mint.begin {
+	// The readers who waited for it have it by now.
+	if op == nil && now > a.delivered && n.blurredAt < a.mint.begin && !n.asking(s.role, a.mint.set) {
 		for reader := range n.busy {
-			if reader.kind == opRead && reader.role == s.role && len(reader.scopes) == 0 && reader.start < a.delivered && reader.storageOps == 0 {
+			if reader.kind == opRead && reader.role == s.role && len(reader.scopes) == 0 && reader.start < a.delivered && reader.storageOps == 0 &&
+				a.freshFor(reader, roles) {
 				w.violate("%s before %s is answered", what, reader)
 			}
 		}
 	}
 	a.roleGenerations = append(a.roleGenerations, s.RoleGeneration)
 	a.configGenerations = append(a.configGenerations, s.ConfigGeneration)
+}
+
+// asking reports whether a mint of that key is under way, or ends at this moment. Readers
+// may wait for that one: it may be of the role's last generation, and go on beside the
+// first mint of the next.
+func (n *simNode) asking(role, set string) bool {
+	return slices.ContainsFunc(n.judge.asks, func(ask *simAsk) bool {
+		return ask.role == role && ask.set == set && (ask.end < 0 || ask.end == n.w.now())
+	})
+}
+
+// freshFor reports whether the token was fresh for a reader when it came, under each of
+// those versions of its role. Else the reader may wait for the next one.
+func (a *simAnswer) freshFor(reader *simOp, roles []*simVersion) bool {
+	for _, role := range roles {
+		if life, left := a.life(role, reader.minTTL, a.delivered); left <= life.refresh {
+			return false
+		}
+	}
+	return true
 }
 
 // judgeSavedLife judges the times of a token that is written to storage.
