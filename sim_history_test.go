@@ -130,10 +130,7 @@ func (n *simNode) learn(key string, number int) {
 // knows is the number of the oldest version that the node may go by in what began at
 // that time.
 func (n *simNode) knows(key string, began time.Duration) int {
-	number := 0
-	if h := n.w.history[key]; h != nil && n.startedAt >= 0 {
-		number = h.at(n.startedAt).number
-	}
+	number := n.found[key]
 	for _, k := range n.known[key] {
 		if k.at < began {
 			number = max(number, k.number)

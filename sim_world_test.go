@@ -168,6 +168,7 @@ type simNode struct {
 	kill      context.CancelFunc
 	stopped   chan struct{} // closed when it closes or dies
 
+	found     map[string]int // the versions that storage had when it started
 	known     map[string][]simKnown
 	seen      map[string]int      // the newest version of an entry that it got from storage
 	busy      map[*simOp]struct{} // what is under way
@@ -187,7 +188,7 @@ func (w *simWorld) open(place, number int, readOnly bool) {
 	n := &simNode{
 		w: w, name: fmt.Sprintf("%c%d", 'A'+place, number), place: place, readOnly: readOnly,
 		startedAt: -1, closingAt: -1, storageFailed: -1, unsettled: -1,
-		known: make(map[string][]simKnown), seen: make(map[string]int), busy: make(map[*simOp]struct{}),
+		found: make(map[string]int), known: make(map[string][]simKnown), seen: make(map[string]int), busy: make(map[*simOp]struct{}),
 		inMemory: make(map[string]bool),
 		judge:    newSimJudge(),
 		stopped:  make(chan struct{}),
@@ -202,6 +203,9 @@ func (w *simWorld) open(place, number int, readOnly bool) {
 	n.mount.random = w.random
 	w.mu.Lock()
 	n.startedAt = w.now()
+	for key, h := range w.history {
+		n.found[key] = h.last().number
+	}
 	w.nodes[place] = n
 	w.note("%s starts", n.name)
 	w.mu.Unlock()
