@@ -746,8 +746,8 @@ func (w *simWorld) rest() {
 		w.leaveConfig()
 	}
 	w.running.Wait()
-	// Longer than any token lives. On the last day nothing happens any more.
-	for day := range 400 {
+	days := w.idleDays()
+	for day := range days { // on the last one, nothing happens any more
 		w.mu.Lock()
 		requests, operations := w.requests, w.storageOps
 		w.mu.Unlock()
@@ -756,7 +756,7 @@ func (w *simWorld) rest() {
 		requests, operations = w.requests-requests, w.storageOps-operations
 		w.mu.Unlock()
 		w.judgeTidy()
-		if (day == 399 && requests+operations > 0) || requests+operations > simIdleDay {
+		if (day == days-1 && requests+operations > 0) || requests+operations > simIdleDay {
 			w.violate("on day %d of idleness, %d requests are sent, and storage is asked %d times", day, requests, operations)
 			return
 		}
@@ -780,6 +780,20 @@ func (w *simWorld) rest() {
 	for key := range w.storedNow() {
 		w.violate("storage has %s after idle days", key)
 	}
+}
+
+// idleDays is in how many days without readers each token has expired, and those that may
+// yet replace it, and each failure is forgotten.
+func (w *simWorld) idleDays() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	last := w.now()
+	for _, tok := range w.endpoint.tokens {
+		for _, a := range tok.answers {
+			last = max(last, a.sent+max(a.told, time.Hour)) // or as long as max_ttl says
+		}
+	}
+	return 4 + int((last-w.now())/(24*time.Hour))
 }
 
 // simIdleDay is more than there is to do on a day without readers.
