@@ -5,7 +5,6 @@ package mojoauth
 
 import (
 	"errors"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -52,7 +51,7 @@ func (w *simWorld) writer(n *simNode) *simNode {
 // forward makes the active node answer a read, as Vault does.
 func (n *simNode) forward(op *simOp) {
 	w := n.w
-	time.Sleep(time.Duration(w.dice("forward", n.name, strconv.Itoa(op.id)).Int64N(int64(30 * time.Millisecond))))
+	time.Sleep(time.Duration(w.dice("forward", n.name, op.path, simData(op.data)).Int64N(int64(30 * time.Millisecond))))
 	w.mu.Lock()
 	active := w.activeNode()
 	if active == nil {

@@ -74,15 +74,15 @@ func TestSimulationRepeats(t *testing.T) {
 	}
 }
 
-var simVaries = regexp.MustCompile(` The next try is at \S+, in \S+|\d+ waiting`)
+var simVaries = regexp.MustCompile(` The next try is at \S+, in \S+|\d+ waiting| #\d+`)
 
 // trace returns everything that happened. Its order does not depend on which of two
 // simultaneous events came first.
 func (w *simWorld) trace() []string {
 	lines := make([]string, len(w.log.events))
 	for i, event := range w.log.events {
-		// Of two operations that end at the same moment, one may or may not see the
-		// other's end.
+		// Requests of the same moment get their numbers in either order. Of two operations
+		// that end at the same moment, one may or may not see the other's end.
 		lines[i] = simVaries.ReplaceAllString(event.String(), "")
 	}
 	slices.Sort(lines)
