@@ -211,6 +211,12 @@ func (w *simWorld) judgeStandby(op *simOp, served []*simAnswer) {
 func (w *simWorld) judgeAnnounced(op *simOp, served []*simAnswer) {
 	n := op.node
 	for _, a := range served {
+		// While its config stores no tokens, a standby announces nothing, not even later.
+		for _, config := range n.possible(configPrefix+a.mint.config, a.delivered, op.end) {
+			if !config.persist {
+				return
+			}
+		}
 		for _, known := range a.token.on(n) {
 			if !known.unasked || known.served >= 0 {
 				return
