@@ -177,10 +177,14 @@ func (t *cachedToken) hit(q *query, random func() float64) (served, bool) {
 }
 
 // stale serves an old token, if there is one that may still be served. failure is
-// why no new one could be had, nil when its mint is slow.
+// why no new one could be had, nil when its mint is slow. A token that is fresh after
+// all, since storage gave it meanwhile, is a hit.
 func (t *cachedToken) stale(q *query, failure error, random func() float64) (served, bool) {
 	if !t.usable(time.Now()) {
 		return served{}, false
+	}
+	if answer, ok := t.hit(q, random); ok {
+		return answer, true
 	}
 	answer := t.serve(t.scheduleFor(q.minTTL), t.timeLeft(time.Now()), outcomeStale, random)
 	answer.failure = failure
