@@ -151,8 +151,15 @@ func (w *simWorld) generation(key string) string {
 
 // stands reports whether the token is of those versions of its role and config.
 func (s *simStored) stands(role, config *simVersion) bool {
-	return role.exists && role.config == s.config && role.generation == s.RoleGeneration &&
-		config.exists && config.persist && config.generation == s.ConfigGeneration
+	return s.isOfRole(role) && s.isOfConfig(config)
+}
+
+func (s *simStored) isOfRole(role *simVersion) bool {
+	return role.exists && role.config == s.config && role.generation == s.RoleGeneration
+}
+
+func (s *simStored) isOfConfig(config *simVersion) bool {
+	return config.exists && config.persist && config.generation == s.ConfigGeneration
 }
 
 // life returns what follows from the token's lifetime under a version of its role, and the
@@ -641,9 +648,16 @@ func (w *simWorld) judgeDropped(op *simOp) {
 			continue
 		}
 		role, config := w.history[rolePrefix+s.role].last(), w.history[configPrefix+s.config].last()
-		// Of two writes at one moment, the one that made it obsolete counts.
-		byRole := !role.exists || role.config != s.config || role.generation != s.RoleGeneration
-		if !s.stands(role, config) && w.fellAt(s) == op.wrote.at && byRole == (op.key == rolePrefix+s.role) {
+		if s.stands(role, config) || w.fellAt(s) != op.wrote.at {
+			continue
+		}
+		// Of several writes at one moment, the one that made it obsolete counts.
+		before := w.history[op.key].versions[op.wrote.number-1]
+		fell := s.isOfRole(role) && s.isOfConfig(before)
+		if op.key == rolePrefix+s.role {
+			fell = !s.isOfRole(role) && s.isOfRole(before)
+		}
+		if fell {
 			w.violate("%s left %s in storage", op, key)
 		}
 	}
