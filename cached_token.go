@@ -176,10 +176,14 @@ func (t *cachedToken) hit(q *query, random func() float64) (served, bool) {
 }
 
 // stale serves the old token if it is still usable. failure says why there is no new
-// token; it is nil if the mint is slow.
+// token; it is nil if the mint is slow. If storage has since brought a fresh token, that is
+// a hit.
 func (t *cachedToken) stale(q *query, failure error, random func() float64) (served, bool) {
 	if !t.usable(time.Now()) {
 		return served{}, false
+	}
+	if answer, ok := t.hit(q, random); ok {
+		return answer, true
 	}
 	answer := t.serve(t.scheduleFor(q.minTTL), t.timeLeft(time.Now()), outcomeStale, random)
 	answer.failure = failure

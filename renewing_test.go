@@ -35,6 +35,50 @@ func TestTokenInUseIsRenewedAheadOfReads(t *testing.T) {
 	})
 }
 
+// A reader may have loaded its role just before a write, and make the slot just after it.
+func TestSlotOfAnOlderRoleIsRenewedByTheNewer(t *testing.T) {
+	for name, test := range map[string]struct {
+		before, after string
+		renewed       time.Duration
+	}{
+		"min_ttl lowered": {"45m", "0", 45*time.Minute - time.Hour/100},
+		"min_ttl raised":  {"0", "45m", 15*time.Minute - time.Hour/100},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(m *testMount) {
+				m.configure("app", map[string]any{"min_ttl": test.before})
+				m.wantToken("app", 1)
+				m = m.restart()
+				m.random = func() float64 { return 0 }
+				loading, written := make(chan struct{}), make(chan struct{})
+				hook := func(key string) {
+					if key == "config/default" {
+						m.storage.afterGet.Store(nil)
+						close(loading)
+						<-written
+					}
+				}
+				m.storage.afterGet.Store(&hook)
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					m.wantToken("app", 1)
+				}()
+				<-loading
+				m.write("roles/app", map[string]any{"min_ttl": test.after})
+				close(written)
+				<-done
+				time.Sleep(test.renewed - time.Second)
+				synctest.Wait()
+				m.wantMints(1)
+				time.Sleep(2 * time.Second)
+				synctest.Wait()
+				m.wantMints(2)
+			})
+		})
+	}
+}
+
 func TestIdleRoleLapses(t *testing.T) {
 	bubble(t, func(m *testMount) {
 		m.configure("app", nil)

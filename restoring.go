@@ -97,8 +97,11 @@ func (s *slot) found(l *look, stored *storedToken, err error) {
 		tok := stored.restore(s.spec, now, s.cache.random())
 		switch {
 		case relies && !tok.same(old):
-			s.token.Store(tok)
 			s.unannounced = l.notified && tok != nil
+			if s.unannounced {
+				s.unsure.Store(true)
+			}
+			s.token.Store(tok)
 		case !relies && tok != nil && !old.usable(now):
 			s.token.Store(tok)
 			s.saved = tok

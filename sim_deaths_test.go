@@ -15,14 +15,14 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file has simulated nodes die, start again and change places, and storage go back
-// to an earlier copy of it.
+// This file makes simulated nodes die, restart, and change roles, and restores snapshots
+// of storage.
 
-// errSimDied is what a client gets from a node that has died, and the node from all that
-// is outside of it.
+// errSimDied is what clients get from a node that has died, and what the node gets from
+// everything outside.
 var errSimDied = errors.New("simulated death of the process")
 
-// simTally counts what a case had of what is rare.
+// simTally counts the rare events of a case.
 type simTally struct {
 	deaths, promotions, restores, forwards, restored int
 }
@@ -35,14 +35,14 @@ func (t *simTally) add(more simTally) {
 	t.restored += more.restored
 }
 
-// simFuse is after how many storage operations a node dies; none when left is 0.
+// simFuse says after how many storage operations a node dies. Without left, it does not.
 type simFuse struct {
 	left   int
-	writes bool // which count only
-	before bool // before the last of them is done, else after it
+	writes bool // only writes count
+	before bool // it dies before the last operation is done, else after it
 }
 
-// burns tells whether the fuse has come to its end. The caller holds w.mu.
+// burns reports whether the fuse has burned down. The caller holds w.mu.
 func (n *simNode) burns(write bool) bool {
 	if n.fuse.left == 0 || n.fuse.writes && !write {
 		return false
@@ -51,8 +51,7 @@ func (n *simNode) burns(write bool) bool {
 	return n.fuse.left == 0
 }
 
-// dies ends a node's process: nothing of it reaches anything from now on. The caller
-// holds w.mu.
+// dies ends a node's process: from now on it reaches nothing. The caller holds w.mu.
 func (w *simWorld) dies(n *simNode) {
 	if n.cut {
 		return
@@ -65,7 +64,7 @@ func (w *simWorld) dies(n *simNode) {
 	n.kill()
 	w.tally.deaths++
 	w.note("%s dies", n.name)
-	// Its goroutines have to end with the test. Nobody sees them any more.
+	// Its goroutines must end with the test, though no one sees their results.
 	w.running.Go(func() { n.mount.Cleanup(context.Background()) })
 }
 
@@ -75,20 +74,20 @@ func (n *simNode) isCut() bool {
 	return n.cut
 }
 
-// die is dies, for who does not hold w.mu.
+// die is dies for callers that do not hold w.mu.
 func (n *simNode) die() {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
 	n.w.dies(n)
 }
 
-// expire is die, after all that happens at this moment.
+// expire is die after everything else that happens at this moment.
 func (n *simNode) expire() {
 	time.Sleep(time.Nanosecond)
 	n.die()
 }
 
-// initialize does what Vault does with a mount that starts, and from then on each minute.
+// initialize does what Vault does when a mount starts, and every minute from then on.
 func (n *simNode) initialize() {
 	w := n.w
 	if err := n.mount.Initialize(n.life, &logical.InitializationRequest{Storage: n.mount.storage}); err != nil {
@@ -113,10 +112,10 @@ func (n *simNode) initialize() {
 	}()
 }
 
-// periodic is what Vault does each minute, while it holds a lock.
+// periodic does what Vault does every minute while it holds a lock.
 func (n *simNode) periodic() {
 	w := n.w
-	forget := func() { // what a node that may not write knows of roles and configs
+	forget := func() { // a standby compares roles and configs with storage again
 		if w.mu.Lock(); n.readOnly {
 			clear(n.inMemory)
 			n.blurredAt = w.now()
@@ -127,7 +126,7 @@ func (n *simNode) periodic() {
 	began := w.now()
 	req := &logical.Request{Operation: logical.RollbackOperation, Storage: n.mount.storage}
 	if _, err := n.mount.HandleRequest(n.life, req); err != nil && !n.isCut() && !errors.Is(err, logical.ErrUnsupportedOperation) {
-		w.violate("%s can't do its periodic work: %s", n.name, err)
+		w.violate("%s can't perform its periodic work: %s", n.name, err)
 	}
 	if took := w.now() - began; took > 0 {
 		w.violate("the periodic work of %s took %s", n.name, took)
@@ -135,7 +134,7 @@ func (n *simNode) periodic() {
 	forget()
 }
 
-// rollFate decides what a case has of deaths and standbys.
+// rollFate decides whether a case has deaths and a standby.
 func (w *simWorld) rollFate(p *simProfile) {
 	p.readOnly = w.fate.IntN(3) > 0 || p.readOnly
 	w.stores = p.readOnly
@@ -147,7 +146,7 @@ func (w *simWorld) rollFate(p *simProfile) {
 
 func pickFate[T any](w *simWorld, from []T) T { return from[w.fate.IntN(len(from))] }
 
-// persists is what a write of a config says of storage, if it does.
+// persists decides whether a write of a config sends persist_tokens, and its value.
 func (w *simWorld) persists(exists bool) (persist, sent bool) {
 	switch {
 	case !w.stores:
@@ -159,7 +158,7 @@ func (w *simWorld) persists(exists bool) (persist, sent bool) {
 	}
 }
 
-// disaster may have a node die, close or change places, or storage go back.
+// disaster may make a node die, close, or change roles, or restore a snapshot.
 func (w *simWorld) disaster(p simProfile) {
 	w.revive(0.4)
 	if w.fate.Float64() >= p.disasters {
@@ -194,14 +193,14 @@ func (w *simWorld) disaster(p simProfile) {
 	}
 }
 
-// dieAtWork has a node die after a few of the storage operations that follow.
+// dieAtWork makes a node die after a few more storage operations.
 func (w *simWorld) dieAtWork(n *simNode, p simProfile) {
 	w.mu.Lock()
 	n.fuse = simFuse{left: 1 + w.fate.IntN(4), writes: w.fate.IntN(3) > 0, before: w.fate.IntN(2) == 0}
 	if !n.fuse.writes {
 		n.fuse.left += w.fate.IntN(6)
 	}
-	w.note("%s is to die: %+v", n.name, n.fuse)
+	w.note("%s will die: %+v", n.name, n.fuse)
 	w.mu.Unlock()
 	name := simRoleName(w.fate.IntN(p.roles))
 	if w.fate.IntN(2) == 0 {
@@ -228,7 +227,7 @@ func (w *simWorld) dieAtWork(n *simNode, p simProfile) {
 	}
 }
 
-// revive starts that share of the nodes that are not there.
+// revive starts that share of the nodes that are not running.
 func (w *simWorld) revive(share float64) {
 	for _, n := range slices.Clone(w.nodes) {
 		if !n.isCut() || w.fate.Float64() >= share || w.nodes[n.place] != n {
@@ -239,7 +238,7 @@ func (w *simWorld) revive(share float64) {
 			w.open(n.place, n.number()+1, n.readOnly)
 		case w.active() != nil: // it was the active node
 			w.open(n.place, n.number()+1, true)
-		case !other.isCut() && w.fate.IntN(2) == 0: // which becomes the active node
+		case !other.isCut() && w.fate.IntN(2) == 0: // the other becomes the active node
 			other.stop()
 			w.tally.promotions++
 			w.open(other.place, other.number()+1, false)
@@ -255,12 +254,12 @@ func (w *simWorld) reviveAll() {
 		n.fuse = simFuse{}
 	}
 	w.mu.Unlock()
-	time.Sleep(6 * time.Second) // for who is to die
+	time.Sleep(6 * time.Second) // for nodes that will die
 	w.revive(1)
 	w.revive(1)
 }
 
-// promote has the standby become the active node, which closes or dies before.
+// promote makes the standby the active node, after the active node closed or died.
 func (w *simWorld) promote(closes bool) {
 	n := w.active()
 	if n == nil {
@@ -289,7 +288,7 @@ type simSnapshot struct {
 	stored   map[string]*simStored
 }
 
-// takeSnapshot copies storage. Nothing is under way that could change it meanwhile.
+// takeSnapshot copies storage. Nothing that is under way can change it meanwhile.
 func (w *simWorld) takeSnapshot() *simSnapshot {
 	synctest.Wait()
 	w.mu.Lock()
@@ -302,7 +301,7 @@ func (w *simWorld) takeSnapshot() *simSnapshot {
 	return s
 }
 
-// raw is all that storage has.
+// raw returns everything that storage holds.
 func (w *simWorld) raw() map[string][]byte {
 	ctx := context.Background()
 	all := make(map[string][]byte)
@@ -320,8 +319,8 @@ func (w *simWorld) raw() map[string][]byte {
 	return all
 }
 
-// restore sets storage back to the snapshot. The standby may go on, and has to know of it
-// after two minutes.
+// restore restores the snapshot. The standby may keep running, and must know of it after
+// two minutes.
 func (w *simWorld) restore(standbyStays bool) {
 	var stays *simNode
 	for _, n := range w.nodes {
@@ -368,30 +367,30 @@ func (w *simWorld) restore(standbyStays bool) {
 		w.stored[key] = append(w.stored[key], &then)
 	}
 	w.tally.restores++
-	w.note("storage goes back to the snapshot")
+	w.note("the snapshot is restored")
 	w.mu.Unlock()
 	if stays != nil {
 		w.running.Go(func() {
 			time.Sleep(2 * time.Minute)
 			w.mu.Lock()
 			defer w.mu.Unlock()
-			for w.now()-stays.storageFailed < 2*time.Minute { // it goes on with what it has
+			for w.now()-stays.storageFailed < 2*time.Minute { // without storage, it keeps what it has
 				w.mu.Unlock()
 				time.Sleep(time.Minute)
 				w.mu.Lock()
 			}
 			for _, key := range changed {
-				w.learned(stays, key, w.history[key].at(now).number)
+				w.learned(stays, key, w.history[key].at(now).number, now)
 			}
 		})
 	}
 	w.revive(1)
 }
 
-// simPlanted tells whether a role is one whose tokens were planted.
+// simPlanted reports whether a role is one whose tokens were planted.
 func simPlanted(role string) bool { return strings.HasPrefix(role, "x") }
 
-// plant puts that many tokens into storage that are of nothing which stands.
+// plant stores that many tokens that belong to no role or config.
 func (w *simWorld) plant(count int, prefix string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -410,11 +409,11 @@ func (w *simWorld) plant(count int, prefix string) {
 		}
 		w.stored[key] = append(w.stored[key], w.newSimStored(nil, key, value))
 	}
-	w.note("%d tokens of nothing are in storage", count)
+	w.note("%d tokens that belong to nothing are in storage", count)
 }
 
-// startOver has the active node start again after all was well, perhaps while the
-// endpoint is down, and reads all roles.
+// startOver restarts the active node after a calm period, perhaps while the endpoint is
+// down, and reads all roles.
 func (w *simWorld) startOver(p simProfile) {
 	if !w.stores {
 		return

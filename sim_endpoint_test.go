@@ -23,9 +23,9 @@ import (
 )
 
 // This file is the token endpoint of a simulation, below the engine's HTTP client. It
-// plays a script of faults, and remembers the truth about each token it gave.
+// produces faults and remembers the truth about each token it issued.
 
-// simConcern is whom a failure concerns.
+// simConcern says whom a failure concerns.
 type simConcern int
 
 const (
@@ -34,7 +34,7 @@ const (
 	concernsConfig
 )
 
-// simOutcome is how a request ends.
+// simOutcome is how a token request ends.
 type simOutcome struct {
 	name     string
 	status   int // 0: no answer
@@ -42,16 +42,16 @@ type simOutcome struct {
 	body     string // instead of one made of oauth
 	location string
 	hang     bool // no answer before the client gives up
-	silent   bool // an answer whose body never ends, whatever the client does
-	drip     bool // an answer whose body comes byte by byte
-	broken   bool // an answer whose body breaks off
+	silent   bool // the body of the answer never ends, whatever the client does
+	drip     bool // the body of the answer comes byte by byte
+	broken   bool // the body of the answer breaks off
 
 	concern simConcern
 	class   errorClass
-	again   bool // the same mint may try again
+	again   bool // the same mint may retry
 
-	throttled  bool // the request goes back to its place at the gate
-	retryAfter bool // the answer says when to come back
+	throttled  bool // the request returns to its place at the gate
+	retryAfter bool // the answer has a Retry-After
 	after      time.Duration
 
 	latency time.Duration
@@ -59,7 +59,7 @@ type simOutcome struct {
 
 func (o simOutcome) failed() bool { return o.concern != concernsNobody }
 
-// What an endpoint may do, and what the engine has to make of it.
+// simOutcomes says what an endpoint may do and how the engine must take it.
 var simOutcomes = map[string]simOutcome{
 	"token":          {status: 200},
 	"500":            {status: 500, concern: concernsConfig, class: classServerError, again: true},
@@ -97,7 +97,7 @@ type simWeather struct {
 	name             string
 	fastest, longest time.Duration      // latency
 	odds             map[string]float64 // of outcomes; the rest are tokens
-	only             bool               // odds are for the requests of one role
+	only             bool               // odds apply to the requests of one role only
 }
 
 var simWeathers = []simWeather{
@@ -130,12 +130,12 @@ func simWeatherOf(name string) *simWeather {
 	panic(name)
 }
 
-// simLives are the ways in which an endpoint tells lifetimes.
+// simLives are the ways in which an endpoint reports lifetimes.
 type simLives struct {
 	name    string
 	shapes  []string
 	seconds []int
-	repeat  bool // the token before is given again until shortly before its end
+	repeat  bool // the previous token is returned again until shortly before it expires
 }
 
 var simLifes = []simLives{
@@ -148,16 +148,16 @@ var simLifes = []simLives{
 	{name: "repeated", shapes: []string{"int"}, seconds: []int{60, 300, 1200}, repeat: true},
 }
 
-// simToken is a token that the endpoint gave, once or more often.
+// simToken is a token that the endpoint returned once or more often.
 type simToken struct {
 	text    string
-	key     string // what it was asked for: what the endpoint may give again
+	key     string // what was requested, by which the endpoint may return it again
 	end     time.Duration
 	answers []*simAnswer
-	loaded  []*simAnswer // by nodes that found it in storage
+	loaded  []*simAnswer // of nodes that found it in storage
 }
 
-// on are the answers with the token that a node has had.
+// on returns the answers with the token that a node got.
 func (t *simToken) on(n *simNode) []*simAnswer {
 	var on []*simAnswer
 	for _, a := range slices.Concat(t.answers, t.loaded) {
@@ -173,14 +173,14 @@ type simAnswer struct {
 	token     *simToken
 	mint      *simMint
 	sent      time.Duration
-	delivered time.Duration // -1 before it was
-	told      time.Duration // lifetime as the engine has to understand it; 0 for none
-	renewed   bool          // it was surely newer than what was there
-	wanted    bool          // it was read, or somebody waited while it was there
+	delivered time.Duration // when the engine got it; -1 before
+	told      time.Duration // lifetime as the engine must understand it; 0 for none
+	renewed   bool          // it was surely newer than the cached token
+	wanted    bool          // it was read, or a read failed while it was cached
 	served    time.Duration // when a read first got it; -1 before
-	asOf      time.Duration // when the last read began that got it; -1 before
+	asOf      time.Duration // when the last read started that got it; -1 before
 
-	again time.Duration // when it ends by what storage has of a token that was given again; -1 for none
+	again time.Duration // when it expires if storage says that the endpoint returned it again; -1 if not
 	// The generations that it was stored with.
 	roleGenerations, configGenerations []string
 	fromStorage                        bool
@@ -190,15 +190,15 @@ type simAnswer struct {
 // simEndpoint is the endpoint of all configs.
 type simEndpoint struct {
 	weather simWeather
-	victim  string // the role that odds are for, with only
+	victim  string // the role that odds apply to, with only
 	lives   simLives
 	clients float64           // share of clients that cannot be made
 	secrets map[string]string // by client_id: the one that is accepted
 	tokens  map[string]*simToken
-	newest  map[string]*simToken // by what they were asked for
+	newest  map[string]*simToken // by what was requested
 }
 
-// simMint is one mint: what the engine asks its client for.
+// simMint is one mint.
 type simMint struct {
 	node   *simNode
 	config string // name
@@ -208,20 +208,20 @@ type simMint struct {
 	set    string // scopes, sorted
 	begin  time.Duration
 	end    time.Duration // -1 before it
-	asked  time.Duration // when the engine asked its client, before any wait for a turn
+	asked  time.Duration // when the engine called its client, before the wait for a turn
 	exempt bool          // it may be a rotation's
 	tries  []*simTry
-	answer *simAnswer // what it brought, nil for none
+	answer *simAnswer // with the token, nil for none
 }
 
 func (m *simMint) key() string { return m.role + "/" + m.set }
 
-// told is what the endpoint has to say about the mint.
+// told returns the endpoint's description of the mint.
 func (m *simMint) told() string { return simTold(m.role, m.set) }
 
 func simTold(role, set string) string { return "about (" + role + "/" + set + ")" }
 
-// asks is what the mint asks for, of whom.
+// asks returns what the mint requests, from which endpoint, as which client.
 func (m *simMint) asks() string {
 	return strings.Join([]string{m.entry.TokenURL, m.entry.ClientID, m.req.audience, m.set, m.req.extra["tenant"]}, "|")
 }
@@ -230,12 +230,12 @@ func (m *simMint) String() string {
 	return fmt.Sprintf("%s mint of %s [%s] with %s %s", m.node.name, m.role, m.set, m.entry.ClientID, m.entry.ClientSecret[:simSecretShown])
 }
 
-// simTry is one request.
+// simTry is one token request.
 type simTry struct {
 	sent    time.Duration
 	ended   time.Duration // -1 before it
 	outcome simOutcome
-	cut     bool // the client gave up before there was an answer
+	cut     bool // the client gave up before the answer
 }
 
 type (
@@ -243,7 +243,7 @@ type (
 	simOpKey   struct{}
 )
 
-// simClient is what the engine asks for tokens: the real client over the endpoint.
+// simClient is the engine's client: the real one over the simulated endpoint.
 type simClient struct {
 	node  *simNode
 	entry configEntry
@@ -273,6 +273,7 @@ func (n *simNode) newClient(config *configEntry) (minter, error) {
 func (c *simClient) mint(ctx context.Context, req tokenRequest, leave departures) (*token, error) {
 	w := c.node.w
 	d := &simDepartures{departures: leave, client: c, req: req, asked: w.now()}
+	defer c.node.asks(req)()
 	tok, err := c.real.mint(context.WithValue(ctx, simMintKey{}, d), req, d)
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -290,7 +291,33 @@ func (c *simClient) mint(ctx context.Context, req tokenRequest, leave departures
 	return tok, err
 }
 
-// simDepartures watches the gate from the client's side. A mint begins when its request
+// simAsk is a call of the engine's client for a token. Its request may wait for a turn
+// first.
+type simAsk struct {
+	role, set string
+	begin     time.Duration
+	end       time.Duration // -1 before it
+}
+
+// asks records that the engine calls its client for a token. The caller must call over when
+// the client has returned.
+func (n *simNode) asks(req tokenRequest) (over func()) {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	j := &n.judge
+	ask := &simAsk{role: simRoleOf(req.audience), set: simSet(req.scopes), begin: n.w.now(), end: -1}
+	j.asks = append(j.asks, ask)
+	return func() {
+		n.w.mu.Lock()
+		defer n.w.mu.Unlock()
+		ask.end = n.w.now()
+		j.asks = slices.DeleteFunc(j.asks, func(ask *simAsk) bool {
+			return ask.end >= 0 && ask.end < n.w.now()-2*time.Minute // no read lasts that long
+		})
+	}
+}
+
+// simDepartures observes the gate from the client's side. A mint begins when its request
 // leaves.
 type simDepartures struct {
 	departures
@@ -299,16 +326,22 @@ type simDepartures struct {
 	mint   *simMint // nil before, and after a 429
 	again  bool     // it was throttled
 	asked  time.Duration
+	sent   int // requests sent before the one that may leave now
 }
 
 func (d *simDepartures) wait(ctx context.Context) error {
-	if err := d.departures.wait(ctx); err != nil || d.mint != nil {
+	if err := d.departures.wait(ctx); err != nil {
 		return err
 	}
 	c := d.client
 	w := c.node.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	d.sent = 0
+	if d.mint != nil {
+		d.sent = len(d.mint.tries)
+		return nil
+	}
 	if c.node.cut {
 		return errSimDied
 	}
@@ -318,7 +351,7 @@ func (d *simDepartures) wait(ctx context.Context) error {
 	}
 	w.count()
 	if d.mint.role == "" && d.again {
-		return nil // a verification goes on
+		return nil // a verification continues
 	}
 	w.mintBegins(d.mint)
 	return nil
@@ -332,8 +365,8 @@ func (d *simDepartures) answered(how gate.Answer, retryAfter time.Duration) {
 		d.departures.answered(how, retryAfter)
 		return
 	}
-	o := &simTry{cut: true} // none was sent, if the caller had left
-	if n := len(d.mint.tries); n > 0 {
+	o := &simTry{cut: true} // none was sent if the time was up at that moment
+	if n := len(d.mint.tries); n > d.sent {
 		o = d.mint.tries[n-1]
 	}
 	switch {
@@ -351,7 +384,7 @@ func (d *simDepartures) answered(how gate.Answer, retryAfter time.Duration) {
 	d.departures.answered(how, retryAfter)
 }
 
-// simSet names a set of scopes.
+// simSet returns the name of a set of scopes.
 func simSet(scopes []string) string {
 	return strings.Join(slices.Sorted(slices.Values(scopes)), " ")
 }
@@ -406,7 +439,7 @@ func (s *simTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return w.endpoint.answer(w, m, try, req)
 }
 
-// simWait waits that long, or, with hang, until the client gives up.
+// simWait waits that long or, with hang, until the client gives up.
 func simWait(ctx context.Context, d time.Duration, hang bool) error {
 	if hang {
 		<-ctx.Done()
@@ -422,8 +455,7 @@ func simWait(ctx context.Context, d time.Duration, hang bool) error {
 	}
 }
 
-// plan decides how a request ends. It holds for the mint as the script has it when the
-// request is sent.
+// plan decides how a request ends, by the weather at the time when it is sent.
 func (e *simEndpoint) plan(w *simWorld, m *simMint, try int, form url.Values) simOutcome {
 	dice := w.dice("request", m.node.name, m.key()+strconv.Itoa(try))
 	name := "token"
@@ -449,7 +481,7 @@ func (e *simEndpoint) plan(w *simWorld, m *simMint, try int, form url.Values) si
 	return o
 }
 
-// answer makes the answer to a request.
+// answer builds the answer to a request.
 func (e *simEndpoint) answer(w *simWorld, m *simMint, try *simTry, req *http.Request) (*http.Response, error) {
 	o := try.outcome
 	if o.status == 0 {
@@ -491,7 +523,7 @@ func (e *simEndpoint) answer(w *simWorld, m *simMint, try *simTry, req *http.Req
 	}, nil
 }
 
-// simReader is a body that gives a space each time that it is nil.
+// simReader is a body that returns a space for each call that gives no error.
 type simReader func() error
 
 func (r simReader) Read(p []byte) (int, error) {
@@ -502,7 +534,7 @@ func (r simReader) Read(p []byte) (int, error) {
 	return 1, nil
 }
 
-// simSilence is the body of an answer after which nothing comes. It goes on until it is
+// simSilence is the body of an answer that never ends. A read blocks until the body is
 // closed, or for ten minutes.
 type simSilence struct{ closed chan struct{} }
 
@@ -523,7 +555,7 @@ func (s *simSilence) Close() error {
 	return nil
 }
 
-// give makes a token, or gives the one before again.
+// give issues a token, or returns the previous one again.
 func (e *simEndpoint) give(w *simWorld, m *simMint, try *simTry) string {
 	dice := w.dice("token", m.node.name, m.key()+strconv.Itoa(len(m.tries)))
 	now := w.now()
@@ -541,7 +573,7 @@ func (e *simEndpoint) give(w *simWorld, m *simMint, try *simTry) string {
 	shape := e.lives.shapes[dice.IntN(len(e.lives.shapes))]
 	seconds := e.lives.seconds[dice.IntN(len(e.lives.seconds))]
 	life := time.Duration(seconds) * time.Second
-	// Issued somewhere between the request and the answer.
+	// It is issued at some time between the request and the answer.
 	issued := try.sent + time.Duration(dice.Int64N(int64(now-try.sent)+1))
 	tok := &simToken{text: fmt.Sprintf("tok-%s-%x", m.node.name, dice.Uint64()), key: key, end: issued + life, answers: []*simAnswer{answer}}
 	answer.token, answer.told = tok, life
@@ -597,7 +629,7 @@ func simJSON(fields map[string]any) string {
 	return string(text)
 }
 
-// simJWT looks like a signed JWT that ends then.
+// simJWT returns what looks like a signed JWT that expires at that time.
 func simJWT(id string, exp time.Time) string {
 	part := base64.RawURLEncoding.EncodeToString
 	return part([]byte(`{"alg":"none"}`)) + "." + part([]byte(fmt.Sprintf(`{"jti":%q,"exp":%d}`, id, exp.Unix()))) + "." + "sig"

@@ -11,17 +11,17 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file judges the pace of a simulated node's requests: none in a Retry-After, no
-// more in a second than the config allows, and nobody who is told of the gate without
-// having waited for it.
+// This file judges the pace of a simulated node's token requests: none during a
+// Retry-After, no more per second than the config allows, and no read that fails for want
+// of a turn without having waited for one.
 
-// simDefaultLimit is max_requests_per_second of a config that sets none.
+// simDefaultLimit is max_requests_per_second of a config that does not set it.
 const simDefaultLimit = 20
 
-// simGate is what one can know of a node's gate to one endpoint of a config.
+// simGate is what can be known from outside of a node's gate to an endpoint of a config.
 type simGate struct {
-	sent []time.Duration // requests, the oldest first
-	// closed is until when an answer closed the gate, and closedAt is when that came.
+	sent []time.Duration // requests, oldest first
+	// An answer that came at closedAt closed the gate until closed.
 	closed, closedAt time.Duration
 	refused          time.Duration // when the last 429 came; -1 before
 }
@@ -36,8 +36,8 @@ func (j *simJudge) gate(config, url string) *simGate {
 	return g
 }
 
-// sameGate tells whether the config surely had that endpoint since that time, and so one
-// gate.
+// sameGate reports whether the config has surely had that endpoint since that time, and so
+// the same gate.
 func (n *simNode) sameGate(m *simMint, since time.Duration) bool {
 	for _, v := range n.possible(configPrefix+m.config, max(0, since-simSlack), n.w.now()) {
 		if !v.exists || v.url != m.entry.TokenURL {
@@ -61,15 +61,15 @@ func (w *simWorld) judgePace(m *simMint) {
 	limit := 0
 	for _, v := range n.possible(configPrefix+m.config, max(0, now-time.Second-simSlack), now) {
 		if limit = max(limit, v.limit); !v.exists {
-			limit = max(limit, m.entry.MaxRequestsPerSecond) // of a verification
+			limit = max(limit, m.entry.MaxRequestsPerSecond) // it is a verification
 		}
 	}
 	if len(g.sent) > max(limit, m.entry.MaxRequestsPerSecond) && n.sameGate(m, g.sent[0]) {
-		w.violate("%s sends request %d within a second, and the limit is %d", m, len(g.sent), limit)
+		w.violate("%s sends request %d within a second, though the limit is %d", m, len(g.sent), limit)
 	}
 }
 
-// answered takes in what an answer says of the pace. The caller holds w.mu.
+// answered records what an answer says about the pace. The caller holds w.mu.
 func (w *simWorld) answered(m *simMint, o simOutcome) {
 	g, now := m.node.judge.gate(m.config, m.entry.TokenURL), w.now()
 	if o.throttled {
@@ -80,15 +80,15 @@ func (w *simWorld) answered(m *simMint, o simOutcome) {
 	}
 }
 
-// throttled ends a mint whose request goes back to its place: it counts as if it had
-// never left. The caller holds w.mu.
+// throttled ends a mint whose request returns to its place: it counts as if it had never
+// left. The caller holds w.mu.
 func (w *simWorld) throttled(m *simMint) {
 	m.end = w.now()
 	delete(m.node.judge.flights, m)
 	w.note("%s is throttled", m)
 }
 
-// paced tells whether the config's gate may have held requests up since that time.
+// paced reports whether the config's gate may have held up requests since that time.
 func (n *simNode) paced(config string, since time.Duration) bool {
 	for key, g := range n.judge.gates {
 		if strings.HasPrefix(key, config+" ") && (g.closed > since || g.refused >= 0 && g.refused+2*time.Minute > since) {
@@ -98,7 +98,7 @@ func (n *simNode) paced(config string, since time.Duration) bool {
 	return false
 }
 
-// throttledOnce tells whether a config that the role may have had was ever throttled.
+// throttledOnce reports whether a config that the role may have had was ever throttled.
 func (n *simNode) throttledOnce(role string) bool {
 	for _, v := range n.possible(rolePrefix+role, 0, n.w.now()) {
 		for key, g := range n.judge.gates {
@@ -110,8 +110,8 @@ func (n *simNode) throttledOnce(role string) bool {
 	return false
 }
 
-// outOfTime tells whether a read may be told that its request had no answer in time: it
-// waited as long as a read may, and the request as long as it may.
+// outOfTime reports whether a read may fail because MojoAuth gave no answer in time: both
+// the read and its request waited as long as they may.
 func (w *simWorld) outOfTime(op *simOp, coded logical.HTTPCodedError) bool {
 	if coded == nil || coded.Code() != http.StatusGatewayTimeout || !w.hadItsTime(op) {
 		return false
@@ -124,8 +124,8 @@ func (w *simWorld) outOfTime(op *simOp, coded logical.HTTPCodedError) bool {
 	return false
 }
 
-// turnedAway tells whether a read failed for want of a turn at the gate, and judges
-// whether it may: it waited as long as a read may, or the gate is closed for longer.
+// turnedAway reports whether a read failed for want of a turn at the gate, and judges
+// whether it may: it waited as long as a read may, or the gate stays closed for longer.
 func (w *simWorld) turnedAway(op *simOp, coded logical.HTTPCodedError) bool {
 	if coded == nil || coded.Code() != http.StatusTooManyRequests {
 		return false
@@ -141,6 +141,6 @@ func (w *simWorld) turnedAway(op *simOp, coded logical.HTTPCodedError) bool {
 			}
 		}
 	}
-	w.violate("%s was turned away after %s, and no Retry-After was in force", op, op.end-op.start)
+	w.violate("%s was turned away after %s, though no Retry-After closed the gate", op, op.end-op.start)
 	return true
 }

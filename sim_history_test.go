@@ -9,10 +9,10 @@ import (
 	"time"
 )
 
-// This file knows what was written in a simulation, and what each node has to know of
-// it when. Times are durations since the simulation began.
+// This file records what was written in a simulation and when each node must know of it.
+// Times are durations since the simulation began.
 
-// simFields is a role or a config as it was written.
+// simFields holds a role or a config as it was written.
 type simFields struct {
 	// a role
 	config, audience string
@@ -25,37 +25,37 @@ type simFields struct {
 	url, clientID, secret string
 	timeout               time.Duration
 	retries               int
-	limit                 int // requests a second
+	limit                 int // requests per second
 	persist               bool
 }
 
-// asks is what the tokens of a role or config depend on.
+// asks returns what the tokens of a role or config depend on.
 func (f *simFields) asks() string {
 	return strings.Join([]string{f.config, f.audience, strings.Join(f.scopes, " "), f.extra, f.url, f.clientID}, "|")
 }
 
-// simVersion is an entry as storage had it from one write to the next.
+// simVersion is an entry as storage held it from one write to the next.
 type simVersion struct {
 	simFields
 	number  int
 	exists  bool
-	corrupt bool          // nobody can read it
-	at      time.Duration // when storage had it
-	until   time.Duration // when storage had the next; -1 for the newest
+	corrupt bool          // it cannot be decoded
+	at      time.Duration // when storage got it
+	until   time.Duration // when storage got the next one; -1 for the newest
 	started time.Duration // when the write that made it began
-	renews  bool          // it drops the tokens from before
-	dropAt  time.Duration // tokens asked for before this are dropped
+	renews  bool          // it drops the earlier tokens
+	dropAt  time.Duration // tokens requested before this are dropped
 
-	generation string // as it is stored
-	// skips are the times in which other generations stood, since one came back with
-	// a snapshot.
+	generation string // as stored
+	// skips are the spans in which another generation stood, after a snapshot brought
+	// this one back.
 	skips []simSpan
 }
 
-// simSpan is a time.
+// simSpan is a span of time.
 type simSpan struct{ from, to time.Duration }
 
-// simHistory is all versions of one entry, by the order in which storage had them.
+// simHistory holds all versions of one entry, in the order in which storage got them.
 type simHistory struct{ versions []*simVersion }
 
 func newSimHistory() *simHistory {
@@ -64,7 +64,7 @@ func newSimHistory() *simHistory {
 
 func (h *simHistory) last() *simVersion { return h.versions[len(h.versions)-1] }
 
-// write adds what op made of the newest version.
+// write adds the version that op makes of the newest one.
 func (h *simHistory) write(op *simOp, now time.Duration) *simVersion {
 	prev := h.last()
 	next := &simVersion{
@@ -77,8 +77,8 @@ func (h *simHistory) write(op *simOp, now time.Duration) *simVersion {
 		next.simFields, next.exists = simFields{}, false
 		next.renews, next.dropAt = true, now
 	case opRotate:
-		// The token that stays was asked for before the write, but not before the
-		// rotation was.
+		// The token that stays was requested before the write, but not before the
+		// rotation started.
 		next.renews, next.dropAt = true, op.start
 	default:
 		op.change(&next.simFields, !prev.exists)
@@ -91,7 +91,7 @@ func (h *simHistory) write(op *simOp, now time.Duration) *simVersion {
 	return next
 }
 
-// restore makes an older version the newest.
+// restore makes an older version the newest again.
 func (h *simHistory) restore(number int, now time.Duration) *simVersion {
 	next := *h.versions[number]
 	for _, later := range h.versions[number+1:] {
@@ -106,7 +106,7 @@ func (h *simHistory) restore(number int, now time.Duration) *simVersion {
 	return &next
 }
 
-// at is the newest version at that time.
+// at returns the newest version at that time.
 func (h *simHistory) at(now time.Duration) *simVersion {
 	for _, v := range slices.Backward(h.versions) {
 		if v.at <= now {
@@ -116,24 +116,21 @@ func (h *simHistory) at(now time.Duration) *simVersion {
 	return h.versions[0]
 }
 
-// simKnown says that a node has to know that version from then on.
+// simKnown says that a node must know that version from then on.
 type simKnown struct {
 	at     time.Duration
 	number int
 }
 
-// learn notes that the node has to know that version from now on.
+// learn records that the node must know that version from now on.
 func (n *simNode) learn(key string, number int) {
 	n.known[key] = append(n.known[key], simKnown{n.w.now(), number})
 }
 
-// knows is the number of the oldest version that the node may go by in what began at
+// knows returns the number of the oldest version that the node may use in what began at
 // that time.
 func (n *simNode) knows(key string, began time.Duration) int {
-	number := 0
-	if h := n.w.history[key]; h != nil && n.startedAt >= 0 {
-		number = h.at(n.startedAt).number
-	}
+	number := n.found[key]
 	for _, k := range n.known[key] {
 		if k.at < began {
 			number = max(number, k.number)
@@ -142,12 +139,12 @@ func (n *simNode) knows(key string, began time.Duration) int {
 	return number
 }
 
-// upToDate tells whether the node had to know the newest version at that time.
+// upToDate reports whether the node had to know the newest version at that time.
 func (n *simNode) upToDate(key string, at time.Duration) bool {
 	return n.knows(key, at) == n.w.history[key].last().number
 }
 
-// possible are the versions that the node may go by in what lasts from began to ended.
+// possible returns the versions that the node may use in what lasts from began to ended.
 func (n *simNode) possible(key string, began, ended time.Duration) []*simVersion {
 	h := n.w.history[key]
 	if h == nil {
@@ -157,8 +154,8 @@ func (n *simNode) possible(key string, began, ended time.Duration) []*simVersion
 	return h.versions[from : max(to, from)+1]
 }
 
-// changed tells whether what the entry's tokens depend on changed for the node between
-// those times: in storage, or by what the node was told.
+// changed reports whether what the entry's tokens depend on changed for the node between
+// those times: in storage, or by an invalidation.
 func (n *simNode) changed(key string, began, ended time.Duration) bool {
 	h := n.w.history[key]
 	if h == nil {
@@ -177,8 +174,9 @@ func (n *simNode) changed(key string, began, ended time.Duration) bool {
 	return false
 }
 
-// since tells whether the node had to know at that time what tokens depend on since that
-// version: a token that it served to a reader who came then was asked for under it.
+// since reports whether the node had to know at that time what tokens depend on since that
+// version. Then a token that it served to a reader who came at that time was requested
+// under it.
 func (n *simNode) since(key string, v *simVersion, at time.Duration) bool {
 	renewed := 0
 	for _, older := range n.w.history[key].versions[:v.number+1] {

@@ -11,30 +11,30 @@ import (
 	"time"
 )
 
-// This file judges when a simulated node asks its endpoint: one mint per key, back-offs,
-// probes, renewals. It knows nothing of the engine but what it was told, what it asked,
-// and what it got. Where the contract leaves something open, or where two things came
-// too close to say which was first, it knows less, and allows more.
+// This file judges when a simulated node mints: one mint per key, back-offs, probes,
+// renewals. All it knows of the engine is which writes it knew of, what it requested, and
+// what it got. Where the contract leaves something open, or two events were too close to
+// say which came first, it allows every order.
 
-// simSlack is how long the engine may take from what it decides to the mint: the time
-// of its look-ups in storage.
+// simSlack is how long the engine may take from a decision to the mint, because of its
+// look-ups in storage.
 const simSlack = 4 * simStorageLongest
 
-// simStorageLongest is the longest that storage takes, before and again after it did
-// what it was asked for.
+// simStorageLongest is the longest that storage takes before it performs an operation, and
+// again afterward.
 const simStorageLongest = 400 * time.Millisecond
 
-// simBlock is a back-off as far as one can know it from outside.
+// simBlock is what can be known of a back-off from outside.
 type simBlock struct {
 	atLeast, atMost int           // failures in a row
-	failedAt        time.Duration // the last that surely counted; -1 for none
-	lastAt          time.Duration // the last that may have counted; -1 for none
-	until           time.Duration // surely nothing is tried before
-	latest          time.Duration // after this it has surely ended
+	failedAt        time.Duration // when the last failure came that surely counted; -1 for none
+	lastAt          time.Duration // when the last failure came that may have counted; -1 for none
+	until           time.Duration // no mint may begin before
+	latest          time.Duration // by then it has surely ended
 	why             simOutcome
 }
 
-// fail takes in a failure. sure says that the engine cannot but count it.
+// fail records a failure. sure says that the engine must count it.
 func (b *simBlock) fail(o simOutcome, began, now time.Duration, sure bool) {
 	if began > b.latest+simForget {
 		b.atLeast = 0 // it may have been forgotten
@@ -57,14 +57,14 @@ func (b *simBlock) fail(o simOutcome, began, now time.Duration, sure bool) {
 	b.until = now + shortest
 }
 
-// simForget is how long the engine has to remember at least that something failed.
+// simForget is how long the engine must remember a failure at least.
 const simForget = time.Minute
 
-// clear ends it.
+// clear ends the back-off.
 func (b *simBlock) clear() { *b = simBlock{failedAt: -1, lastAt: -1} }
 
-// succeed takes in the success of a mint that began then. It says nothing of a failure
-// that came later.
+// succeed records the success of a mint that began at that time. The success says nothing
+// about later failures.
 func (b *simBlock) succeed(began time.Duration) (surely bool) {
 	if began >= b.lastAt {
 		b.clear()
@@ -74,10 +74,10 @@ func (b *simBlock) succeed(began time.Duration) (surely bool) {
 	return false
 }
 
-// blur is for when it may have ended.
+// blur is called when the back-off may have ended.
 func (b *simBlock) blur() { b.atLeast, b.until, b.failedAt = 0, 0, -1 }
 
-// simMaybe is what one can know of a fact from outside.
+// simMaybe is what can be known of a fact from outside.
 type simMaybe int
 
 const (
@@ -86,54 +86,55 @@ const (
 	yes
 )
 
-// simConfigState is what a node has to know of a config's endpoint.
+// simConfigState is what a node must know of a config's endpoint.
 type simConfigState struct {
 	block         simBlock
-	written       time.Duration // when the node had to know of the last write; -1 before
-	blurred       time.Duration // when something was last written, known or not; -1 before
-	clientRefused simMaybe      // the last failure that backed it off was about the client
-	noClient      bool          // once no client could be made, for a key that nobody knows
-	// When a mint last succeeded, for sure and perhaps; -1 before.
+	written       time.Duration // since when the node must know of the last write; -1 before
+	blurred       time.Duration // when something was last written, known to the node or not; -1 before
+	clientRefused simMaybe      // the last failure that backed off the config was about the client
+	noClient      bool          // a client could not be made, for an unknown key
+	// When a mint last succeeded, surely and perhaps; -1 before.
 	succeeded, mayHaveSucceeded time.Duration
 }
 
-// simKeyState is what a node has to know of one key.
+// simKeyState is what a node must know of a key.
 type simKeyState struct {
 	role, config string
 	block        simBlock
 	blurred      time.Duration
-	// suspect tells whether a failure of the key was followed by another key's success,
-	// and by none of its own.
+	// suspect says whether another key's success followed a failure of this key, and no
+	// success of its own did.
 	suspect simMaybe
-	// When it failed last, for sure and perhaps, without a success since; -1 for never.
+	// When the key last failed without a success since, surely and perhaps; -1 for never.
 	failedAt, mayHaveFailed time.Duration
-	answers                 []*simAnswer // tokens, the oldest first
+	answers                 []*simAnswer // with tokens, oldest first
 }
 
-// simFailure is a failed mint that a reader may be told of.
+// simFailure is a failed mint that a read may report.
 type simFailure struct {
 	mint    *simMint
 	outcome simOutcome
 	config  bool          // it may concern the whole config
-	until   time.Duration // a reader who comes later may not be told of it
+	until   time.Duration // a read that starts later may not report it
 }
 
-// simJudge is the account of a node.
+// simJudge is the judge's account of a node.
 type simJudge struct {
 	configs   map[string]*simConfigState
 	keys      map[string]*simKeyState
 	flights   map[*simMint]struct{}
+	asks      []*simAsk // under way or recent
 	failures  []*simFailure
 	rotations []*simOp
 	gates     map[string]*simGate
-	reads     []*simOp       // that ended
-	greedy    map[string]int // by role: an upper bound of its narrowed sets
+	reads     []*simOp       // that have ended
+	greedy    map[string]int // by role: an upper bound of its scope subsets
 	verified  time.Duration  // when the last verification began
-	tokens    int64          // mints that gave one
+	tokens    int64          // mints that returned a token
 	failed    int64
-	// mayHaveFailed counts what was a failed mint or a failed verification.
+	// mayHaveFailed counts failures that were a mint's or a verification's.
 	mayHaveFailed int64
-	over          [3]int64 // mints whose token was over on arrival: no, maybe, yes
+	over          [3]int64 // mints whose token had expired on arrival: no, maybe, yes
 
 	simStoreJudge
 }
@@ -166,23 +167,30 @@ func (j *simJudge) key(role, set string) *simKeyState {
 	return k
 }
 
-// configWritten is called when the node has to know of a write of a config: what failed
-// before is forgotten.
-func (j *simJudge) configWritten(name string, now time.Duration) {
+// configWritten is called when the node must know of a write of a config. The engine
+// forgets the failures of mints that began before since. Later failures may already count
+// toward the next back-off: a write continues after the node holds the new version, because
+// it also deletes tokens.
+func (j *simJudge) configWritten(name string, since, now time.Duration) {
 	c := j.config(name)
 	c.written = now
 	c.block.clear()
+	for _, f := range j.failures {
+		if f.config && f.mint.config == name && f.mint.begin >= since {
+			c.block.fail(f.outcome, f.mint.begin, f.mint.end, false)
+		}
+	}
 	c.blur(now)
 }
 
-// blur is for when the upstream may be a new one.
+// blur is called when the upstream may be a new one.
 func (c *simConfigState) blur(now time.Duration) {
 	c.block.blur()
 	c.blurred = now
 	c.mayHaveSucceeded, c.succeeded = max(c.mayHaveSucceeded, c.succeeded), -1
 }
 
-// blur is for when the slot may be a new one, or has to forget its failures.
+// blur is called when the slot may be a new one, or must forget its failures.
 func (k *simKeyState) blur(now time.Duration) {
 	k.block.blur()
 	k.blurred = now
@@ -190,7 +198,8 @@ func (k *simKeyState) blur(now time.Duration) {
 	k.mayHaveFailed, k.failedAt = max(k.mayHaveFailed, k.failedAt), -1
 }
 
-// isAlone tells whether a failure of a mint that began then says nothing of other keys.
+// isAlone reports whether a failure of a mint that began at that time says nothing about
+// other keys.
 func (k *simKeyState) isAlone(began time.Duration) simMaybe {
 	if k.suspect == yes && began > k.failedAt+simForgetKey {
 		return maybe
@@ -198,11 +207,10 @@ func (k *simKeyState) isAlone(began time.Duration) simMaybe {
 	return k.suspect
 }
 
-// simForgetKey is how long a key's failure has to be remembered.
+// simForgetKey is how long the engine must remember a key's failure.
 const simForgetKey = 5 * time.Minute
 
-// blurred is called when a node may come to know of something that was written, and go
-// by it.
+// blurred is called when a node may come to know of a write and use what was written.
 func (w *simWorld) blurred(n *simNode, key string) {
 	now := w.now()
 	config, isConfig := strings.CutPrefix(key, configPrefix)
@@ -219,7 +227,7 @@ func (w *simWorld) blurred(n *simNode, key string) {
 	n.blurredAt = now
 }
 
-// rotating tells whether a rotation of the role has been under way since that time.
+// rotating reports whether a rotation of the role was under way at or after that time.
 func (n *simNode) rotating(role string, since time.Duration) bool {
 	return slices.ContainsFunc(n.judge.rotations, func(op *simOp) bool {
 		return op.role == role && (op.end < 0 || op.end >= since)
@@ -231,12 +239,12 @@ func (w *simWorld) mintBegins(m *simMint) {
 	n, now := m.node, m.begin
 	j := &n.judge
 	w.note("%s begins", m)
-	if m.role == "" { // of a verification, which is its writer's
+	if m.role == "" { // a verification
 		w.verificationBegins(m)
 		return
 	}
 	if n.closingAt >= 0 {
-		w.violate("%s begins after closing", m)
+		w.violate("%s begins after its node closed", m)
 	}
 	w.judgeMayMint(m)
 	c, k := j.config(m.config), j.key(m.role, m.set)
@@ -246,20 +254,22 @@ func (w *simWorld) mintBegins(m *simMint) {
 	k.config = m.config
 	m.exempt = n.rotating(m.role, now-simSlack)
 
+	// A request that waited for its turn may leave at the very moment of a failure.
+	leaves := func(b *simBlock) bool { return b.failedAt == now && m.asked < now }
 	switch {
 	case m.exempt:
-	case now < c.block.until:
+	case now < c.block.until && !leaves(&c.block):
 		w.violate("%s begins %s before the end of its config's back-off after %d failures (%s)", m, c.block.until-now, c.block.atLeast, c.block.why.name)
-	case now < k.block.until:
+	case now < k.block.until && !leaves(&k.block):
 		w.violate("%s begins %s before the end of its key's back-off after %d failures (%s)", m, k.block.until-now, k.block.atLeast, k.block.why.name)
 	}
 	for other := range j.flights {
 		if other.role != "" && other.config == m.config && c.block.atLeast > 0 && other.begin > c.block.failedAt && !m.exempt && !other.exempt {
-			w.violate("%s begins beside a probe, %s", m, other)
+			w.violate("%s begins while a probe is under way: %s", m, other)
 		}
 		if other.key() == m.key() && other.asks() == m.asks() && !n.rotating(m.role, other.begin-simSlack) &&
 			!n.changed(rolePrefix+m.role, other.begin-simSlack, now) && !n.changed(configPrefix+m.config, other.begin-simSlack, now) {
-			w.violate("%s begins beside another of its key, which began at %s", m, other.begin)
+			w.violate("%s begins while another one of its key is under way, which began at %s", m, other.begin)
 		}
 	}
 	if !m.exempt {
@@ -277,21 +287,21 @@ func (w *simWorld) verificationBegins(m *simMint) {
 	}
 	for other := range j.flights {
 		if other.role == "" {
-			w.violate("%s, a verification, begins beside another", m)
+			w.violate("%s, a verification, begins while another one is under way", m)
 		}
 	}
 	j.verified = m.asked
 	j.flights[m] = struct{}{}
 }
 
-// clientMayBeMade judges whether the engine may make a client now, and says whether it
-// can. The caller holds w.mu.
+// clientMayBeMade judges whether the engine may make a client now, and decides whether that
+// works. The caller holds w.mu.
 func (w *simWorld) clientMayBeMade(n *simNode, config *configEntry) bool {
 	now := w.now()
 	name := simConfigOf(config.ClientID)
 	c := n.judge.config(name)
 	verifying := slices.ContainsFunc(n.ops(), func(op *simOp) bool { return op.key == configPrefix+name || op.kind == opRotate }) ||
-		slices.ContainsFunc(n.judge.rotations, func(op *simOp) bool { return op.end >= now-simSlack }) // whose caller has left
+		slices.ContainsFunc(n.judge.rotations, func(op *simOp) bool { return op.end >= now-simSlack }) // its caller may have left
 	if now < c.block.until && now > c.block.lastAt && !verifying {
 		w.violate("%s makes a client of config %s %s before the end of its back-off", n.name, name, c.block.until-now)
 	}
@@ -304,7 +314,7 @@ func (w *simWorld) clientMayBeMade(n *simNode, config *configEntry) bool {
 	} else {
 		n.judge.failed++
 	}
-	// Of which key, there is no telling.
+	// For which key is unknown.
 	lonely := slices.ContainsFunc(slices.Collect(maps.Values(n.judge.keys)), func(k *simKeyState) bool { return k.suspect != no })
 	c.block.fail(simNoClient, now, now, !verifying && !lonely && c.blurred < now-simSlack)
 	c.noClient = true
@@ -320,10 +330,10 @@ func (w *simWorld) clientMayBeMade(n *simNode, config *configEntry) bool {
 	return false
 }
 
-// ops are the requests under way.
+// ops returns the requests under way.
 func (n *simNode) ops() []*simOp { return slices.Collect(maps.Keys(n.busy)) }
 
-// judgeNeed judges whether there is any need for a mint.
+// judgeNeed judges whether a mint is needed.
 func (w *simWorld) judgeNeed(m *simMint, k *simKeyState) {
 	n, now := m.node, m.begin
 	began := max(0, m.asked-simSlack) // before any wait for its turn
@@ -342,18 +352,18 @@ func (w *simWorld) judgeNeed(m *simMint, k *simKeyState) {
 	inUse, due := false, false
 	for _, a := range k.answers {
 		fresh, alive := true, false
-		if n.unsettled > now { // it may still go by what it had before it was told
+		if n.unsettled > now { // it may still use what it held before the invalidation
 			roles = n.possible(rolePrefix+m.role, 0, now)
 		}
 		for _, role := range roles {
 			life, left := a.life(role, minTTL, now)
 			renewal, _ := a.life(role, 0, now)
 			fresh = fresh && left > max(life.refresh, renewal.refresh+life.life/20)+simSlack
-			left += now - m.asked // it may have waited for its turn since
+			left += now - m.asked // it may have waited for its turn
 			alive = alive || left > life.floor-simSlack || (len(a.token.answers) > 1 || a.again >= 0) && left > simRepeatedFloor-simSlack
 		}
 		if fresh && len(a.token.answers) == 1 && a.surely(n, began) && w.stillGood(n, a, began, now) {
-			w.violate("%s begins though %s is there, which is not due yet", m, a.token.text)
+			w.violate("%s begins though %s is cached, which is not due yet", m, a.token.text)
 		}
 		if alive && a.delivered <= now {
 			due = true
@@ -365,21 +375,21 @@ func (w *simWorld) judgeNeed(m *simMint, k *simKeyState) {
 	case !due:
 		w.violate("%s begins without a reader and without a token to renew", m)
 	case !inUse:
-		w.violate("%s begins without a reader, and nobody has read the token before", m)
+		w.violate("%s begins without a reader, and no one has read the token before", m)
 	}
 }
 
-// life is what follows from the token's life under a version of its role, and how much
-// of it is left.
+// life returns what follows from the token's lifetime under a version of its role, and the
+// time left.
 func (a *simAnswer) life(role *simVersion, minTTL, now time.Duration) (simLife, time.Duration) {
 	life := newSimLife(simLifetime(a.told, role.maxTTL), max(minTTL, role.minTTL))
 	return life, a.sent + life.life - now
 }
 
-// end is when the token ends under that version of its role, by what the node was told
-// of it until then. A token that the endpoint gave again ends no later than its first
-// answer said, and less than a second sooner is rounding. A rotation's answer does not
-// count, unless rotations says so.
+// end returns when the token expires under that version of its role, by the answers that
+// the node got until now. A token that the endpoint returned again expires no later than
+// its first answer said; less than a second sooner is rounding. A rotation's answer counts
+// only if rotations is set.
 func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotations bool) time.Duration {
 	_, end := a.life(role, 0, 0)
 	if again := a.storedAgain(n, now); again >= 0 {
@@ -395,8 +405,8 @@ func (a *simAnswer) end(n *simNode, role *simVersion, now time.Duration, rotatio
 	return end
 }
 
-// storedAgain is when the token ends by what storage said of it until then, -1 when it
-// did not say that it was given again.
+// storedAgain returns when the token expires according to what the node found in storage
+// until now: -1 unless storage says that the endpoint returned it again.
 func (a *simAnswer) storedAgain(n *simNode, now time.Duration) time.Duration {
 	again := a.again
 	for _, later := range a.token.loaded {
@@ -407,24 +417,24 @@ func (a *simAnswer) storedAgain(n *simNode, now time.Duration) time.Duration {
 	return again
 }
 
-// repeats tells whether the node was given the token of an earlier answer once more. It
-// was not if the mint of the earlier answer began later: two mints of a key are under way
-// only when the slot of the first one is gone.
+// repeats reports whether the answer repeats the token of an earlier one on that node. It
+// does not if the mint of the earlier answer began later: two mints of a key are under way
+// only when the first one's slot is gone.
 func (a *simAnswer) repeats(earlier *simAnswer, n *simNode, now time.Duration, rotations bool) bool {
 	return a.follows(earlier, n, now) && a.mint.begin >= earlier.mint.begin && (rotations || !a.mint.exempt)
 }
 
-// follows tells whether the node was given an answer by then, after an earlier one.
+// follows reports whether the node got the answer by now, after an earlier one.
 func (a *simAnswer) follows(earlier *simAnswer, n *simNode, now time.Duration) bool {
 	return a.mint.node == n && a.delivered > earlier.delivered && a.delivered <= now
 }
 
-// repeated tells whether the node was given the token again.
+// repeated reports whether the node got the token again.
 func (a *simAnswer) repeated(n *simNode, now time.Duration, rotations bool) bool {
 	return a.storedAgain(n, now) >= 0 || slices.ContainsFunc(a.token.answers, func(again *simAnswer) bool { return again.repeats(a, n, now, rotations) })
 }
 
-// servable is until when the token may be served under that version of its role.
+// servable returns until when the token may be served under that version of its role.
 func (a *simAnswer) servable(n *simNode, role *simVersion, now time.Duration) time.Duration {
 	life, _ := a.life(role, 0, 0)
 	floor := life.floor
@@ -434,21 +444,21 @@ func (a *simAnswer) servable(n *simNode, role *simVersion, now time.Duration) ti
 	return a.end(n, role, now, true) - floor
 }
 
-// surely tells whether the node holds the token since before that time, or one that may
-// be served as long, for sure.
+// surely reports whether the node has surely held the token, or one that may be served as
+// long, since before that time.
 func (a *simAnswer) surely(n *simNode, before time.Duration) bool {
 	if a.mint.node != n || a.served < 0 || a.served >= before || n.judge.greedy[a.mint.role] > simNarrowedKeys && n.narrowed(a.mint) || !n.keeps(a) {
 		return false
 	}
-	// What the node was given before counts from then.
+	// If the node got the token before, that answer counts.
 	role := n.w.history[rolePrefix+a.mint.role].last()
 	for _, first := range a.token.on(n) {
 		if a.follows(first, n, before) && first.sent >= role.dropAt {
 			return false
 		}
 	}
-	// Not if another one that came took its place under one version of the role, and is
-	// worse under another.
+	// Another token that came later may have replaced it under one version of the role,
+	// and be worse under another version.
 	for _, b := range n.judge.key(a.mint.role, a.mint.set).answers {
 		if b.token == a.token || b.delivered < a.delivered || b.delivered >= before {
 			continue
@@ -468,8 +478,8 @@ func (a *simAnswer) surely(n *simNode, before time.Duration) bool {
 	return true
 }
 
-// stillGood tells whether the token may be served at that time by all that the node may
-// go by since began.
+// stillGood reports whether the token may be served now under every version of role and
+// config that the node may use since began.
 func (w *simWorld) stillGood(n *simNode, a *simAnswer, began, now time.Duration) bool {
 	roleKey, configKey := rolePrefix+a.mint.role, configPrefix+a.mint.config
 	for _, role := range n.possible(roleKey, began, now) {
@@ -481,15 +491,15 @@ func (w *simWorld) stillGood(n *simNode, a *simAnswer, began, now time.Duration)
 				return false
 			}
 		}
-		// Before it was given again, its floor was higher.
+		// Before the endpoint returned it again, its floor was higher.
 		if min(a.servable(n, role, began), a.servable(n, role, now)) <= now {
 			return false
 		}
 	}
-	// Under a max_ttl that was raised since, it may have ended, and does not come back.
+	// It may have expired under a max_ttl that was raised since. Then it does not come back.
 	for _, role := range w.history[roleKey].versions {
 		until := role.until + simSlack + simLate
-		if n.storageFailed >= role.until { // which may have kept the node from loading the next
+		if n.storageFailed >= role.until { // the node may not have loaded the next version
 			until = now
 		}
 		if role.exists && role.until >= 0 && until > a.delivered {
@@ -501,10 +511,10 @@ func (w *simWorld) stillGood(n *simNode, a *simAnswer, began, now time.Duration)
 	return true
 }
 
-// simLate is the longest that it takes until the other node is told of a write.
+// simLate is the longest that an invalidation takes.
 const simLate = 2 * time.Second
 
-// fitsRole tells whether the token may be served under that version of its role.
+// fitsRole reports whether the token may be served under that version of its role.
 func (a *simAnswer) fitsRole(role *simVersion) bool {
 	return role.exists && role.config == a.mint.config && role.audience == a.mint.req.audience &&
 		role.extra == a.mint.req.extra["tenant"] && a.sent >= role.dropAt && simSubset(strings.Fields(a.mint.set), role.scopes) &&
@@ -517,7 +527,7 @@ func (a *simAnswer) fitsConfig(config *simVersion) bool {
 		a.isOf(config, a.configGenerations)
 }
 
-// besideRotation tells whether the token came while the role was rotated, by a caller who
+// besideRotation reports whether the token came during a rotation of the role, whose caller
 // may have left.
 func (a *simAnswer) besideRotation() bool {
 	return slices.ContainsFunc(a.mint.node.judge.rotations, func(op *simOp) bool {
@@ -525,9 +535,9 @@ func (a *simAnswer) besideRotation() bool {
 	})
 }
 
-// isOf tells whether the token may be of the generation of that version.
+// isOf reports whether the token may be of that version's generation.
 func (a *simAnswer) isOf(v *simVersion, generations []string) bool {
-	if !a.fromStorage && (a.mint.exempt || a.besideRotation()) { // which may hand it on to the next generation
+	if !a.fromStorage && (a.mint.exempt || a.besideRotation()) { // a rotation may hand it on to the next generation
 		return true
 	}
 	if len(generations) > 0 {
@@ -540,7 +550,7 @@ func simSubset(some, all []string) bool {
 	return !slices.ContainsFunc(some, func(s string) bool { return !slices.Contains(all, s) })
 }
 
-// judgeAsked judges whether a mint asks for what it should.
+// judgeAsked judges whether a mint requests what it should.
 func (w *simWorld) judgeAsked(m *simMint) {
 	n, now := m.node, m.begin
 	roleKey, configKey := rolePrefix+m.role, configPrefix+m.config
@@ -554,7 +564,7 @@ func (w *simWorld) judgeAsked(m *simMint) {
 		})
 		return role, config
 	}
-	// A reader may bring what was so when it came.
+	// A reader may bring the versions from when it came.
 	began := now - simSlack - simPatience
 	for op := range n.busy {
 		if op.kind != opStatus && op.role == m.role {
@@ -562,10 +572,10 @@ func (w *simWorld) judgeAsked(m *simMint) {
 		}
 	}
 	if role, config := asks(began); !role || !config {
-		w.violate("%s asks for what the node has to know is no longer so (role %v, config %v)", m, role, config)
+		w.violate("%s uses an old version that the node must know is replaced (role ok: %v, config ok: %v)", m, role, config)
 	}
 	if n.storageFailed < m.asked-simSlack {
-		began := m.asked - simSlack // it looked before it began to wait for its turn
+		began := m.asked - simSlack // it looked before it waited for its turn
 		for key, fits := range map[string]func(*simVersion) bool{
 			roleKey: func(v *simVersion) bool { return v.exists && v.audience == m.req.audience && v.config == m.config },
 			configKey: func(v *simVersion) bool {
@@ -576,7 +586,7 @@ func (w *simWorld) judgeAsked(m *simMint) {
 			if h == nil || !slices.ContainsFunc(h.versions, func(v *simVersion) bool {
 				return (v.until < 0 || v.until >= began) && fits(v)
 			}) {
-				w.violate("%s asks for what %s has not been for long", m, key)
+				w.violate("%s uses a version of %s that storage replaced long ago", m, key)
 			}
 		}
 	}
@@ -587,8 +597,8 @@ func (w *simWorld) tryBegins(m *simMint, try *simTry) {
 	w.requests++
 	w.note("%s sends request %d, to end as %s after %s", m, len(m.tries)+1, try.outcome.name, try.outcome.latency)
 	w.judgePace(m)
-	if m.node.closingAt >= 0 && m.role != "" { // a verification is its writer's
-		w.violate("%s sends a request after closing", m)
+	if m.node.closingAt >= 0 && m.role != "" { // a verification belongs to its write
+		w.violate("%s sends a request after its node closed", m)
 	}
 	if len(m.tries) == 0 {
 		return
@@ -596,7 +606,7 @@ func (w *simWorld) tryBegins(m *simMint, try *simTry) {
 	last := m.tries[len(m.tries)-1]
 	switch {
 	case len(m.tries) > m.entry.MaxRetries:
-		w.violate("%s tries %d times, and max_retries is %d", m, len(m.tries)+1, m.entry.MaxRetries)
+		w.violate("%s tries %d times, though max_retries is %d", m, len(m.tries)+1, m.entry.MaxRetries)
 	case !last.outcome.again:
 		w.violate("%s tries again after %s", m, last.outcome.name)
 	case last.ended < 0:
@@ -604,7 +614,7 @@ func (w *simWorld) tryBegins(m *simMint, try *simTry) {
 	}
 }
 
-// mintEnds keeps account of what came of a mint. The caller holds w.mu.
+// mintEnds records the result of a mint. The caller holds w.mu.
 func (w *simWorld) mintEnds(m *simMint, err error) {
 	n, now := m.node, m.end
 	j := &n.judge
@@ -613,12 +623,12 @@ func (w *simWorld) mintEnds(m *simMint, err error) {
 		return
 	}
 	if took := now - m.begin; took > m.entry.RequestTimeout {
-		w.violate("%s took %s, and request_timeout is %s", m, took, m.entry.RequestTimeout)
+		w.violate("%s took %s, though request_timeout is %s", m, took, m.entry.RequestTimeout)
 	}
 	o := m.outcome()
 	w.note("%s ends as %s", m, o.name)
 	if (err == nil) == o.failed() {
-		w.violate("%s ended as %s, and the engine's client says %v", m, o.name, err)
+		w.violate("%s ended as %s, but the engine's client says %v", m, o.name, err)
 	}
 	if m.role == "" {
 		return
@@ -649,7 +659,7 @@ func (w *simWorld) mintEnds(m *simMint, err error) {
 			j.suspectOthers(k, now, false)
 		}
 	case c.written > m.begin && w.configAt(m.config, c.written) > m.begin:
-		// What was written may have mended it: the failure is forgotten.
+		// The write may have fixed the cause, so the engine forgets the failure.
 		j.failures = append(j.failures, &simFailure{mint: m, outcome: o, config: true, until: c.written})
 	default:
 		w.fails(m, o, sure)
@@ -657,8 +667,8 @@ func (w *simWorld) mintEnds(m *simMint, err error) {
 	j.failures = slices.DeleteFunc(j.failures, func(f *simFailure) bool { return f.mint.end < now-20*time.Minute })
 }
 
-// configAt is when storage had the version of a config that it has then. A write may take
-// longer, since it deletes tokens, too.
+// configAt returns when storage got the version of a config that it holds at that time. The
+// write may end later, since it also deletes tokens.
 func (w *simWorld) configAt(name string, then time.Duration) time.Duration {
 	if h := w.history[configPrefix+name]; h != nil {
 		return h.at(then).at
@@ -666,14 +676,14 @@ func (w *simWorld) configAt(name string, then time.Duration) time.Duration {
 	return 0
 }
 
-// Failures that an endpoint knows nothing of.
+// Failures that the endpoint does not know of.
 var (
 	simOverOnArrival = simOutcome{name: "over on arrival", concern: concernsKey, class: classExpiredOnArrival}
 	simNothingNewer  = simOutcome{name: "nothing newer", concern: concernsKey, class: classNothingNewer}
 	simNoClient      = simOutcome{name: "no client", concern: concernsConfig, class: classInternal}
 )
 
-// upToDate tells whether the mint surely asks with what the engine would ask with now.
+// upToDate reports whether the mint surely uses the versions that the engine uses now.
 func (w *simWorld) upToDate(m *simMint) bool {
 	n := m.node
 	for _, v := range n.possible(configPrefix+m.config, m.begin, m.end) {
@@ -690,7 +700,7 @@ func (w *simWorld) upToDate(m *simMint) bool {
 	return true
 }
 
-// outcome is how the mint ended.
+// outcome returns how the mint ended.
 func (m *simMint) outcome() simOutcome {
 	last := m.tries[len(m.tries)-1]
 	o := last.outcome
@@ -701,7 +711,7 @@ func (m *simMint) outcome() simOutcome {
 	return o
 }
 
-// overOnArrival tells whether the token of a mint may not be served any more.
+// overOnArrival reports whether the token of a mint is at its floor when it arrives.
 func (w *simWorld) overOnArrival(m *simMint) simMaybe {
 	over, good := false, false
 	for _, role := range m.node.possible(rolePrefix+m.role, m.begin-simSlack, m.end) {
@@ -714,7 +724,8 @@ func (w *simWorld) overOnArrival(m *simMint) simMaybe {
 	return simMaybeOf(over, good)
 }
 
-// simMaybeOf is what is known when some of what is possible says yes, and some says no.
+// simMaybeOf returns what is known of a fact that holds in some possible cases and fails in
+// others.
 func simMaybeOf(somewhereYes, somewhereNo bool) simMaybe {
 	switch {
 	case somewhereYes && somewhereNo:
@@ -725,7 +736,7 @@ func simMaybeOf(somewhereYes, somewhereNo bool) simMaybe {
 	return no
 }
 
-// succeeds takes in that a mint brought a token.
+// succeeds records that a mint returned a token.
 func (w *simWorld) succeeds(m *simMint, sure bool) {
 	j, now := &m.node.judge, m.end
 	c, k := j.config(m.config), j.key(m.role, m.set)
@@ -736,7 +747,7 @@ func (w *simWorld) succeeds(m *simMint, sure bool) {
 			}
 		}
 	}
-	ofOld := c.written > m.begin || c.blurred >= m.begin-simSlack // perhaps of a version that was replaced
+	ofOld := c.written > m.begin || c.blurred >= m.begin-simSlack // perhaps of a replaced version
 	if ofOld {
 		c.mayHaveSucceeded = now
 	} else {
@@ -746,11 +757,11 @@ func (w *simWorld) succeeds(m *simMint, sure bool) {
 
 	newer, spent, spentBy := w.renews(m)
 	m.answer.renewed = newer == yes
-	if m.exempt { // who rotates keeps the token beside the key's own account
+	if m.exempt { // a rotation keeps its token apart from the key's own account
 		k.block.blur()
 		k.mayHaveFailed, k.failedAt = max(k.mayHaveFailed, k.failedAt), -1
 		if k.mayHaveFailed >= 0 {
-			k.suspect = maybe // it may be a success of another slot
+			k.suspect = maybe // the success may be another slot's
 		}
 		if newer != yes {
 			w.backsOffKey(m, k, simNothingNewer, false)
@@ -771,7 +782,7 @@ func (w *simWorld) succeeds(m *simMint, sure bool) {
 	}
 	if newer != yes {
 		w.backsOffKey(m, k, simNothingNewer, sure && newer == no)
-		if spent > now { // then MojoAuth, which is well, may be asked
+		if spent > now { // MojoAuth is well, so the engine may mint then
 			k.block.until = min(k.block.until, spent)
 			if f := j.failures[len(j.failures)-1]; sure {
 				f.until = min(f.until, spentBy)
@@ -780,7 +791,7 @@ func (w *simWorld) succeeds(m *simMint, sure bool) {
 	}
 }
 
-// suspectOthers takes in that a key succeeded where others had failed.
+// suspectOthers records that a key succeeded after others had failed.
 func (j *simJudge) suspectOthers(k *simKeyState, now time.Duration, sure bool) {
 	for _, other := range j.keys {
 		switch {
@@ -793,9 +804,9 @@ func (j *simJudge) suspectOthers(k *simKeyState, now time.Duration, sure bool) {
 	}
 }
 
-// renews tells whether a token may be served longer than the one that is there. It also
-// tells the earliest and the latest time at which that one may be spent, 0 when there is
-// none.
+// renews reports whether a mint's token may be served longer than the cached one. It also
+// returns the earliest and the latest time at which the cached one may expire, 0 when there
+// is none.
 func (w *simWorld) renews(m *simMint) (newer simMaybe, spent, spentBy time.Duration) {
 	n, now := m.node, m.end
 	newer = yes
@@ -811,7 +822,7 @@ func (w *simWorld) renews(m *simMint) (newer simMaybe, spent, spentBy time.Durat
 					spent = until
 				}
 				spentBy = max(spentBy, until)
-			} else if again { // it may be spent already, which bounds nothing
+			} else if again { // it may have expired already, which bounds nothing
 				spentBy = math.MaxInt64
 			}
 			if now < until || again {
@@ -830,7 +841,7 @@ func (w *simWorld) renews(m *simMint) (newer simMaybe, spent, spentBy time.Durat
 	return newer, spent, spentBy
 }
 
-// fails takes in a failure that is not forgotten.
+// fails records a failure that the engine does not forget.
 func (w *simWorld) fails(m *simMint, o simOutcome, sure bool) {
 	now := m.end
 	j := &m.node.judge
@@ -844,8 +855,7 @@ func (w *simWorld) fails(m *simMint, o simOutcome, sure bool) {
 	}
 
 	if o.concern == concernsKey {
-		// A client that was refused is not any more. Whether an outage is over, this
-		// does not show.
+		// The client is no longer refused. This does not show whether an outage is over.
 		switch c.clientRefused {
 		case yes:
 			c.block.succeed(m.begin)
@@ -856,7 +866,7 @@ func (w *simWorld) fails(m *simMint, o simOutcome, sure bool) {
 		return
 	}
 
-	// Whether it says nothing new of the config.
+	// Does it say anything new about the config?
 	switch {
 	case m.begin < c.succeeded:
 		alone = yes
@@ -886,7 +896,7 @@ func (w *simWorld) fails(m *simMint, o simOutcome, sure bool) {
 	j.failures = append(j.failures, &simFailure{mint: m, outcome: o, config: true, until: c.block.latest})
 }
 
-// backsOffKey takes in a failure that backs off the mint's key only.
+// backsOffKey records a failure that backs off only the mint's key.
 func (w *simWorld) backsOffKey(m *simMint, k *simKeyState, o simOutcome, sure bool) {
 	k.block.fail(o, m.begin, m.end, sure)
 	m.node.judge.failures = append(m.node.judge.failures, &simFailure{mint: m, outcome: o, until: k.block.latest})
@@ -894,7 +904,7 @@ func (w *simWorld) backsOffKey(m *simMint, k *simKeyState, o simOutcome, sure bo
 
 const simNarrowedKeys = 128 // of a role
 
-// narrowed tells whether a mint is surely for fewer scopes than its role's.
+// narrowed reports whether a mint is surely for a scope subset.
 func (n *simNode) narrowed(m *simMint) bool {
 	for _, role := range n.possible(rolePrefix+m.role, max(0, m.begin-simSlack), m.begin) {
 		if m.set == simSet(role.scopes) {

@@ -14,9 +14,9 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file judges what a simulated node answers.
+// This file judges the answers of a simulated node.
 
-// recent are the reads that ended since that time.
+// recent returns the reads that ended since that time.
 func (j *simJudge) recent(since time.Duration) []*simOp {
 	i := len(j.reads)
 	for i > 0 && j.reads[i-1].end >= since {
@@ -35,13 +35,13 @@ func (w *simWorld) judgeRead(op *simOp) {
 		w.violate("%s was answered %s after the reader gave up", op, took-op.giveUp)
 	}
 	if n.closingAt >= 0 && n.closingAt <= op.end {
-		return // it may fail as it likes, but had to end
+		return // it may fail in any way, but had to end
 	}
-	if n.readOnly && op.storageOps > 0 && op.err != nil { // the next reader has to compare with storage
+	if n.readOnly && op.storageOps > 0 && op.err != nil { // the next reader must compare with storage
 		clear(n.inMemory)
 		n.blurredAt = op.end
 	}
-	w.judgeWait(op) // first: by what was there before it was answered
+	w.judgeWait(op) // first, by what the node held before the answer
 	if op.resp.IsError() || op.err != nil {
 		if text := simResult(op); strings.Contains(text, "canary") {
 			w.violate("%s: the error holds the client secret: %s", op, text)
@@ -57,8 +57,8 @@ func (w *simWorld) judgeRead(op *simOp) {
 	}
 }
 
-// held are the tokens that the node surely held when the read began, and that may be
-// served still when it ended.
+// held returns the tokens that the node surely held when the read started and that may
+// still be served when it ended.
 func (op *simOp) held() []*simAnswer {
 	n := op.node
 	var held []*simAnswer
@@ -76,8 +76,8 @@ func (op *simOp) held() []*simAnswer {
 	return held
 }
 
-// wants tells whether the read is for that set of scopes, whichever version of the role
-// it goes by.
+// wants reports whether the read is for that set of scopes under every version of the role
+// that it may use.
 func (op *simOp) wants(set string) bool {
 	for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
 		if op.setOf(role) != set {
@@ -87,7 +87,7 @@ func (op *simOp) wants(set string) bool {
 	return true
 }
 
-// setOf is the set of scopes that the read gets under that version of the role.
+// setOf returns the set of scopes that the read is for under that version of the role.
 func (op *simOp) setOf(role *simVersion) string {
 	if len(op.scopes) == 0 {
 		return simSet(role.scopes)
@@ -101,12 +101,12 @@ func (w *simWorld) judgeToken(op *simOp) {
 	text, _ := op.resp.Data["access_token"].(string)
 	tok := w.endpoint.tokens[text]
 	if tok == nil {
-		w.violate("%s got a token that the endpoint never gave: %q", op, text)
+		w.violate("%s got a token that the endpoint never issued: %q", op, text)
 		return
 	}
 	var why []string
 	fits := false
-	var served []*simAnswer // what it may have been
+	var served []*simAnswer // the answers that the token may come from
 	for _, a := range tok.on(n) {
 		if a.delivered > op.end {
 			continue
@@ -143,8 +143,8 @@ func (w *simWorld) judgeToken(op *simOp) {
 	}
 }
 
-// unfit is what is wrong with a token that was served to a read, if the node went by
-// that version of the role; "" for nothing.
+// unfit returns what is wrong with a token that was served to a read if the node used that
+// version of the role, or "".
 func (w *simWorld) unfit(op *simOp, a *simAnswer, role *simVersion) string {
 	n := op.node
 	switch {
@@ -153,7 +153,7 @@ func (w *simWorld) unfit(op *simOp, a *simAnswer, role *simVersion) string {
 	case role.config != a.mint.config:
 		return "it is of config " + a.mint.config
 	case !a.fitsRole(role):
-		return fmt.Sprintf("it was asked for as %s at %s, and the role is %s since %s", a.mint.asks(), a.sent, role.asks(), role.dropAt)
+		return fmt.Sprintf("it was requested as %s at %s, and the role has been %s since %s", a.mint.asks(), a.sent, role.asks(), role.dropAt)
 	case op.setOf(role) != a.mint.set:
 		return "its scopes are " + a.mint.set
 	}
@@ -162,12 +162,12 @@ func (w *simWorld) unfit(op *simOp, a *simAnswer, role *simVersion) string {
 		configOK = configOK || a.fitsConfig(config)
 	}
 	if !configOK {
-		return fmt.Sprintf("it was asked for as %s at %s, and the config is no longer that", a.mint.asks(), a.sent)
+		return fmt.Sprintf("it was requested as %s at %s, and the config has changed since", a.mint.asks(), a.sent)
 	}
 	return w.unfitLife(op, a, role)
 }
 
-// unfitLife is unfit for the times in an answer.
+// unfitLife is unfit for the times in the answer.
 func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 	d := op.resp.Data
 	life, left := a.life(role, op.minTTL, op.end)
@@ -179,11 +179,11 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 		for _, same := range a.token.on(op.node) {
 			if !a.fromStorage && same.delivered < a.delivered && same.surely(op.node, a.mint.begin) &&
 				w.stillGood(op.node, same, a.mint.begin, a.delivered) {
-				return fmt.Sprintf("its answer from %s counts, and it was there since %s", a.sent, same.sent)
+				return fmt.Sprintf("its answer from %s counts, but the node has had it since %s", a.sent, same.sent)
 			}
 		}
 		until := a.end(op.node, role, op.end, false)
-		for _, again := range a.token.answers { // perhaps what was taken for a rotation's was not
+		for _, again := range a.token.answers { // what looked like a rotation's answer may not be one
 			_, sooner := again.life(role, 0, 0)
 			if again.mint.exempt && again.repeats(a, op.node, op.end, true) && seconds != w.at(until).Unix() && seconds == w.at(sooner).Unix() {
 				until = sooner
@@ -193,7 +193,7 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 	}
 	ttl, _ := d["ttl"].(int64)
 	if a.token.end >= 0 && seconds > w.at(a.token.end).Unix() {
-		return fmt.Sprintf("expires_at_seconds is %d, and it ends at %d", seconds, w.at(a.token.end).Unix())
+		return fmt.Sprintf("expires_at_seconds is %d, and it expires at %d", seconds, w.at(a.token.end).Unix())
 	}
 	if ttl < 1 {
 		return fmt.Sprintf("ttl is %v", d["ttl"])
@@ -217,7 +217,7 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 	return w.unfitTTL(op, a, role, life, left)
 }
 
-// unfitTTL is unfit for when the reader is to come back, and for a lease.
+// unfitTTL is unfit for ttl and the lease.
 func (w *simWorld) unfitTTL(op *simOp, a *simAnswer, role *simVersion, life simLife, left time.Duration) string {
 	ttl := op.resp.Data["ttl"].(int64)
 	lease := time.Duration(-1)
@@ -243,15 +243,15 @@ func (w *simWorld) unfitTTL(op *simOp, a *simAnswer, role *simVersion, life simL
 		return fmt.Sprintf("ttl is %d and the lease %s, with %s left and R %s: want %d to %d when fresh, %s to %s when due", ttl, lease, left, life.refresh, first, last, shortest, longest)
 	}
 	if minTTL := max(op.minTTL, role.minTTL); left < minTTL && len(op.resp.Warnings) == 0 {
-		return fmt.Sprintf("it has %s left, less than the min_ttl of %s, and there is no warning", left, minTTL)
+		return fmt.Sprintf("it has %s left, less than the min_ttl of %s, without a warning", left, minTTL)
 	}
 	return ""
 }
 
 func formatSimTime(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05Z") }
 
-// judgeLaterEnd judges that no token was served while another one is there that may be
-// served longer.
+// judgeLaterEnd judges that no token was served while the node held one that may be served
+// longer.
 func (w *simWorld) judgeLaterEnd(op *simOp, served *simAnswer) {
 	for _, a := range op.held() {
 		if a.token == served.token {
@@ -271,7 +271,7 @@ func (w *simWorld) judgeLaterEnd(op *simOp, served *simAnswer) {
 func (w *simWorld) judgeWait(op *simOp) {
 	n := op.node
 	waited := op.end - op.start - op.storageTime
-	// A token that is there: at once when it is fresh, soon when it is due.
+	// A held token is served immediately when fresh, and soon when due.
 	for _, a := range op.held() {
 		fresh := true
 		for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
@@ -280,24 +280,24 @@ func (w *simWorld) judgeWait(op *simOp) {
 		}
 		if fresh && len(a.token.answers) == 1 {
 			if waited > 0 && op.storageTime == 0 {
-				w.violate("%s waited %s, though %s was there", op, waited, a.token.text)
+				w.violate("%s waited %s, though %s was cached", op, waited, a.token.text)
 			}
 			if op.storageOps > 0 && op.inMemory && n.blurredAt < op.start {
 				w.violate("%s touched storage %d times, though %s and its role and config were in memory", op, op.storageOps, a.token.text)
 			}
 		}
 		patience := simPatience
-		began := op.start - simSlack // of a mint that it found under way
+		began := op.start - simSlack // when a mint that it joined may have begun
 		if n.blurredAt >= began || len(n.possible(rolePrefix+op.role, began, op.end)) > 1 || len(n.possible(configPrefix+a.mint.config, began, op.end)) > 1 {
-			patience *= 2 // it looked them up again, and waited anew
+			patience *= 2 // it looked them up and waited again
 		}
 		if waited > patience+simSlack || waited > patience && op.storageTime == 0 {
-			w.violate("%s waited %s, though %s would have done", op, waited, a.token.text)
+			w.violate("%s waited %s, though %s was usable", op, waited, a.token.text)
 		}
 	}
 	allowed := op.longest
 	roles := n.possible(rolePrefix+op.role, op.start, op.end)
-	if h := w.history[rolePrefix+op.role]; h != nil { // it may have come before what was written at that moment
+	if h := w.history[rolePrefix+op.role]; h != nil { // it may have started before a write at that moment
 		roles = append(slices.Clone(roles), h.at(op.start-1))
 	}
 	for _, role := range roles {
@@ -315,8 +315,8 @@ func (w *simWorld) judgeWait(op *simOp) {
 	w.judgeCalm(op)
 }
 
-// judgeCalm judges a read in a world that has been well for a while: it gets a token,
-// and at once when its role was in use.
+// judgeCalm judges a read in a calm world: it gets a token, and immediately when the role
+// was in use.
 func (w *simWorld) judgeCalm(op *simOp) {
 	n := op.node
 	if w.calm < 0 || op.start < w.calm || n.startedAt > w.calm || op.gaveUp {
@@ -324,9 +324,9 @@ func (w *simWorld) judgeCalm(op *simOp) {
 	}
 	if op.err != nil || op.resp.IsError() {
 		if coded := logical.HTTPCodedError(nil); errors.As(op.err, &coded) && w.hadItsTime(op) && n.throttledOnce(op.role) {
-			return // the pace grows while many wait, and few do
+			return // the pace grows only while many wait
 		}
-		w.violate("%s failed, though all is well since %s: %s", op, w.calm, simResult(op))
+		w.violate("%s failed, though all has been well since %s: %s", op, w.calm, simResult(op))
 		return
 	}
 	if op.minTTL > 0 || op.end == op.start {
@@ -337,15 +337,14 @@ func (w *simWorld) judgeCalm(op *simOp) {
 	newest := n.judge.key(op.role, op.setOf(role)).newest(op.start)
 	for _, a := range op.held() {
 		life, left := a.life(role, 0, op.start)
-		// Renewing may take a while itself, and one that brought nothing newer waits
-		// before it tries again.
+		// A renewal takes a while, and one that returned nothing newer backs off.
 		if a == newest && left < life.refresh-simCalmMint && !n.throttledOnce(op.role) {
-			w.violate("%s had to wait %s for a token, though %s was in use and has %s left (R is %s)", op, op.end-op.start, a.token.text, left, life.refresh)
+			w.violate("%s waited %s for a token, though %s was in use with %s left (R is %s)", op, op.end-op.start, a.token.text, left, life.refresh)
 		}
 	}
 }
 
-// newest is the last answer of the key before that time, unless it brought nothing newer.
+// newest returns the key's last answer before that time, or nil if that was nothing newer.
 func (k *simKeyState) newest(before time.Duration) *simAnswer {
 	var newest *simAnswer
 	for _, a := range k.answers {
@@ -360,12 +359,11 @@ func (k *simKeyState) newest(before time.Duration) *simAnswer {
 	return newest
 }
 
-// judgeRotated judges a read that had to wait although its token was rotated while it
-// was in use.
+// judgeRotated judges a read that waited although its token was rotated while in use.
 func (w *simWorld) judgeRotated(op *simOp) {
 	role := w.history[rolePrefix+op.role].last()
 	k := op.node.judge.key(op.role, op.setOf(role))
-	i := slices.IndexFunc(k.answers, func(a *simAnswer) bool { return a.delivered >= op.start }) // what it waited for
+	i := slices.IndexFunc(k.answers, func(a *simAnswer) bool { return a.delivered >= op.start }) // the one it waited for
 	if i < 0 {
 		i = len(k.answers)
 	}
@@ -380,11 +378,11 @@ func (w *simWorld) judgeRotated(op *simOp) {
 	_, old := before.life(role, 0, rotated.delivered)
 	life, left := rotated.life(role, 0, op.start)
 	if old > life.floor && left > life.floor && left < life.refresh-simCalmMint {
-		w.violate("%s had to wait %s for a token, though %s was rotated in, has %s left, and the one before was in use", op, op.end-op.start, rotated.token.text, left)
+		w.violate("%s waited %s for a token, though a rotation returned %s with %s left, and the one before was in use", op, op.end-op.start, rotated.token.text, left)
 	}
 }
 
-// judgeStatus judges the numbers of a status. The caller holds w.mu.
+// judgeStatus judges the numbers in a status. The caller holds w.mu.
 func (w *simWorld) judgeStatus(op *simOp) {
 	if op.err != nil || op.resp.IsError() || op.storageTime > 0 {
 		return
@@ -400,7 +398,7 @@ func (w *simWorld) judgeStatus(op *simOp) {
 	over, maybeOver := j.over[yes], j.over[maybe]
 	if mints > j.tokens-over || mints < j.tokens-over-maybeOver ||
 		mints+failed < j.tokens+j.failed || mints+failed > j.tokens+j.failed+j.mayHaveFailed {
-		w.violate("%s tells %d mints and %d failures; there were %d and %d, and %d (perhaps %d more) were over on arrival", op, mints, failed, j.tokens, j.failed, over, maybeOver)
+		w.violate("%s reports %d mints and %d failures; there were %d and %d, of which %d (perhaps %d more) had expired on arrival", op, mints, failed, j.tokens, j.failed, over, maybeOver)
 	}
 	w.judgeCounts(op)
 	cached, most := op.resp.Data["cached_tokens"].(int64), int64(0)
@@ -408,14 +406,14 @@ func (w *simWorld) judgeStatus(op *simOp) {
 		most += min(int64(j.greedy[role]), simNarrowedKeys) + 1
 	}
 	if cached > most {
-		w.violate("%s tells of %d tokens, more than %d", op, cached, most)
+		w.violate("%s reports %d cached tokens, more than %d", op, cached, most)
 	}
 }
 
 // simCalmMint is the longest that a mint takes when all is well.
 const simCalmMint = time.Second
 
-// judgeFailedRead judges whether a read may fail like that.
+// judgeFailedRead judges whether a read may fail that way.
 func (w *simWorld) judgeFailedRead(op *simOp) {
 	coded := logical.HTTPCodedError(nil)
 	switch {
@@ -423,9 +421,9 @@ func (w *simWorld) judgeFailedRead(op *simOp) {
 		return
 	case op.err != nil && strings.Contains(op.err.Error(), errSimStorage.Error()):
 		if !op.storageFailed {
-			w.violate("%s failed for storage, which did not fail", op)
+			w.violate("%s failed because of storage, which did not fail", op)
 		} else if op.inMemory && op.node.blurredAt < op.start {
-			w.violate("%s failed for storage, though its role and config were in memory", op)
+			w.violate("%s failed because of storage, though its role and config were in memory", op)
 		}
 		return
 	case op.err != nil && op.corrupt():
@@ -442,16 +440,16 @@ func (w *simWorld) judgeFailedRead(op *simOp) {
 		return
 	}
 	for _, a := range op.held() {
-		w.violate("%s failed, though %s would have done", op, a.token.text)
+		w.violate("%s failed, though %s was usable", op, a.token.text)
 		return
 	}
 	w.judgeStoredInstead(op)
 	if !w.excused(op, coded) {
-		w.violate("%s failed without a failure that concerns it: %s", op, simResult(op))
+		w.violate("%s failed, though no failure concerns it: %s", op, simResult(op))
 	}
 }
 
-// judgeDescription judges whether a reader was told of another's request.
+// judgeDescription judges that a read does not report what MojoAuth said about another key.
 func (w *simWorld) judgeDescription(op *simOp) {
 	_, after, ok := strings.Cut(simResult(op), "about (")
 	if !ok {
@@ -462,15 +460,15 @@ func (w *simWorld) judgeDescription(op *simOp) {
 			return
 		}
 	}
-	w.violate("%s was told about another key: %s", op, simResult(op))
+	w.violate("%s reports what MojoAuth said about another key: %s", op, simResult(op))
 }
 
-// corrupt tells whether the read may have met an entry that cannot be read.
+// corrupt reports whether the read may have met an unreadable entry.
 func (op *simOp) corrupt() bool {
 	return slices.ContainsFunc(op.node.possible(rolePrefix+op.role, op.start, op.end), func(v *simVersion) bool { return v.corrupt })
 }
 
-// userMistake tells whether the read may be refused for what it asks for.
+// userMistake reports whether the read may be refused for what it requests.
 func (w *simWorld) userMistake(op *simOp) bool {
 	n := op.node
 	for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
@@ -486,7 +484,7 @@ func (w *simWorld) userMistake(op *simOp) bool {
 	return false
 }
 
-// excused tells whether a failure of MojoAuth's is one that the read may be told of.
+// excused reports whether the read may report a failure of MojoAuth's.
 func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 	n := op.node
 	if w.turnedAway(op, coded) || w.outOfTime(op, coded) {
@@ -496,7 +494,7 @@ func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 		m := f.mint
 		until := f.until
 		if f.config && m.role == op.role {
-			until += simPrecedence // which the key that failed gives to others
+			until += simPrecedence // the key that failed lets others go first
 		}
 		if m.end > op.end || m.end < op.start && until < op.start {
 			continue
@@ -518,7 +516,7 @@ func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 			continue
 		}
 		refused := f.outcome.class == classClientRefused || f.outcome.class == classRequestRefused
-		if refused == (coded == nil) || len(m.tries) != 1 { // more than one: it may be told as an earlier one
+		if refused == (coded == nil) || len(m.tries) != 1 { // of several requests, it may report an earlier one
 			if coded != nil && !w.rightStatus(coded.Code()) {
 				w.violate("%s has the status %d", op, coded.Code())
 			}
@@ -528,7 +526,7 @@ func (w *simWorld) excused(op *simOp, coded logical.HTTPCodedError) bool {
 	return false
 }
 
-// hadItsTime tells whether the read waited as long as a read may.
+// hadItsTime reports whether the read waited as long as a read may.
 func (w *simWorld) hadItsTime(op *simOp) bool {
 	for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
 		for _, config := range op.node.possible(configPrefix+role.config, op.start, op.end) {
@@ -544,13 +542,13 @@ func (w *simWorld) rightStatus(status int) bool {
 	return status == http.StatusBadGateway || status == http.StatusGatewayTimeout
 }
 
-// mayBeSlow reports whether storage may have held a request up: itself, or the look-up of
-// a token that it waited for.
+// mayBeSlow reports whether storage may have delayed a request: its own operations, or the
+// look-up of a token that it waited for.
 func (w *simWorld) mayBeSlow(op *simOp) bool {
 	return op.storageTime > 0 || w.stores && w.storageWeather.slow > 0
 }
 
-// judgeRotation judges what came of a rotation. The caller holds w.mu.
+// judgeRotation judges the result of a rotation. The caller holds w.mu.
 func (w *simWorld) judgeRotation(op *simOp) {
 	n := op.node
 	if n.closingAt >= 0 && n.closingAt <= op.end || op.gaveUp || n.readOnly {
@@ -563,39 +561,39 @@ func (w *simWorld) judgeRotation(op *simOp) {
 	case op.err != nil && !errors.As(op.err, &coded):
 		w.violate("%s: unexpected error %v", op, op.err)
 	case op.err == nil && !op.resp.IsError() && op.wrote == nil && !op.shares():
-		w.violate("%s was acknowledged, and wrote nothing", op)
+		w.violate("%s succeeded, but wrote nothing", op)
 	case op.resp.IsError() && op.wrote != nil:
-		w.violate("%s was refused, and wrote", op)
+		w.violate("%s was refused, but wrote", op)
 	case op.wrote != nil:
 		w.judgeRotatedInStorage(op)
 	}
 }
 
-// shares tells whether the rotation ended with another one that wrote.
+// shares reports whether the rotation shared the result of another one that wrote.
 func (op *simOp) shares() bool {
 	return slices.ContainsFunc(op.node.judge.rotations, func(other *simOp) bool {
-		// Its caller may have left before.
+		// The other one's caller may have left earlier.
 		return other != op && other.role == op.role && other.wrote != nil && other.start <= op.end &&
 			(other.end < 0 || other.end >= op.start || other.wrote.at >= op.start)
 	})
 }
 
-// judgeWrite judges what came of a write or delete. The caller holds w.mu.
+// judgeWrite judges the result of a write or delete. The caller holds w.mu.
 func (w *simWorld) judgeWrite(op *simOp) {
 	n := op.node
 	switch {
 	case n.closingAt >= 0 && n.closingAt <= op.end:
 	case n.readOnly:
 		if !errors.Is(op.err, logical.ErrReadOnly) {
-			w.violate("%s on a node that may not write: got %s", op, simResult(op))
+			w.violate("%s on a standby: got %s", op, simResult(op))
 		}
 	case op.err != nil && (strings.Contains(op.err.Error(), errSimStorage.Error()) || strings.Contains(op.err.Error(), errSimClient.Error())):
 	case op.err != nil:
 		w.violate("%s: unexpected error %v", op, op.err)
 	case op.err == nil && !op.resp.IsError() && op.wrote == nil:
-		w.violate("%s was acknowledged, and wrote nothing", op)
+		w.violate("%s succeeded, but wrote nothing", op)
 	case op.resp.IsError() && op.wrote != nil:
-		w.violate("%s was refused, and wrote", op)
+		w.violate("%s was refused, but wrote", op)
 	case op.wrote != nil:
 		w.judgeDropped(op)
 	}

@@ -5,9 +5,8 @@ package mojoauth
 
 import "time"
 
-// This file holds the rules that the simulation judges by. The numbers and formulas
-// are written down here a second time, on purpose: nothing here calls the code that is
-// judged.
+// This file holds the rules that the simulation judges by. It repeats the numbers and
+// formulas on purpose: nothing here calls the code under judgment.
 
 const (
 	simMaxFloor      = 60 * time.Second
@@ -20,10 +19,10 @@ const (
 	simPrecedence    = 2 * time.Second
 	simRepeatedFloor = 5 * time.Second
 	simCloseWithin   = 5 * time.Second
-	simLeastGrace    = 900 * time.Millisecond // of a read, beyond request_timeout
+	simLeastGrace    = 900 * time.Millisecond // that a read has beyond request_timeout
 )
 
-// simLife is what follows from a token's lifetime and the min_ttl of its readers.
+// simLife is what follows from a token's lifetime and its readers' min_ttl.
 type simLife struct{ life, floor, margin, refresh, jitter time.Duration }
 
 func newSimLife(life, minTTL time.Duration) simLife {
@@ -37,7 +36,8 @@ func newSimLife(life, minTTL time.Duration) simLife {
 	return l
 }
 
-// simLifetime is L of a token of which the endpoint told this, 0 for nothing.
+// simLifetime returns L of a token. told is the lifetime that the endpoint reported, or 0
+// for none.
 func simLifetime(told, maxTTL time.Duration) time.Duration {
 	switch {
 	case told > 0 && maxTTL > 0:
@@ -51,8 +51,8 @@ func simLifetime(told, maxTTL time.Duration) time.Duration {
 	}
 }
 
-// simBackoff is the back-off after that many failures in a row: the shortest and the
-// longest that the jitter allows.
+// simBackoff returns the back-off after that many failures in a row: the shortest and the
+// longest that jitter allows.
 func simBackoff(failures int) (shortest, longest time.Duration) {
 	wait := simFirstBackoff
 	for i := 1; i < failures && wait < simLastBackoff; i++ {
@@ -62,5 +62,5 @@ func simBackoff(failures int) (shortest, longest time.Duration) {
 	return wait * 4 / 5, wait
 }
 
-// simSeconds rounds down to seconds, but not below one.
+// simSeconds rounds down to whole seconds, but not below one.
 func simSeconds(d time.Duration) int64 { return max(1, int64(d/time.Second)) }

@@ -17,16 +17,16 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file says what happens in a simulation, and in which order.
+// This file decides what happens in a simulation, and in which order.
 
-// simProfile is what stays the same for a whole case.
+// simProfile holds what stays the same throughout a case.
 type simProfile struct {
 	roles, configs int
-	readOnly       bool // the second node may not write
+	readOnly       bool // the second node is a standby
 	storms         int
-	steps          int // of a storm
+	steps          int // in a storm
 	idle           bool
-	greedy         bool // readers go through subsets of scopes
+	greedy         bool // readers go through scope subsets
 	endInStorm     bool
 	disasters      float64 // share of steps before which a node may die
 	restores       bool    // of snapshots
@@ -34,7 +34,7 @@ type simProfile struct {
 
 var simScopes = []string{"a", "b", "c", "d"}
 
-// play runs a case from its beginning to its end.
+// play runs a case from start to end.
 func (w *simWorld) play() {
 	before := runtime.NumGoroutine()
 	p := simProfile{
@@ -71,7 +71,7 @@ func (w *simWorld) setUp(p simProfile) {
 	w.settle()
 }
 
-// mustWrite writes on the first node that may, and waits for it.
+// mustWrite writes on the active node and waits for the answer.
 func (w *simWorld) mustWrite(op *simOp) {
 	op.slow = false
 	w.active().begin(op)
@@ -89,21 +89,21 @@ func (w *simWorld) mustWrite(op *simOp) {
 	}
 }
 
-// settle lets everybody hear of what was written.
+// settle waits until every node knows of what was written.
 func (w *simWorld) settle() {
 	time.Sleep(3*time.Second + w.tick())
 	synctest.Wait()
 }
 
-// tick is a time that sets moments apart from each other.
+// tick returns a short time that keeps events from coinciding.
 func (w *simWorld) tick() time.Duration { return time.Duration(1 + w.rng.IntN(1e6)) }
 
-// chance is true for that share of cases.
+// chance is true with that probability.
 func (w *simWorld) chance(share float64) bool { return w.rng.Float64() < share }
 
 func pickOne[T any](w *simWorld, from []T) T { return from[w.rng.IntN(len(from))] }
 
-// configWrite makes a write of a config. A whole one sets all that is needed.
+// configWrite returns a write of a config. A whole one sets every required field.
 func (w *simWorld) configWrite(name string, whole bool) *simOp {
 	data := map[string]any{"verify_connection": false}
 	var changes []func(*simFields)
@@ -167,7 +167,7 @@ func (w *simWorld) configWrite(name string, whole bool) *simOp {
 	}
 }
 
-// secretOf is the client secret that the endpoint accepts.
+// secretOf returns the client secret that the endpoint accepts.
 func (w *simWorld) secretOf(clientID string) string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -179,7 +179,7 @@ func (w *simWorld) secretOf(clientID string) string {
 	return secret
 }
 
-// roleWrite makes a write of a role. A whole one sets all that is needed.
+// roleWrite returns a write of a role. A whole one sets every required field.
 func (w *simWorld) roleWrite(p simProfile, name string, whole bool) *simOp {
 	data := map[string]any{}
 	var changes []func(*simFields)
@@ -230,7 +230,7 @@ func (w *simWorld) roleWrite(p simProfile, name string, whole bool) *simOp {
 	}
 }
 
-// gap is the time from one step to the next.
+// gap returns the time from one step to the next.
 func (w *simWorld) gap() time.Duration {
 	switch w.rng.IntN(12) {
 	case 0, 1, 2:
@@ -251,8 +251,7 @@ func (w *simWorld) gap() time.Duration {
 	}
 }
 
-// aim is the time until shortly before or after something is to happen to a token or a
-// back-off.
+// aim returns the time until shortly before or after a token or a back-off changes state.
 func (w *simWorld) aim() time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -282,7 +281,7 @@ func (w *simWorld) aim() time.Duration {
 	return max(0, pickOne(w, moments)-now+around) + w.tick()
 }
 
-// storm is a time of faults and changes.
+// storm is a period of faults and changes.
 func (w *simWorld) storm(p simProfile) {
 	w.changeWeather(p)
 	for range p.steps {
@@ -340,7 +339,7 @@ func (w *simWorld) step(p simProfile) {
 	}
 }
 
-// cross has a node told of one entry while it loads another, and reads again soon.
+// cross invalidates one entry on a node while the node loads another, and reads again soon.
 func (w *simWorld) cross(n *simNode, p simProfile) {
 	w.mu.Lock()
 	w.storageWeather.slow = 1
@@ -365,7 +364,7 @@ func (w *simWorld) cross(n *simNode, p simProfile) {
 	}
 }
 
-// tellAgain tells a node of an entry, whether it was written or not.
+// tellAgain invalidates an entry on a node, whether it was written or not.
 func (w *simWorld) tellAgain(n *simNode, key string) {
 	w.mu.Lock()
 	number := w.history[key].last().number
@@ -373,11 +372,11 @@ func (w *simWorld) tellAgain(n *simNode, key string) {
 	n.mount.InvalidateKey(context.Background(), key)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.note("%s is told of %s again", n.name, key)
-	w.learned(n, key, number)
+	w.note("%s: %s is invalidated again", n.name, key)
+	w.learned(n, key, number, w.now())
 }
 
-// greed reads many subsets of a role's scopes, by readers who do not stay.
+// greed reads many scope subsets of a role, with readers who leave immediately.
 func (w *simWorld) greed(n *simNode, p simProfile) {
 	name := simRoleName(w.rng.IntN(p.roles))
 	var all []string
@@ -410,7 +409,7 @@ func (w *simWorld) greed(n *simNode, p simProfile) {
 	}
 }
 
-// corrupt makes a role one that nobody can read.
+// corrupt makes a role unreadable.
 func (w *simWorld) corrupt(p simProfile) {
 	name := simRoleName(w.rng.IntN(p.roles))
 	key := rolePrefix + name
@@ -420,14 +419,14 @@ func (w *simWorld) corrupt(p simProfile) {
 	w.mu.Lock()
 	v := w.history[key].write(&simOp{kind: opDelete, start: w.now()}, w.now())
 	v.corrupt, v.generation = true, ""
-	w.note("%s can no longer be read", key)
+	w.note("%s becomes unreadable", key)
 	w.mu.Unlock()
 	for _, n := range w.nodes {
 		w.tellAgain(n, key)
 	}
 }
 
-// read makes a read.
+// read returns a read.
 func (w *simWorld) read(p simProfile) *simOp {
 	name := simRoleName(w.rng.IntN(p.roles))
 	op := &simOp{kind: opRead, path: credsPrefix + name, role: name, slow: true, data: map[string]any{}}
@@ -451,9 +450,9 @@ func (w *simWorld) read(p simProfile) *simOp {
 	return op
 }
 
-// write begins a write, if it may: one that takes its time keeps the others away, and
-// the nodes of a cluster do not write the same entry at once. A rotation goes on when its
-// caller has left.
+// write starts a write if it may: a slow one keeps others away, and the nodes of a
+// cluster never write the same entry simultaneously. A rotation continues after its caller
+// has left.
 func (w *simWorld) write(n *simNode, op *simOp) {
 	if n = w.writer(n); n == nil {
 		return
@@ -466,12 +465,12 @@ func (w *simWorld) write(n *simNode, op *simOp) {
 				continue
 			}
 			writing = writing || node == n
-			// What is sent depends on what is there.
+			// What a write sends depends on what is there.
 			blocked = blocked || (node != n || other.kind == opDelete || op.kind == opDelete) && other.key == op.key
 		}
 		blocked = blocked || node != n && node.saves(op.key)
 	}
-	// Only who has heard of the last write may make the next.
+	// Only a node that knows of the last write may make the next one.
 	if h := w.history[op.key]; h != nil && n.knows(op.key, w.now()+1) < h.last().number {
 		blocked = true
 	}
@@ -484,11 +483,11 @@ func (w *simWorld) write(n *simNode, op *simOp) {
 }
 
 // simSaving is longer than a rotation takes to save its token: it waits for another
-// write, and asks storage three times.
+// write and performs three storage operations.
 const simSaving = 3 * simSlack
 
-// saves tells whether a rotation may yet write that entry: its token is on its way, or is
-// being saved. The caller holds w.mu.
+// saves reports whether a rotation may still write that entry: its token is on its way or
+// is being saved. The caller holds w.mu.
 func (n *simNode) saves(key string) bool {
 	role, ok := strings.CutPrefix(key, rolePrefix)
 	if !ok {
@@ -509,7 +508,7 @@ func (n *simNode) saves(key string) bool {
 	return false
 }
 
-// changeWeather changes how the endpoint and storage fare.
+// changeWeather changes how the endpoint and storage behave.
 func (w *simWorld) changeWeather(p simProfile) {
 	weather, victim := pickOne(w, simWeathers), simRoleName(w.rng.IntN(p.roles))
 	if w.chance(0.25) {
@@ -542,7 +541,7 @@ func (w *simWorld) changeWeather(p simProfile) {
 	w.note("weather: %s (%s), lifetimes %s, storage %+v", weather.name, victim, w.endpoint.lives.name, storage)
 }
 
-// rollSecret has the endpoint accept another client secret.
+// rollSecret makes the endpoint accept another client secret.
 func (w *simWorld) rollSecret(p simProfile) {
 	clientID := simClientID(simConfigName(w.rng.IntN(p.configs)), w.rng.IntN(2))
 	secret := simSecret(clientID, 1+w.rng.IntN(5))
@@ -561,7 +560,7 @@ func (w *simWorld) restart(n *simNode) {
 	w.open(n.place, n.number()+1, n.readOnly)
 }
 
-// number says which life of its node it is.
+// number returns which process of its node this is.
 func (n *simNode) number() int {
 	number, err := strconv.Atoi(n.name[1:])
 	if err != nil {
@@ -570,10 +569,10 @@ func (n *simNode) number() int {
 	return number
 }
 
-// stop closes a mount, and ends its process.
+// stop closes a mount and ends its process.
 func (n *simNode) stop() {
 	n.shut()
-	for n.writes() { // which a node of a cluster does no more, once another is there
+	for n.writes() { // once another node is active, this one must not write
 		time.Sleep(100 * time.Millisecond)
 	}
 	synctest.Wait()
@@ -582,7 +581,7 @@ func (n *simNode) stop() {
 	n.cut = true
 }
 
-// writes tells whether a write of the node is under way.
+// writes reports whether the node has a write under way.
 func (n *simNode) writes() bool {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
@@ -594,8 +593,8 @@ func (n *simNode) writes() bool {
 	return false
 }
 
-// calmDown ends all faults, waits until the engine has to be well, and has polite
-// readers come back at ttl as Vault Agent does.
+// calmDown ends all faults, waits until the engine must have recovered, and then starts
+// polite readers that come back after ttl as Vault Agent does.
 func (w *simWorld) calmDown(p simProfile) {
 	w.mu.Lock()
 	w.endpoint.weather, w.endpoint.lives, w.endpoint.clients = simWeathers[0], simLifes[1], 0
@@ -605,7 +604,7 @@ func (w *simWorld) calmDown(p simProfile) {
 	w.storageWeather = simStorageWeather{}
 	w.note("calm")
 	w.mu.Unlock()
-	time.Sleep(62 * time.Second) // for what has begun
+	time.Sleep(62 * time.Second) // for what is under way
 	w.heal()
 	for i := range p.configs {
 		op := w.configWrite(simConfigName(i), true)
@@ -661,7 +660,7 @@ func (w *simWorld) calmDown(p simProfile) {
 	for range 5 + w.rng.IntN(10) {
 		time.Sleep(w.gap() + w.tick())
 		op := w.read(p)
-		// What a role does not have, or does not tell anybody, is no failure.
+		// Without scopes, since the role may lack them, and with a reader who stays.
 		op.scopes, op.giveUp = nil, 0
 		delete(op.data, "scopes")
 		pickOne(w, w.nodes).begin(op)
@@ -680,8 +679,8 @@ func (w *simWorld) calmDown(p simProfile) {
 	w.calm = -1
 }
 
-// rotateAndReturn rotates a token that is in use, and reads the new one when it has
-// been due for a while.
+// rotateAndReturn rotates a token that is in use, and reads the new one after it has been
+// due for a while.
 func (w *simWorld) rotateAndReturn(p simProfile) {
 	n, name := w.active(), simRoleName(w.rng.IntN(p.roles))
 	read := func() *simOp {
@@ -701,7 +700,7 @@ func (w *simWorld) rotateAndReturn(p simProfile) {
 	read()
 }
 
-// heal tells nodes of what they were not told of.
+// heal invalidates every entry on each node, since earlier invalidations may be lost.
 func (w *simWorld) heal() {
 	for _, key := range slices.Sorted(maps.Keys(w.history)) {
 		for _, n := range w.nodes {
@@ -710,7 +709,8 @@ func (w *simWorld) heal() {
 	}
 }
 
-// agent reads a token, and again a second after its ttl, as Vault Agent does.
+// agent reads a token again and again, each time a second after its ttl, as Vault Agent
+// does.
 func (w *simWorld) agent(ctx context.Context, n *simNode, p simProfile) {
 	role := simRoleName(w.rng.IntN(p.roles))
 	w.running.Go(func() {
@@ -733,7 +733,7 @@ func (w *simWorld) agent(ctx context.Context, n *simNode, p simProfile) {
 	})
 }
 
-// rest is a time in which nobody reads anything: in the end, nothing is left of it.
+// rest is a period without readers. At its end, no token may be left.
 func (w *simWorld) rest() {
 	w.note("idle")
 	w.mu.Lock()
@@ -746,8 +746,8 @@ func (w *simWorld) rest() {
 		w.leaveConfig()
 	}
 	w.running.Wait()
-	// Longer than any token lives. On the last day nothing happens any more.
-	for day := range 400 {
+	days := w.idleDays()
+	for day := range days { // nothing may happen on the last one
 		w.mu.Lock()
 		requests, operations := w.requests, w.storageOps
 		w.mu.Unlock()
@@ -756,8 +756,8 @@ func (w *simWorld) rest() {
 		requests, operations = w.requests-requests, w.storageOps-operations
 		w.mu.Unlock()
 		w.judgeTidy()
-		if (day == 399 && requests+operations > 0) || requests+operations > simIdleDay {
-			w.violate("on day %d of idleness, %d requests are sent, and storage is asked %d times", day, requests, operations)
+		if (day == days-1 && requests+operations > 0) || requests+operations > simIdleDay {
+			w.violate("on idle day %d, the nodes send %d token requests and use storage %d times", day, requests, operations)
 			return
 		}
 	}
@@ -774,18 +774,32 @@ func (w *simWorld) rest() {
 			}
 		}
 		if kept > 0 {
-			w.violate("%s keeps %d tokens in memory after idle days", n.name, kept)
+			w.violate("%s still holds %d tokens in memory after the idle days", n.name, kept)
 		}
 	}
 	for key := range w.storedNow() {
-		w.violate("storage has %s after idle days", key)
+		w.violate("storage still holds %s after the idle days", key)
 	}
 }
 
-// simIdleDay is more than there is to do on a day without readers.
+// idleDays returns after how many days without readers all tokens have expired, including
+// those that may still replace them, and all failures are forgotten.
+func (w *simWorld) idleDays() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	last := w.now()
+	for _, tok := range w.endpoint.tokens {
+		for _, a := range tok.answers {
+			last = max(last, a.sent+max(a.told, time.Hour)) // max_ttl may set up to an hour
+		}
+	}
+	return 4 + int((last-w.now())/(24*time.Hour))
+}
+
+// simIdleDay is more operations than a day without readers requires.
 const simIdleDay = 1000
 
-// leaveConfig deletes a config while its roles are read.
+// leaveConfig deletes a config while its roles are being read.
 func (w *simWorld) leaveConfig() {
 	w.mu.Lock()
 	w.endpoint.weather = *simWeatherOf("hanging at times")
@@ -801,7 +815,7 @@ func (w *simWorld) leaveConfig() {
 	}
 }
 
-// end closes everything and looks at what is left.
+// end closes everything and checks what is left.
 func (w *simWorld) end(goroutines int) {
 	for _, n := range w.nodes {
 		if !n.isCut() {
@@ -813,13 +827,13 @@ func (w *simWorld) end(goroutines int) {
 	synctest.Wait()
 	if left := runtime.NumGoroutine(); left > goroutines {
 		stacks := make([]byte, 1<<20)
-		w.violate("%d goroutines are left after closing:\n%s", left-goroutines, stacks[:runtime.Stack(stacks, true)])
+		w.violate("%d goroutines are left after all mounts closed:\n%s", left-goroutines, stacks[:runtime.Stack(stacks, true)])
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, n := range w.nodes {
 		if len(n.judge.flights) > 0 {
-			w.violate("%s has %d mints under way after closing", n.name, len(n.judge.flights))
+			w.violate("%s has %d mints under way after it closed", n.name, len(n.judge.flights))
 		}
 	}
 }

@@ -5,27 +5,26 @@ package mojoauth
 
 import (
 	"errors"
-	"strconv"
 	"strings"
 	"time"
 )
 
-// This file forwards what a simulated standby does not answer, and judges what it
-// forwards, what it answers itself, and that it leaves asking to the active node.
+// This file forwards the reads that a simulated standby does not answer. It judges what the
+// standby forwards, what it answers itself, and that it leaves minting to the active node.
 
-// errSimNoActive is what a client gets when its request is forwarded to nobody.
+// errSimNoActive is what a client gets when no active node can take its forwarded request.
 var errSimNoActive = errors.New("simulated cluster without an active node")
 
-// simForwardPause is how often a standby forwards a reader of a token that is due.
+// simForwardPause is how often a standby forwards a reader of a due token.
 const simForwardPause = 5 * time.Second
 
-// simDueForward is when a standby last forwarded a read though it had a token.
+// simDueForward says when a standby last forwarded a read though it had a token.
 type simDueForward struct {
 	at    time.Duration
 	token *simToken
 }
 
-// active is the node that may write, nil for none.
+// active returns the active node, nil for none.
 func (w *simWorld) active() *simNode {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -41,7 +40,7 @@ func (w *simWorld) activeNode() *simNode {
 	return nil
 }
 
-// writer is the node that gets a write which is meant for n: mostly one that may.
+// writer returns the node that gets a write meant for n: mostly the active one.
 func (w *simWorld) writer(n *simNode) *simNode {
 	if !w.stores || n != nil && !n.readOnly || n != nil && w.fate.IntN(5) == 0 {
 		return n
@@ -49,18 +48,18 @@ func (w *simWorld) writer(n *simNode) *simNode {
 	return w.active()
 }
 
-// forward has the active node answer a read, as Vault does.
+// forward makes the active node answer a read, as Vault does.
 func (n *simNode) forward(op *simOp) {
 	w := n.w
-	time.Sleep(time.Duration(w.dice("forward", n.name, strconv.Itoa(op.id)).Int64N(int64(30 * time.Millisecond))))
+	time.Sleep(time.Duration(w.dice("forward", n.name, op.path, simData(op.data)).Int64N(int64(30 * time.Millisecond))))
 	w.mu.Lock()
 	active := w.activeNode()
 	if active == nil {
 		op.resp, op.err = nil, errSimNoActive
 		if w.calm >= 0 {
-			w.violate("%s: nobody is there to forward to, though all is well", op)
+			w.violate("%s: there is no active node to forward to, though all is well", op)
 		}
-		w.note("%s: nobody is there to forward to", op)
+		w.note("%s: there is no active node to forward to", op)
 		w.mu.Unlock()
 		return
 	}
@@ -91,7 +90,7 @@ func (w *simWorld) judgeForward(op *simOp) {
 		w.violate("%s is forwarded with an answer", op)
 	}
 	if !n.readOnly {
-		w.violate("%s is forwarded by a node that may write", op)
+		w.violate("%s is forwarded by the active node", op)
 		return
 	}
 	op.forwarded = true
@@ -120,9 +119,9 @@ func (w *simWorld) judgeForward(op *simOp) {
 		}
 	}
 	if keepsNot && !keeps {
-		w.violate("%s is forwarded, though its config keeps no tokens in storage", op)
+		w.violate("%s is forwarded, though its config stores no tokens", op)
 	}
-	if keepsNot { // it may have waited for a mint before
+	if keepsNot { // it may have waited for a mint first
 		return
 	}
 	if waited := op.end - op.start - op.storageTime; waited > simSlack {
@@ -142,11 +141,11 @@ func (w *simWorld) judgeForward(op *simOp) {
 		}
 		switch last, ok := j.dueForwards[op.role]; {
 		case fresh:
-			w.violate("%s is forwarded, though %s is there, which is not due yet", op, a.token.text)
+			w.violate("%s is forwarded, though %s is cached, which is not due yet", op, a.token.text)
 			return
-		case !due: // but by the reader's own min_ttl
+		case !due: // it is due only by the reader's own min_ttl
 		case ok && last.token == a.token && op.start-last.at < simForwardPause-simSlack:
-			w.violate("%s is forwarded %s after another, though %s is there", op, op.start-last.at, a.token.text)
+			w.violate("%s is forwarded %s after another one, though %s is cached", op, op.start-last.at, a.token.text)
 			return
 		default:
 			j.dueForwards[op.role] = simDueForward{op.end, a.token}
@@ -154,8 +153,8 @@ func (w *simWorld) judgeForward(op *simOp) {
 	}
 }
 
-// keeps tells whether the node keeps a token for sure that it had. A standby goes by what
-// storage has, unless its config keeps nothing there.
+// keeps reports whether the node surely still holds a token that it got. A standby follows
+// storage, unless its config stores no tokens.
 func (n *simNode) keeps(a *simAnswer) bool {
 	w := n.w
 	if !n.readOnly || !w.stores {
@@ -196,22 +195,28 @@ func (w *simWorld) judgeStandby(op *simOp, served []*simAnswer) {
 	}
 	switch {
 	case leased:
-		w.violate("%s got a lease of a standby", op)
+		w.violate("%s got a lease from a standby", op)
 	case !keeps:
 	case narrowed:
-		w.violate("%s got a part of its scopes of a standby", op)
+		w.violate("%s got a token with a scope subset from a standby", op)
 	case early:
-		w.violate("%s got %s of a standby, which is due by its min_ttl", op, served[0].token.text)
+		w.violate("%s got %s from a standby, though it is due by its min_ttl", op, served[0].token.text)
 	default:
 		w.judgeAnnounced(op, served)
 	}
 }
 
-// judgeAnnounced judges that a standby told the active node of a reader of a token which
-// came without one. The caller holds w.mu.
+// judgeAnnounced judges that a standby let the active node know of a reader before it served
+// a token that had come without one. The caller holds w.mu.
 func (w *simWorld) judgeAnnounced(op *simOp, served []*simAnswer) {
 	n := op.node
 	for _, a := range served {
+		// While its config stores no tokens, a standby announces nothing, not even later.
+		for _, config := range n.possible(configPrefix+a.mint.config, a.delivered, op.end) {
+			if !config.persist {
+				return
+			}
+		}
 		for _, known := range a.token.on(n) {
 			if !known.unasked || known.served >= 0 {
 				return
@@ -221,14 +226,14 @@ func (w *simWorld) judgeAnnounced(op *simOp, served []*simAnswer) {
 			return
 		}
 	}
-	w.violate("%s is the first to get %s of a standby, which has told nobody that it is read", op, served[0].token.text)
+	w.violate("%s is the first to get %s from a standby, and no read of it was forwarded", op, served[0].token.text)
 }
 
-// judgeRestored counts reads that were surely answered from storage. The caller holds
+// judgeRestored counts the reads that were surely answered from storage. The caller holds
 // w.mu.
 func (w *simWorld) judgeRestored(op *simOp, served []*simAnswer) {
 	for _, a := range served {
-		if !a.fromStorage || a.served >= 0 || a.unasked || a.delivered < op.end { // when it was answered
+		if !a.fromStorage || a.served >= 0 || a.unasked || a.delivered < op.end { // not found for this read
 			return
 		}
 		for _, role := range op.node.possible(rolePrefix+op.role, op.start, op.end) {
@@ -241,16 +246,16 @@ func (w *simWorld) judgeRestored(op *simOp, served []*simAnswer) {
 	w.tally.restored++
 }
 
-// judgeUnknown judges a read that was refused for a role or config that is not there. The
+// judgeUnknown judges a read that was refused because its role or config does not exist. The
 // caller holds w.mu.
 func (w *simWorld) judgeUnknown(op *simOp) {
 	if op.node.readOnly && w.stores && strings.Contains(simResult(op), "does not exist") {
-		w.violate("%s was refused by a standby, which may not have heard of it yet: %s", op, simResult(op))
+		w.violate("%s was refused by a standby, which may not know of it yet: %s", op, simResult(op))
 	}
 }
 
-// judgeMayMint judges that a standby leaves asking to the active node, unless its config
-// keeps no tokens in storage. The caller holds w.mu.
+// judgeMayMint judges that a standby leaves minting to the active node, unless its config
+// stores no tokens. The caller holds w.mu.
 func (w *simWorld) judgeMayMint(m *simMint) {
 	n := m.node
 	if !n.readOnly || !w.stores {

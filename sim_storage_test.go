@@ -12,41 +12,41 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file is the storage that the nodes of a simulation share: slow, and failing,
-// before or after it did what it was asked for.
+// This file is the storage that the nodes of a simulation share. It is slow at times, and
+// fails before or after it performs an operation.
 
 var errSimStorage = errors.New("simulated storage failure")
 
-// simStorage is a node's way to the storage.
+// simStorage is a node's access to the shared storage.
 type simStorage struct {
-	logical.Storage // that all nodes share
+	logical.Storage // shared by all nodes
 	node            *simNode
 }
 
-// simReload is how long the engine may wait before it loads an entry again.
+// simReload is how long the engine may wait before it tries to load an entry again.
 const simReload = 30 * time.Second
 
-// simStorageWeather is how storage fares.
+// simStorageWeather is how storage behaves for a while.
 type simStorageWeather struct {
 	slow     float64 // share of operations that take time
 	longest  time.Duration
 	failRead float64
 	failPut  float64
-	crawls   float64 // share of slow operations on tokens that take seconds
+	crawls   float64 // share of slow operations on stored tokens that take seconds
 }
 
 // simPlan is how an operation goes.
 type simPlan struct {
-	op            *simOp // whose request it is, nil for none
+	op            *simOp // the request that it is part of, nil for none
 	before, after time.Duration
-	fail          float64 // below a half: before it was done; below one: after it
-	dies          bool    // the node does, when it is done
+	fail          float64 // below 0.5, it fails before it is done; below 1, after
+	dies          bool    // the node dies when the operation is done
 }
 
-// plan decides how an operation goes. One that may hold a lock of the engine takes
-// no time unless nothing else can wait for that lock: a goroutine that waits for a
-// sync.Mutex keeps a bubble's time from passing. The engine orders what it does to
-// tokens without one.
+// plan decides how an operation goes. If the engine may hold a mutex meanwhile, the
+// operation takes no time unless nothing else can wait for that mutex: a goroutine that
+// waits for a sync.Mutex keeps time in the bubble from passing. The engine orders its
+// operations on stored tokens without a mutex.
 func (s *simStorage) plan(ctx context.Context, what, key string, write bool) (p simPlan, err error) {
 	w := s.node.w
 	w.mu.Lock()
@@ -62,7 +62,7 @@ func (s *simStorage) plan(ctx context.Context, what, key string, write bool) (p 
 	}
 	p.dies = burns
 	token := strings.HasPrefix(key, simTokenPrefix)
-	if !token || what != "list" { // which a sweep does for good
+	if !token || what != "list" { // sweeps list forever
 		w.storageOps++
 	}
 	w.count()
@@ -99,14 +99,14 @@ func (s *simStorage) plan(ctx context.Context, what, key string, write bool) (p 
 	return p, nil
 }
 
-// blurs is for when the node has to look what it wrote.
+// blurs is called when the node must look in storage to know what it wrote.
 func (n *simNode) blurs(key string) {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
 	n.w.blurred(n, key)
 }
 
-// ended is why an operation has no result: its node died.
+// ended returns why an operation has no result: its node died.
 func (s *simStorage) ended(p simPlan) error {
 	if p.dies {
 		s.node.expire()
@@ -164,7 +164,7 @@ func (s *simStorage) get(ctx context.Context, key string, p simPlan) (*logical.S
 		return nil, err
 	}
 	if p.fail < 1 {
-		s.node.w.note("%s storage fails to get %s", s.node.name, key)
+		s.node.w.note("%s: storage fails to get %s", s.node.name, key)
 		return nil, errSimStorage
 	}
 	s.node.sees(key, number)
@@ -199,7 +199,7 @@ func (s *simStorage) Delete(ctx context.Context, key string) error {
 	return s.write(ctx, key, nil, func() error { return s.Storage.Delete(ctx, key) })
 }
 
-// write puts a value, or deletes the key when there is none.
+// write puts a value, or deletes the key when value is nil.
 func (s *simStorage) write(ctx context.Context, key string, value []byte, apply func() error) error {
 	p, err := s.plan(ctx, "write", key, true)
 	if err != nil {
@@ -207,7 +207,7 @@ func (s *simStorage) write(ctx context.Context, key string, value []byte, apply 
 	}
 	token := strings.HasPrefix(key, simTokenPrefix)
 	if s.node.readOnly {
-		s.node.w.violate("%s may not write, and wrote %s", s.node.name, key)
+		s.node.w.violate("%s, a standby, wrote %s", s.node.name, key)
 		return logical.ErrReadOnly
 	}
 	if token {
@@ -223,7 +223,7 @@ func (s *simStorage) write(ctx context.Context, key string, value []byte, apply 
 		defer s.node.blurs(key)
 	}
 	if p.fail < 0.5 {
-		s.node.w.note("%s storage fails to write %s", s.node.name, key)
+		s.node.w.note("%s: storage fails to write %s", s.node.name, key)
 		if err := s.ended(p); err != nil {
 			return err
 		}
@@ -247,7 +247,7 @@ func (s *simStorage) write(ctx context.Context, key string, value []byte, apply 
 		return err
 	}
 	if p.fail < 1 {
-		s.node.w.note("%s storage fails after it wrote %s", s.node.name, key)
+		s.node.w.note("%s: storage fails after it wrote %s", s.node.name, key)
 		return errSimStorage
 	}
 	return nil

@@ -15,24 +15,24 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file judges what simulated nodes write of tokens to storage, and that they go by
-// what is there. It knows what storage has, and for which answer of the endpoint.
+// This file judges which tokens simulated nodes store, and that they use the stored ones.
+// It knows what storage holds, and which answer of the endpoint each stored token is from.
 
 const (
 	simTokenPrefix = "tokens/"
-	// simCrawl is how long an operation on a token takes at most, on top, when nobody
-	// waits for it by name.
+	// simCrawl is how much longer at most an operation on a stored token takes if it is
+	// part of no request.
 	simCrawl = 3 * time.Second
-	// simRemembered is how long a node that may write knows that nothing was there.
+	// simRemembered is how long the active node remembers that it found nothing.
 	simRemembered = 5 * time.Minute
-	// simSweepAll is the longest that a sweep after a start takes when all is well.
+	// simSweepAll is the longest that the sweep after a start takes without faults.
 	simSweepAll = time.Minute
-	// simSweepAgain is by when something is swept that came after the start.
+	// simSweepAgain is after how long a later sweep has deleted what became obsolete.
 	simSweepAgain = 65 * time.Minute
-	simSweepPace  = 100 // operations in a second
+	simSweepPace  = 100 // operations per second
 )
 
-// simStored is what storage had of a role's token from one write to the next.
+// simStored is what storage held at a role's tokens/ key from one write to the next.
 type simStored struct {
 	at           time.Duration
 	config, role string
@@ -41,10 +41,10 @@ type simStored struct {
 	simStoredFields
 	node        *simNode // that wrote it; nil for none
 	answer      *simAnswer
-	told, again time.Duration // lifetime, 0 for none; when it ends, -1 for not given again
+	told, again time.Duration // reported lifetime, 0 for none; when it expires if the endpoint returned it again, else -1
 }
 
-// simStoredFields is a stored token as the contract has it.
+// simStoredFields is a stored token by the contract.
 type simStoredFields struct {
 	AccessToken      string    `json:"access_token"`
 	MintedAt         time.Time `json:"minted_at"`
@@ -54,23 +54,23 @@ type simStoredFields struct {
 	ConfigGeneration string    `json:"config_generation"`
 }
 
-// simLookUp is a node's look at a stored token.
+// simLookUp is a node's look-up of a stored token.
 type simLookUp struct {
 	key, role string
 	begin     time.Duration
 	asked     bool // a reader waits for it
-	deletes   bool // it is to be deleted
+	deletes   bool // it is part of a write or delete
 }
 
-// simStoreJudge is the part of a node's account that is about stored tokens.
+// simStoreJudge is the part of a node's account about stored tokens.
 type simStoreJudge struct {
 	lookUps  map[*simLookUp]struct{} // under way
 	trouble  map[string]time.Duration
-	absent   map[string]*simLookUp // the last that found nothing
+	absent   map[string]*simLookUp // the last one that found nothing
 	saved    map[*simToken]int
-	had      map[string]bool // that it saved or found
+	had      map[string]bool // keys whose token it saved or found
 	swept    []time.Duration
-	restored int64 // reads that surely count as that
+	restored int64 // reads that surely count as restored
 
 	forwards    int64
 	forwardedAt map[string]time.Duration // by role
@@ -84,7 +84,7 @@ func newSimStoreJudge() simStoreJudge {
 	}
 }
 
-// newSimStored reads a stored token.
+// newSimStored decodes a stored token.
 func (w *simWorld) newSimStored(n *simNode, key string, value []byte) *simStored {
 	s := &simStored{at: w.now(), node: n, value: value, again: -1}
 	s.config, s.role, _ = strings.Cut(strings.TrimPrefix(key, simTokenPrefix), "/")
@@ -107,7 +107,7 @@ func (w *simWorld) newSimStored(n *simNode, key string, value []byte) *simStored
 	return s
 }
 
-// storedAt is what storage has at a key, nil for nothing. The caller holds w.mu.
+// storedAt returns what storage holds at a key, nil for nothing. The caller holds w.mu.
 func (w *simWorld) storedAt(key string) *simStored {
 	if all := w.stored[key]; len(all) > 0 && all[len(all)-1].value != nil {
 		return all[len(all)-1]
@@ -115,7 +115,7 @@ func (w *simWorld) storedAt(key string) *simStored {
 	return nil
 }
 
-// changedAt is when storage had a key written or deleted last. The caller holds w.mu.
+// changedAt returns when a key was last written or deleted. The caller holds w.mu.
 func (w *simWorld) changedAt(key string) time.Duration {
 	if all := w.stored[key]; len(all) > 0 {
 		return all[len(all)-1].at
@@ -123,7 +123,7 @@ func (w *simWorld) changedAt(key string) time.Duration {
 	return -1
 }
 
-// storedNow is all that storage has. The caller holds w.mu.
+// storedNow returns all stored tokens. The caller holds w.mu.
 func (w *simWorld) storedNow() map[string]*simStored {
 	now := make(map[string]*simStored)
 	for key := range w.stored {
@@ -134,7 +134,7 @@ func (w *simWorld) storedNow() map[string]*simStored {
 	return now
 }
 
-// generation is that of the role or config which storage has at the key.
+// generation returns the generation of the role or config that storage holds at the key.
 func (w *simWorld) generation(key string) string {
 	entry, err := w.shared.Get(context.Background(), key)
 	if err != nil || entry == nil {
@@ -149,14 +149,21 @@ func (w *simWorld) generation(key string) string {
 	return fields.Generation
 }
 
-// stands tells whether the token is of those versions of its role and config.
+// stands reports whether the token is of those versions of its role and config.
 func (s *simStored) stands(role, config *simVersion) bool {
-	return role.exists && role.config == s.config && role.generation == s.RoleGeneration &&
-		config.exists && config.persist && config.generation == s.ConfigGeneration
+	return s.isOfRole(role) && s.isOfConfig(config)
 }
 
-// life is what follows from its life under a version of its role, and how much of it is
-// left.
+func (s *simStored) isOfRole(role *simVersion) bool {
+	return role.exists && role.config == s.config && role.generation == s.RoleGeneration
+}
+
+func (s *simStored) isOfConfig(config *simVersion) bool {
+	return config.exists && config.persist && config.generation == s.ConfigGeneration
+}
+
+// life returns what follows from the token's lifetime under a version of its role, and the
+// time left.
 func (s *simStored) life(role *simVersion, minTTL, now time.Duration) (simLife, time.Duration) {
 	life, left := (&simAnswer{sent: s.answer.sent, told: s.told}).life(role, minTTL, now)
 	if s.again >= 0 {
@@ -165,9 +172,9 @@ func (s *simStored) life(role *simVersion, minTTL, now time.Duration) (simLife, 
 	return life, left
 }
 
-// would tells whether the stored token would surely do for what lasts on that node from
-// began to now: whatever the node goes by, and though it may have ended under a max_ttl
-// from before. good judges its life.
+// would reports whether the stored token was surely usable for what lasts on that node from
+// began to now: under every version that the node may use, and under an earlier max_ttl.
+// good judges its lifetime.
 func (w *simWorld) would(n *simNode, s *simStored, began, now time.Duration, good func(role *simVersion) bool) bool {
 	if s == nil || s.answer == nil || s.at >= began {
 		return false
@@ -200,7 +207,7 @@ func (w *simWorld) would(n *simNode, s *simStored, began, now time.Duration, goo
 	return true
 }
 
-// lookUpBegins notes that a node looks at a stored token.
+// lookUpBegins records that a node starts to look up a stored token.
 func (n *simNode) lookUpBegins(op *simOp, key string) *simLookUp {
 	w := n.w
 	w.mu.Lock()
@@ -214,25 +221,25 @@ func (n *simNode) lookUpBegins(op *simOp, key string) *simLookUp {
 			beside++
 		}
 	}
-	// A sweep and a reader may meet, or a reader and what is told; and those who go by
-	// another generation.
+	// A look-up for a reader may coincide with one for a sweep or after an invalidation,
+	// and with those of another generation.
 	if beside > 1 && n.blurredAt < now-simSlack {
-		w.violate("%s looks for %s beside %d others", n.name, key, beside)
+		w.violate("%s looks up %s while %d other look-ups are under way", n.name, key, beside)
 	}
 	switch before := j.absent[key]; {
 	case simPlanted(role):
 		n.sweepsOne()
 	case op != nil || n.readOnly || before == nil || now-before.begin >= simRemembered-time.Second:
 	case before.begin < max(n.blurredAt+simSlack, w.changedAt(key)):
-	case j.had[key]: // it may have come to its end, and is to be deleted
+	case j.had[key]: // it may have expired, and be about to be deleted
 	default:
-		w.violate("%s looks for %s again, %s after nothing was there", n.name, key, now-before.begin)
+		w.violate("%s looks up %s again, %s after it found nothing", n.name, key, now-before.begin)
 	}
 	j.lookUps[look] = struct{}{}
 	return look
 }
 
-// read tells whether somebody reads or rotates the role.
+// read reports whether a read or rotation of the role is under way.
 func (n *simNode) read(role string) bool {
 	for op := range n.busy {
 		if op.role == role {
@@ -242,7 +249,7 @@ func (n *simNode) read(role string) bool {
 	return false
 }
 
-// lookedUp counts the time of a request that ends while a look-up goes on.
+// lookedUp charges storage time to a request that ends while a look-up is under way.
 func (op *simOp) lookedUp() {
 	for look := range op.node.judge.lookUps {
 		if look.role == op.role {
@@ -251,14 +258,14 @@ func (op *simOp) lookedUp() {
 	}
 }
 
-// lookUpEnds takes in what a look-up found.
+// lookUpEnds records what a look-up found.
 func (n *simNode) lookUpEnds(look *simLookUp, entry *logical.StorageEntry, err error) {
 	w := n.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	now, j := w.now(), &n.judge
 	delete(j.lookUps, look)
-	for op := range n.busy { // who may have waited for it
+	for op := range n.busy { // they may have waited for it
 		if op.role == look.role {
 			op.storageTime += now - max(op.start, look.begin)
 		}
@@ -276,7 +283,7 @@ func (n *simNode) lookUpEnds(look *simLookUp, entry *logical.StorageEntry, err e
 	}
 }
 
-// loaded has a node have a token that it found in storage. The caller holds w.mu.
+// loaded records that a node holds a token that it found in storage. The caller holds w.mu.
 func (w *simWorld) loaded(n *simNode, look *simLookUp, value []byte) {
 	s := w.newSimStored(n, look.key, value)
 	if s.answer == nil {
@@ -305,7 +312,7 @@ func (w *simWorld) loaded(n *simNode, look *simLookUp, value []byte) {
 	w.note("%s finds %s in storage", n.name, a.token.text)
 }
 
-// tokenWriteBegins judges a write or a delete of a stored token, when it is begun.
+// tokenWriteBegins judges a write or delete of a stored token when it begins.
 func (w *simWorld) tokenWriteBegins(n *simNode, op *simOp, key string, value []byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -317,33 +324,33 @@ func (w *simWorld) tokenWriteBegins(n *simNode, op *simOp, key string, value []b
 	}
 }
 
-// judgeSave judges whether a node may write such a token to storage.
+// judgeSave judges whether a node may store a token.
 func (w *simWorld) judgeSave(n *simNode, op *simOp, s *simStored) {
 	now := w.now()
 	what := n.name + " saves " + s.AccessToken + " of role " + s.role
 	a := s.answer
 	if a == nil {
-		w.violate("%s, minted at %s, which no answer of the endpoint is", what, s.MintedAt)
+		w.violate("%s, minted at %s, but no answer of the endpoint matches", what, s.MintedAt)
 		return
 	}
 	if a.mint.role != s.role || a.mint.config != s.config {
-		w.violate("%s and config %s, and it was minted for %s and %s", what, s.config, a.mint.role, a.mint.config)
+		w.violate("%s and config %s, but it was minted for %s and %s", what, s.config, a.mint.role, a.mint.config)
 		return
 	}
 	on := a.token.on(n)
 	if len(on) == 0 {
-		w.violate("%s, which it never had", what)
+		w.violate("%s, which it never got", what)
 		return
 	}
-	// Once for each answer, and once more for each rotation that found it newer than
-	// its own.
+	// Once for each answer, and once more for each rotation that found it to be newer than
+	// its own token.
 	rotations := 0
 	for _, r := range n.judge.rotations {
-		if r.role == s.role && (r.end < 0 || r.end+time.Minute+simSlack >= a.delivered) { // it goes on without its caller
+		if r.role == s.role && (r.end < 0 || r.end+time.Minute+simSlack >= a.delivered) { // it may continue without its caller
 			rotations++
 		}
 	}
-	// And once more when it had ended by a max_ttl that was raised since.
+	// And once more if it had expired under a max_ttl that was raised since.
 	versions := w.history[rolePrefix+s.role].versions
 	for i, v := range versions[1:] {
 		if v.at >= a.delivered && v.maxTTL != versions[i].maxTTL {
@@ -357,7 +364,7 @@ func (w *simWorld) judgeSave(n *simNode, op *simOp, s *simStored) {
 		}
 	}
 	if n.judge.saved[a.token]++; n.judge.saved[a.token] > minted+rotations {
-		w.violate("%s for the %dth time, and it came %d times, with %d rotations and changes of max_ttl", what, n.judge.saved[a.token], minted, rotations)
+		w.violate("%s (save number %d), but it came %d times, with %d rotations and changes of max_ttl", what, n.judge.saved[a.token], minted, rotations)
 	}
 	roles := n.possible(rolePrefix+s.role, now, now)
 	configs := n.possible(configPrefix+s.config, now, now)
@@ -370,7 +377,7 @@ func (w *simWorld) judgeSave(n *simNode, op *simOp, s *simStored) {
 	if !fits && op != nil && op.kind == opRotate && op.wrote == nil {
 		w.violate("%s before the role is written", what)
 	} else if !fits {
-		w.violate("%s [%s] with the generations %.4s and %.4s, which do not stand, or for a part of its scopes, or though its config keeps none (role %s, config %s)",
+		w.violate("%s [%s] with generations %.4s and %.4s, but they are obsolete, or it is of a scope subset, or its config stores no tokens (role %s, config %s)",
 			what, a.mint.set, s.RoleGeneration, s.ConfigGeneration, simVersions(roles), simVersions(configs))
 	}
 	w.judgeSavedLife(n, what, s, roles)
@@ -380,10 +387,11 @@ func (w *simWorld) judgeSave(n *simNode, op *simOp, s *simStored) {
 			w.violate("%s, though %s came at %s", what, b.token.text, b.delivered)
 		}
 	}
-	// Who waited for it has it by now.
-	if op == nil && now > a.delivered && n.blurredAt < a.mint.begin {
+	// The readers that waited for it must have it by now.
+	if op == nil && now > a.delivered && n.blurredAt < a.mint.begin && !n.asking(s.role, a.mint.set) {
 		for reader := range n.busy {
-			if reader.kind == opRead && reader.role == s.role && len(reader.scopes) == 0 && reader.start < a.delivered && reader.storageOps == 0 {
+			if reader.kind == opRead && reader.role == s.role && len(reader.scopes) == 0 && reader.start < a.delivered && reader.storageOps == 0 &&
+				a.freshFor(reader, roles) {
 				w.violate("%s before %s is answered", what, reader)
 			}
 		}
@@ -392,11 +400,31 @@ func (w *simWorld) judgeSave(n *simNode, op *simOp, s *simStored) {
 	a.configGenerations = append(a.configGenerations, s.ConfigGeneration)
 }
 
-// judgeSavedLife judges the times of a token that is written to storage.
+// asking reports whether a mint of that key is under way or ends at this moment. Readers may
+// wait for that mint: it may be of the role's previous generation, and continue beside the
+// first one of the next.
+func (n *simNode) asking(role, set string) bool {
+	return slices.ContainsFunc(n.judge.asks, func(ask *simAsk) bool {
+		return ask.role == role && ask.set == set && (ask.end < 0 || ask.end == n.w.now())
+	})
+}
+
+// freshFor reports whether the token was fresh for a reader when it came, under each of
+// those versions of its role. If not, the reader may wait for the next token.
+func (a *simAnswer) freshFor(reader *simOp, roles []*simVersion) bool {
+	for _, role := range roles {
+		if life, left := a.life(role, reader.minTTL, a.delivered); left <= life.refresh {
+			return false
+		}
+	}
+	return true
+}
+
+// judgeSavedLife judges the times of a token that is being stored.
 func (w *simWorld) judgeSavedLife(n *simNode, what string, s *simStored, roles []*simVersion) {
 	a := s.answer
 	if s.told != a.told {
-		w.violate("%s with the lifetime %s, and the endpoint told %s", what, s.told, a.told)
+		w.violate("%s with the lifetime %s, but the endpoint reported %s", what, s.told, a.told)
 	}
 	if s.again < 0 {
 		return
@@ -411,7 +439,7 @@ func (w *simWorld) judgeSavedLife(n *simNode, what string, s *simStored, roles [
 			return
 		}
 	}
-	w.violate("%s as repeated until %s, which nothing says", what, s.again)
+	w.violate("%s as repeated until %s, which follows from no answer", what, s.again)
 }
 
 func simVersions(versions []*simVersion) string {
@@ -426,7 +454,7 @@ func simVersions(versions []*simVersion) string {
 	return strings.Join(parts, " or ")
 }
 
-// judgeForget judges whether a node may delete what storage has of a token.
+// judgeForget judges whether a node may delete a stored token.
 func (w *simWorld) judgeForget(n *simNode, op *simOp, key string) {
 	now := w.now()
 	s := w.storedAt(key)
@@ -441,7 +469,7 @@ func (w *simWorld) judgeForget(n *simNode, op *simOp, key string) {
 		return
 	}
 	if s.at >= began {
-		began = max(began, s.at) // it may have been meant for the token before; not for this one
+		began = max(began, s.at) // the delete may be meant for the previous token, but not for this one
 	}
 	alive := s.answer != nil && w.history[rolePrefix+s.role] != nil && w.history[configPrefix+s.config] != nil
 	if !alive {
@@ -458,11 +486,11 @@ func (w *simWorld) judgeForget(n *simNode, op *simOp, key string) {
 		}
 	}
 	if alive {
-		w.violate("%s deletes %s, which stands and may be served", n.name, s.AccessToken)
+		w.violate("%s deletes %s from storage, though it may be served", n.name, s.AccessToken)
 	}
 }
 
-// tokenWritten is called when storage has, or has no longer, a token.
+// tokenWritten is called when a token has been stored or deleted.
 func (w *simWorld) tokenWritten(n *simNode, key string, value []byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -481,7 +509,7 @@ func (w *simWorld) tokenWritten(n *simNode, key string, value []byte) {
 	w.tell(n, key, delay, lost, func(*simNode) {})
 }
 
-// sweeps notes that a node lists stored tokens.
+// sweeps records that a node lists stored tokens.
 func (n *simNode) sweeps(string) {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
@@ -495,11 +523,11 @@ func (n *simNode) sweepsOne() {
 		j.swept = j.swept[1:]
 	}
 	if j.swept = append(j.swept, now); len(j.swept) > simSweepPace+1 {
-		n.w.violate("%s sweeps by %d operations within a second", n.name, len(j.swept))
+		n.w.violate("%s sweeps with %d operations within a second", n.name, len(j.swept))
 	}
 }
 
-// judgeStored judges a mint by what storage has. The caller holds w.mu.
+// judgeStored judges a mint by what storage holds. The caller holds w.mu.
 func (w *simWorld) judgeStored(m *simMint) {
 	n, now := m.node, m.begin
 	key := simTokenPrefix + m.config + "/" + m.role
@@ -526,18 +554,18 @@ func (w *simWorld) judgeStored(m *simMint) {
 		renewal, _ := s.life(role, 0, now)
 		return left > max(life.refresh, renewal.refresh+life.life/20)+simSlack
 	}) {
-		w.violate("%s begins though storage has %s since %s, which is not due yet", m, s.AccessToken, s.at)
+		w.violate("%s begins though storage has held %s since %s, which is not due yet", m, s.AccessToken, s.at)
 	}
 }
 
-// judgeStoredInstead judges a read that failed by what storage has. The caller holds
+// judgeStoredInstead judges a read that failed by what storage holds. The caller holds
 // w.mu.
 func (w *simWorld) judgeStoredInstead(op *simOp) {
 	n := op.node
-	looked := op.start // or before, by the mint that it joined
-	for _, f := range n.judge.failures {
-		if f.mint.role == op.role && f.mint.end >= op.start {
-			looked = min(looked, f.mint.asked)
+	looked := op.start // or before the mint that it joined, which may still be waiting for its turn
+	for _, ask := range n.judge.asks {
+		if ask.role == op.role && (ask.end < 0 || ask.end >= op.start) && op.wants(ask.set) {
+			looked = min(looked, ask.begin)
 		}
 	}
 	for _, role := range n.possible(rolePrefix+op.role, op.start, op.end) {
@@ -553,14 +581,14 @@ func (w *simWorld) judgeStoredInstead(op *simOp) {
 			life, left := s.life(role, 0, op.end)
 			return left > life.floor
 		}) {
-			w.violate("%s failed, though storage has %s since %s", op, s.AccessToken, s.at)
+			w.violate("%s failed, though storage has held %s since %s", op, s.AccessToken, s.at)
 			return
 		}
 	}
 }
 
-// judgeTidy judges what storage has of tokens, in a world that is well: nothing that has
-// ended, or is of nothing that stands, for longer than until the next sweep.
+// judgeTidy judges the stored tokens in a world without faults: the next sweep deletes those
+// that have expired or become obsolete.
 func (w *simWorld) judgeTidy() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -572,7 +600,7 @@ func (w *simWorld) judgeTidy() {
 	if active == nil {
 		return
 	}
-	// late tells whether what came to be of no use at that time should be gone.
+	// late reports whether a token that became useless at that time should be gone.
 	late := func(at time.Duration) bool {
 		if active.startedAt > at && active.storageFailed < active.startedAt {
 			return now-active.startedAt > simSweepAll
@@ -584,32 +612,32 @@ func (w *simWorld) judgeTidy() {
 		s := stored[key]
 		if s.answer == nil || w.history[rolePrefix+s.role] == nil || w.history[configPrefix+s.config] == nil {
 			if late(s.at) {
-				w.violate("storage has %s since %s, which is of nothing", key, s.at)
+				w.violate("storage has held %s since %s, which belongs to no role or config", key, s.at)
 			}
 			continue
 		}
 		role, config := w.history[rolePrefix+s.role].last(), w.history[configPrefix+s.config].last()
-		if role.corrupt { // which says nothing of it; but it ends
+		if role.corrupt { // the token still expires by the version before
 			role = w.history[rolePrefix+s.role].versions[role.number-1]
 		}
 		if !s.stands(role, config) {
 			at := w.fellAt(s)
 			if late(at) || w.calm >= 0 && at > w.calm && now-at > simSweepAll {
-				w.violate("storage has %s since %s, which does not stand since %s", key, s.at, at)
+				w.violate("storage has held %s since %s, which has been obsolete since %s", key, s.at, at)
 			}
 			continue
 		}
 		life, left := s.life(role, 0, now)
 		if end := now + left; late(end) {
-			w.violate("storage has %s since %s, which ended at %s", key, s.at, end)
+			w.violate("storage has held %s since %s, which expired at %s", key, s.at, end)
 		} else if floor := end - life.floor; w.calm >= 0 && s.at > w.calm && s.node == active && now-floor > 5*time.Minute {
-			w.violate("storage has %s since %s, which came to its floor at %s", key, s.at, floor)
+			w.violate("storage has held %s since %s, which came to its floor at %s", key, s.at, floor)
 		}
 	}
 }
 
-// judgeDropped judges that a write has deleted the stored tokens that it dropped, or has
-// said that it could not.
+// judgeDropped judges that a write deleted the stored tokens that it dropped, or warned that
+// it could not.
 func (w *simWorld) judgeDropped(op *simOp) {
 	if op.resp != nil && len(op.resp.Warnings) > 0 {
 		return
@@ -620,16 +648,23 @@ func (w *simWorld) judgeDropped(op *simOp) {
 			continue
 		}
 		role, config := w.history[rolePrefix+s.role].last(), w.history[configPrefix+s.config].last()
-		// Of two writes at one moment, the one that made it fall is meant.
-		byRole := !role.exists || role.config != s.config || role.generation != s.RoleGeneration
-		if !s.stands(role, config) && w.fellAt(s) == op.wrote.at && byRole == (op.key == rolePrefix+s.role) {
+		if s.stands(role, config) || w.fellAt(s) != op.wrote.at {
+			continue
+		}
+		// Of several writes at one moment, the one that made it obsolete counts.
+		before := w.history[op.key].versions[op.wrote.number-1]
+		fell := s.isOfRole(role) && s.isOfConfig(before)
+		if op.key == rolePrefix+s.role {
+			fell = !s.isOfRole(role) && s.isOfRole(before)
+		}
+		if fell {
 			w.violate("%s left %s in storage", op, key)
 		}
 	}
 }
 
-// rotatedEnded reports whether the token of a rotation is at its floor when that is
-// answered: such a token is not saved.
+// rotatedEnded reports whether a rotation's token is at its floor when the rotation is
+// answered. Such a token is not stored.
 func rotatedEnded(op *simOp) bool {
 	ends, minted := op.resp.Data["expires_at_seconds"].(int64), op.resp.Data["last_vault_rotation"].(string)
 	at, err := time.Parse(time.RFC3339, minted)
@@ -641,7 +676,7 @@ func rotatedEnded(op *simOp) bool {
 	return time.Until(end) <= floor
 }
 
-// judgeRotatedInStorage judges that a rotation has saved its token before it is answered.
+// judgeRotatedInStorage judges that a rotation stored its token before it was answered.
 func (w *simWorld) judgeRotatedInStorage(op *simOp) {
 	n, role := op.node, w.history[op.key].last()
 	if op.err != nil || role != op.wrote || n.storageFailed >= op.start || rotatedEnded(op) {
@@ -653,11 +688,11 @@ func (w *simWorld) judgeRotatedInStorage(op *simOp) {
 		}
 	}
 	if s := w.storedAt(simTokenPrefix + role.config + "/" + op.role); s == nil || s.RoleGeneration != role.generation {
-		w.violate("%s is answered, and storage has no token of it", op)
+		w.violate("%s is answered, but storage does not hold its token", op)
 	}
 }
 
-// fellAt is from when on a stored token did not stand.
+// fellAt returns when a stored token became obsolete.
 func (w *simWorld) fellAt(s *simStored) time.Duration {
 	roles, configs := w.history[rolePrefix+s.role], w.history[configPrefix+s.config]
 	moments := []time.Duration{s.at}
@@ -675,8 +710,8 @@ func (w *simWorld) fellAt(s *simStored) time.Duration {
 	return moments[len(moments)-1]
 }
 
-// judgeCounts judges what a status tells of reads that have to do with storage. The
-// caller holds w.mu.
+// judgeCounts judges the numbers of restored and forwarded reads in a status. The caller
+// holds w.mu.
 func (w *simWorld) judgeCounts(op *simOp) {
 	n := op.node
 	reads, _ := op.resp.Data["reads"].(map[string]any)
@@ -684,7 +719,7 @@ func (w *simWorld) judgeCounts(op *simOp) {
 	forwarded, _ := reads["forwarded"].(int64)
 	if !known {
 		if w.stores {
-			w.violate("%s tells of no restored reads", op)
+			w.violate("%s does not report restored reads", op)
 		}
 		return
 	}
@@ -699,9 +734,9 @@ func (w *simWorld) judgeCounts(op *simOp) {
 		most = 0
 	}
 	if restored < n.judge.restored || restored > most {
-		w.violate("%s tells of %d restored reads, and there were at least %d", op, restored, n.judge.restored)
+		w.violate("%s reports %d restored reads, but there were at least %d", op, restored, n.judge.restored)
 	}
 	if forwarded < n.judge.forwards || forwarded > n.judge.forwards+busy {
-		w.violate("%s tells of %d forwarded reads, and there were %d", op, forwarded, n.judge.forwards)
+		w.violate("%s reports %d forwarded reads, but there were %d", op, forwarded, n.judge.forwards)
 	}
 }

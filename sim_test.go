@@ -17,21 +17,22 @@ import (
 	"time"
 )
 
-// This file runs simulations of two nodes over one storage and a token endpoint, with
-// faults everywhere, in a time of their own. A seed says all that happens, so that a
-// seed that fails fails again. From the outside in:
+// This file simulates two nodes that share a storage and a token endpoint, with faults
+// everywhere, in virtual time. A seed determines everything that happens, so a failing
+// seed fails again. From the outside in:
 //
 //	sim_script_test.go    what happens, and in which order
 //	sim_world_test.go     the nodes, the requests to them, the dice
-//	sim_storage_test.go   the storage that they share
-//	sim_endpoint_test.go  the token endpoint, and the truth about each token it gave
-//	sim_history_test.go   what was written, and who has to know of it when
-//	sim_deaths_test.go    how nodes die, start again and change places
-//	sim_judge_test.go     whether the engine may ask the endpoint
-//	sim_reads_test.go     whether it may answer like that
-//	sim_stored_test.go    whether it may write such a token to storage, and what is there
-//	sim_standby_test.go   what a node that may not write leaves to the other
-//	sim_rules_test.go     the numbers of the contract, once more
+//	sim_storage_test.go   the shared storage
+//	sim_endpoint_test.go  the token endpoint, and the truth about each token it issued
+//	sim_history_test.go   what was written, and when each node must know of it
+//	sim_deaths_test.go    how nodes die, restart, and change roles
+//	sim_judge_test.go     whether the engine may send a token request
+//	sim_gate_test.go      whether it keeps the pace
+//	sim_reads_test.go     whether it may answer a read that way
+//	sim_stored_test.go    whether it may store a token, and what storage holds
+//	sim_standby_test.go   what a standby leaves to the active node
+//	sim_rules_test.go     the numbers of the contract, written a second time
 
 func TestSimulation(t *testing.T) {
 	defer simOrderly()()
@@ -54,7 +55,7 @@ func TestSimulation(t *testing.T) {
 	}
 }
 
-// A seed is a case: played again, all happens again as it did.
+// TestSimulationRepeats plays each seed twice: the same things must happen.
 func TestSimulationRepeats(t *testing.T) {
 	defer simOrderly()()
 	from, seeds := simNumber(t, "FROM", 1), simSeeds/20
@@ -63,32 +64,33 @@ func TestSimulationRepeats(t *testing.T) {
 			first, again := simulate(t, uint64(seed)).trace(), simulate(t, uint64(seed)).trace()
 			for i := range min(len(first), len(again)) {
 				if first[i] != again[i] {
-					t.Fatalf("line %d of the trace is\n%s\nand then\n%s", i, first[i], again[i])
+					t.Fatalf("line %d of the trace is\n%s\nthe first time, and the second time\n%s", i, first[i], again[i])
 				}
 			}
 			if len(first) != len(again) {
-				t.Errorf("the trace has %d lines, then %d", len(first), len(again))
+				t.Errorf("the trace has %d lines the first time and %d the second", len(first), len(again))
 			}
 		})
 	}
 }
 
-var simVaries = regexp.MustCompile(` The next attempt is at \S+, in \S+|\d+ waiting`)
+var simVaries = regexp.MustCompile(` The next attempt is at \S+, in \S+|\d+ waiting| #\d+`)
 
-// trace is all that happened, in an order that does not depend on which of two things
-// of the same moment came first.
+// trace returns everything that happened. Its order does not depend on which of two
+// simultaneous events came first.
 func (w *simWorld) trace() []string {
 	lines := make([]string, len(w.log.events))
 	for i, event := range w.log.events {
-		// Of what ends at one moment, one may or may not see the other end.
+		// Requests of the same moment get their numbers in either order. Of two operations
+		// that end at the same moment, one may or may not see the other's end.
 		lines[i] = simVaries.ReplaceAllString(event.String(), "")
 	}
 	slices.Sort(lines)
 	return lines
 }
 
-// simOrderly has goroutines that may run at the same moment run in the same order each
-// time, as far as that can be had: on one thread, undisturbed by the garbage collector.
+// simOrderly makes goroutines that may run at the same moment run in the same order each
+// time, as far as possible: on one thread, without the garbage collector.
 func simOrderly() (undo func()) {
 	threads, percent := runtime.GOMAXPROCS(1), debug.SetGCPercent(-1)
 	return func() {
@@ -97,7 +99,7 @@ func simOrderly() (undo func()) {
 	}
 }
 
-// simNumber is a number from the environment.
+// simNumber returns a number from the environment.
 func simNumber(t *testing.T, name string, fallback int) int {
 	text := os.Getenv(name)
 	if text == "" {
@@ -105,17 +107,17 @@ func simNumber(t *testing.T, name string, fallback int) int {
 	}
 	n, err := strconv.Atoi(text)
 	if err != nil {
-		t.Fatalf("%s=%q is no number", name, text)
+		t.Fatalf("%s=%q is not a number", name, text)
 	}
 	return n
 }
 
-// simulate plays the case of a seed, and fails the test if a rule was broken.
+// simulate plays the case of a seed and fails the test if the engine broke a rule.
 func simulate(t *testing.T, seed uint64) *simWorld {
 	var w *simWorld
-	// Outside of the bubble, real time passes.
+	// Real time passes outside the bubble.
 	stuck := time.AfterFunc(time.Minute, func() {
-		panic(fmt.Sprintf("seed %d has been stuck for a minute: a lock may be held where time has to pass", seed))
+		panic(fmt.Sprintf("seed %d has been stuck for a minute: a lock may be held while time must pass", seed))
 	})
 	defer stuck.Stop()
 	defer func() {
@@ -140,12 +142,12 @@ func simulate(t *testing.T, seed uint64) *simWorld {
 	return w
 }
 
-// simAgain says how to see a case again.
+// simAgain says how to replay a case.
 func simAgain(seed uint64) string {
-	return fmt.Sprintf("see it with: make simulate FROM=%d SEEDS=1 TRACE=1", seed)
+	return fmt.Sprintf("replay it with: make simulate FROM=%d SEEDS=1 TRACE=1", seed)
 }
 
-// report fails the test with what was broken, and says how to see more.
+// report fails the test with the rules that were broken, and says how to see more.
 func (w *simWorld) report(t *testing.T) {
 	if os.Getenv("TRACE") != "" {
 		for _, event := range w.log.events {
@@ -156,5 +158,5 @@ func (w *simWorld) report(t *testing.T) {
 		return
 	}
 	shown := w.log.violations[:min(3, len(w.log.violations))]
-	t.Errorf("%d violations, the first of them:\n%s\n%s", len(w.log.violations), strings.Join(shown, "\n"), simAgain(w.seed))
+	t.Errorf("%d violations, starting with:\n%s\n%s", len(w.log.violations), strings.Join(shown, "\n"), simAgain(w.seed))
 }

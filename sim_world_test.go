@@ -21,20 +21,20 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file is the world of a simulation: nodes, what is done to them, and the dice.
+// This file is the world of a simulation: the nodes, the requests to them, and the dice.
 
 // simSecretShown is how much of a client secret a trace shows.
 const simSecretShown = 6
 
-// simWorld is one case. Its time is the bubble's.
+// simWorld is one case. It runs on the time of its synctest bubble.
 type simWorld struct {
 	t     *testing.T
 	seed  uint64
-	rng   *rand.Rand // of the one goroutine that says what happens next
-	fate  *rand.Rand // of it, too: for deaths and what comes of them
+	rng   *rand.Rand // for the one goroutine that decides what happens next
+	fate  *rand.Rand // for the same goroutine: deaths and their consequences
 	start time.Time
-	// stores is set when one node may write and the other may not, as in a cluster:
-	// then they keep tokens in storage. Else both write, and keep none.
+	// stores is set when one node is active and the other is a standby, as in a cluster.
+	// Then they store tokens. Otherwise both nodes write and store none.
 	stores bool
 
 	log struct {
@@ -42,9 +42,9 @@ type simWorld struct {
 		events     []simEvent
 		violations []string
 	}
-	running sync.WaitGroup // what was begun and has not ended
+	running sync.WaitGroup // everything under way
 
-	mu             sync.Mutex // guards all below; never held while anything waits
+	mu             sync.Mutex // guards everything below; never held across a wait
 	shared         *logical.InmemStorage
 	storageWeather simStorageWeather
 	storageOps     int
@@ -54,20 +54,20 @@ type simWorld struct {
 	tally          simTally
 	period         time.Duration // of a node's periodic work
 	endpoint       *simEndpoint
-	nodes          []*simNode // the last life of each
+	nodes          []*simNode // the latest process of each
 	requests       int
 	ops            int
-	busy           struct { // against an engine that goes round in circles
+	busy           struct { // to detect an engine that loops
 		at    time.Duration
 		count int
 		told  bool
 	}
-	// calm is when the world has been well for so long that the engine has to be,
-	// too; -1 while it need not.
+	// calm is since when the world has been free of faults long enough that the engine
+	// must work without failures; -1 while it need not.
 	calm time.Duration
 }
 
-// simEvent is a line of a trace, not put into words before it is read.
+// simEvent is a line of a trace. It is formatted only when the trace is printed.
 type simEvent struct {
 	at     time.Duration
 	format string
@@ -95,13 +95,13 @@ func newSimWorld(t *testing.T, seed uint64) *simWorld {
 	return w
 }
 
-// now is how long the simulation has lasted, in its own time.
+// now returns how long the simulation has lasted, in virtual time.
 func (w *simWorld) now() time.Duration { return time.Since(w.start) }
 
-// at is the time of a clock then.
+// at returns the clock time at that moment.
 func (w *simWorld) at(d time.Duration) time.Time { return w.start.Add(d) }
 
-// note adds a line to the trace. What is given must not change afterwards.
+// note adds a line to the trace. The arguments must not change afterwards.
 func (w *simWorld) note(format string, args ...any) {
 	for i, arg := range args {
 		if s, ok := arg.(fmt.Stringer); ok {
@@ -124,8 +124,8 @@ func (w *simWorld) violate(format string, args ...any) {
 	w.log.violations = append(w.log.violations, strings.TrimSpace(last.String()))
 }
 
-// dice are thrown by what happens and when, not by what was thrown before: so it does
-// not matter which of two things of the same moment comes first.
+// dice returns dice that depend on what happens and when, not on earlier throws. So it
+// does not matter which of two simultaneous events comes first.
 func (w *simWorld) dice(parts ...string) *rand.Rand {
 	h := fnv.New64a()
 	for _, part := range parts {
@@ -138,19 +138,18 @@ func (w *simWorld) dice(parts ...string) *rand.Rand {
 // random is the engine's source of jitter.
 func (w *simWorld) random() float64 { return w.dice("jitter").Float64() }
 
-// count notices an engine that goes round in circles without any time passing. The
-// caller holds w.mu.
+// count detects an engine that loops while no time passes. The caller holds w.mu.
 func (w *simWorld) count() {
 	if now := w.now(); w.busy.at != now {
 		w.busy.at, w.busy.count = now, 0
 	}
 	if w.busy.count++; w.busy.count > 3000 && !w.busy.told {
 		w.busy.told = true
-		w.violate("3000 storage operations and mints at one moment")
+		w.violate("3000 storage operations and mints happen at one moment")
 	}
 }
 
-// simNode is one life of the mount on one of the nodes.
+// simNode is the mount in one process of one of the nodes.
 type simNode struct {
 	w        *simWorld
 	name     string
@@ -160,34 +159,35 @@ type simNode struct {
 
 	startedAt time.Duration
 	closingAt time.Duration // -1 before
-	// Once a node is cut off, nothing of it reaches anything. It has died, or its
-	// process has ended after closing.
+	// A node that is cut off reaches nothing any more. It has died, or its process has
+	// ended after closing.
 	cut, died bool
 	fuse      simFuse
 	life      context.Context // of its requests
 	kill      context.CancelFunc
 	stopped   chan struct{} // closed when it closes or dies
 
+	found     map[string]int // the versions that storage held when the node started
 	known     map[string][]simKnown
-	seen      map[string]int      // the newest version of an entry that it got from storage
-	busy      map[*simOp]struct{} // what is under way
-	exclusive bool                // a write is under way that may keep a lock for a while
+	seen      map[string]int      // the newest version of each entry that it got from storage
+	busy      map[*simOp]struct{} // requests under way
+	exclusive bool                // a write under way may hold a lock for a while
 
 	storageFailed time.Duration // when storage failed last; -1 before
-	unsettled     time.Duration // until when the node may still be loading what it was told of; -1 before
+	unsettled     time.Duration // until when the node may still be reloading an invalidated entry; -1 before
 	inMemory      map[string]bool
-	blurredAt     time.Duration // when something was last written, or told
+	blurredAt     time.Duration // when something was last written or invalidated
 	minted        []weak.Pointer[token]
 
 	judge simJudge
 }
 
-// open starts a mount on the node of that place.
+// open starts a mount on the node at that place.
 func (w *simWorld) open(place, number int, readOnly bool) {
 	n := &simNode{
 		w: w, name: fmt.Sprintf("%c%d", 'A'+place, number), place: place, readOnly: readOnly,
 		startedAt: -1, closingAt: -1, storageFailed: -1, unsettled: -1,
-		known: make(map[string][]simKnown), seen: make(map[string]int), busy: make(map[*simOp]struct{}),
+		found: make(map[string]int), known: make(map[string][]simKnown), seen: make(map[string]int), busy: make(map[*simOp]struct{}),
 		inMemory: make(map[string]bool),
 		judge:    newSimJudge(),
 		stopped:  make(chan struct{}),
@@ -202,6 +202,9 @@ func (w *simWorld) open(place, number int, readOnly bool) {
 	n.mount.random = w.random
 	w.mu.Lock()
 	n.startedAt = w.now()
+	for key, h := range w.history {
+		n.found[key] = h.last().number
+	}
 	w.nodes[place] = n
 	w.note("%s starts", n.name)
 	w.mu.Unlock()
@@ -246,7 +249,7 @@ type simOp struct {
 	key    string // of the entry that a write changes, else ""
 	data   map[string]any
 	giveUp time.Duration // after which the client gives up; 0 for never
-	slow   bool          // storage may take its time
+	slow   bool          // storage may be slow
 
 	// a read or a rotation
 	role   string
@@ -257,8 +260,8 @@ type simOp struct {
 	change func(f *simFields, created bool)
 
 	start, end    time.Duration // end is -1 before it
-	inMemory      bool          // at the start, role and config surely were
-	longest       time.Duration // request_timeout of a mint of its config that it found under way
+	inMemory      bool          // role and config surely were in memory at the start
+	longest       time.Duration // the longest request_timeout of the role's mints under way at the start
 	forwarded     bool          // to the active node
 	storageOps    int
 	storageTime   time.Duration
@@ -275,7 +278,7 @@ func (op *simOp) String() string {
 	return fmt.Sprintf("%s #%d %s %s", op.node.name, op.id, op.kind, op.path)
 }
 
-// begin sends a request, and does not wait for its end.
+// begin sends a request and does not wait for the answer.
 func (n *simNode) begin(op *simOp) {
 	w := n.w
 	w.mu.Lock()
@@ -283,7 +286,7 @@ func (n *simNode) begin(op *simOp) {
 	op.id, op.node, op.start, op.end = w.ops, n, w.now(), -1
 	if n.cut {
 		op.err, op.end = errSimDied, w.now()
-		w.note("%s: nobody is there", op)
+		w.note("%s: the node is not running", op)
 		w.mu.Unlock()
 		if op.done != nil {
 			op.done(op)
@@ -360,11 +363,11 @@ func (n *simNode) send(ctx context.Context, op *simOp) (*logical.Response, error
 	return n.mount.HandleRequest(ctx, req)
 }
 
-// ended judges what came of a request, and keeps account of it. The caller holds w.mu.
+// ended judges the result of a request and keeps account of it. The caller holds w.mu.
 func (w *simWorld) ended(op *simOp) {
 	n := op.node
 	if op.gaveUp && op.storageOps > 0 {
-		clear(n.inMemory) // the next reader compares what this one would have
+		clear(n.inMemory) // the next reader compares with storage in this one's place
 	}
 	switch op.kind {
 	case opRead:
@@ -383,22 +386,22 @@ func (w *simWorld) ended(op *simOp) {
 	if op.key == "" {
 		return
 	}
-	// What a write made has to be known now, whether or not it was told so: after a
-	// failure the engine has to look.
+	// The engine must know now what a write made, whether or not the write was reported
+	// as successful: after a failure it must look in storage.
 	if op.wrote != nil {
-		w.learned(n, op.key, op.wrote.number)
+		w.learned(n, op.key, op.wrote.number, op.wrote.at)
 	} else if op.err != nil {
 		w.blurred(n, op.key)
 	}
 }
 
-// written is called when storage has a new version of an entry. The others are told
-// about it after a while.
+// written is called when storage holds a new version of an entry. The other nodes get an
+// invalidation after a while.
 func (w *simWorld) written(n *simNode, op *simOp, key string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if op == nil {
-		w.violate("%s wrote %s without having been asked", n.name, key)
+		w.violate("%s wrote %s, and no request asked for it", n.name, key)
 		return
 	}
 	h := w.history[key]
@@ -422,11 +425,10 @@ func (w *simWorld) written(n *simNode, op *simOp, key string) {
 	delay := time.Duration(dice.Int64N(int64([]time.Duration{time.Millisecond, 100 * time.Millisecond, simLate}[dice.IntN(3)])))
 	lost := w.calm < 0 && dice.Float64() < 0.05
 	number := op.wrote.number
-	w.tell(n, key, delay, lost, func(node *simNode) { w.learned(node, key, number) })
+	w.tell(n, key, delay, lost, func(node *simNode) { w.learned(node, key, number, w.now()) })
 }
 
-// tell has the other nodes told of a write, unless the message is lost. The caller holds
-// w.mu.
+// tell sends the other nodes an invalidation, unless it is lost. The caller holds w.mu.
 func (w *simWorld) tell(n *simNode, key string, delay time.Duration, lost bool, told func(*simNode)) {
 	for _, node := range w.nodes {
 		if node == nil || node == n || lost {
@@ -443,22 +445,23 @@ func (w *simWorld) tell(n *simNode, key string, delay time.Duration, lost bool, 
 			node.mount.InvalidateKey(context.Background(), key)
 			w.mu.Lock()
 			defer w.mu.Unlock()
-			w.note("%s is told of %s", node.name, key)
+			w.note("%s: %s is invalidated", node.name, key)
 			told(node)
 		})
 	}
 }
 
-// learned is called when a node has to know a version of an entry.
-func (w *simWorld) learned(n *simNode, key string, number int) {
+// learned is called when a node must know a version of an entry. The node may have used it
+// from since on.
+func (w *simWorld) learned(n *simNode, key string, number int, since time.Duration) {
 	n.learn(key, number)
 	w.blurred(n, key)
 	if name, ok := strings.CutPrefix(key, configPrefix); ok {
-		n.judge.configWritten(name, w.now())
+		n.judge.configWritten(name, since, w.now())
 	}
 }
 
-// stored is the number of the newest version of an entry that storage surely has.
+// stored returns the number of the newest version that storage surely has of an entry.
 func (n *simNode) stored(key string) int {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
@@ -469,7 +472,7 @@ func (n *simNode) stored(key string) int {
 }
 
 // sees is called when a node gets an entry from storage, in that version or a newer one.
-// A node that no invalidation reached may go by it from now on, but need not.
+// From now on the node may use it, but need not if no invalidation has reached it.
 func (n *simNode) sees(key string, number int) {
 	w := n.w
 	w.mu.Lock()
@@ -480,7 +483,7 @@ func (n *simNode) sees(key string, number int) {
 	}
 }
 
-// roleConfig is the config that a role names, by what storage has.
+// roleConfig returns the config that a role names, according to storage.
 func (w *simWorld) roleConfig(role string) string {
 	if h := w.history[rolePrefix+role]; h != nil {
 		return h.last().config
@@ -488,7 +491,7 @@ func (w *simWorld) roleConfig(role string) string {
 	return ""
 }
 
-// simData puts the fields of a request in order, without secrets.
+// simData formats the fields of a request, sorted and without secrets.
 func simData(data map[string]any) string {
 	var parts []string
 	for name, value := range data {
@@ -502,7 +505,7 @@ func simData(data map[string]any) string {
 	return strings.Join(parts, " ")
 }
 
-// simResult tells in short what came of a request.
+// simResult summarizes the result of a request.
 func simResult(op *simOp) string {
 	switch {
 	case op.err != nil:
@@ -521,7 +524,7 @@ func simResult(op *simOp) string {
 	}
 }
 
-// Names in a simulation tell what they are for.
+// Names in a simulation say what they are for.
 
 func simRoleName(i int) string                { return fmt.Sprintf("r%d", i) }
 func simConfigName(i int) string              { return fmt.Sprintf("c%d", i) }

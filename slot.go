@@ -341,6 +341,7 @@ func (s *slot) next() {
 	if s.freed || s.flight != nil {
 		return // land calls it again
 	}
+	s.catchUp()
 	now := time.Now()
 	tok := s.token.Load()
 	switch {
@@ -361,6 +362,23 @@ func (s *slot) next() {
 		s.wakeIn(tok.timeLeft(now) - tok.schedule.Floor)
 	default:
 		s.renew(tok, now)
+	}
+}
+
+// catchUp makes the slot use the role and config in memory. A reader may bring older ones
+// that were replaced before it reached the slot. The caller holds s.mu.
+func (s *slot) catchUp() {
+	role, config := s.cache.roles.current(s.key.role), s.cache.configs.current(s.key.config)
+	if s.spec == nil || role == nil || config == nil || role == s.spec.role && config == s.spec.config {
+		return
+	}
+	now := &spec{role: role, config: config, scopes: s.spec.scopes, narrowed: s.spec.narrowed}
+	if now.key() != s.key {
+		return // it is about to be freed, or prepared for what is not saved yet
+	}
+	s.spec = now
+	if tok := s.token.Load(); tok != nil {
+		s.token.Store(tok.under(now))
 	}
 }
 

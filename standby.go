@@ -54,12 +54,11 @@ func (s *slot) relay(ctx context.Context, q *query) (served, error) {
 		if err := s.waitForLook(ctx, l); err != nil {
 			return served{}, err
 		}
-		if s.announces() { // another node's write caused the look-up
-			return served{}, errForward
-		}
 	}
+	// The token is taken first: one that comes later, because another node wrote it, is not
+	// served before it is announced.
 	tok := s.held(&q.spec)
-	if tok == nil {
+	if s.announces() || tok == nil {
 		return served{}, errForward
 	}
 	if answer, ok := tok.hit(q, s.cache.random); ok {

@@ -945,3 +945,25 @@ func TestPersistTokensFalseKeepsNothingAtRest(t *testing.T) {
 		m.wantStored("tokens/default/app")
 	})
 }
+
+// Storage may give a fresh token at the moment a mint fails. The readers of that mint get it
+// like any other fresh token.
+func TestFreshTokenThatComesWhenAMintFails(t *testing.T) {
+	bubble(t, func(m *testMount) {
+		m.random = func() float64 { return 0 }
+		m.configure("app", nil)
+		m.wantToken("app", 1)
+		s := m.tokens.slotsOf("app")[0]
+		f := &flight{up: m.tokens.upstreams["default"], err: &unavailable{mintError: &mintError{class: classNetwork}, config: "default"}}
+		got, err := s.arrived(f, &query{spec: *s.spec}, nil)
+		if want := int64(45 * 60); err != nil || got.ttl != want || got.failure != nil || got.outcome != outcomeHit {
+			t.Errorf("got ttl %d, outcome %s, failure %v, error %v; want ttl %d and a hit", got.ttl, got.outcome, got.failure, err, want)
+		}
+		time.Sleep(50 * time.Minute) // it is renewed meanwhile
+		m.mojo.set(func(s *standIn) { s.fail = errDown })
+		time.Sleep(50 * time.Minute) // and then due
+		if got, err := s.arrived(f, &query{spec: *s.spec}, nil); err != nil || got.outcome != outcomeStale || got.failure == nil || got.ttl > 60 {
+			t.Errorf("got ttl %d, outcome %s, failure %v, error %v; want a due token with a failure", got.ttl, got.outcome, got.failure, err)
+		}
+	})
+}

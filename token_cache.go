@@ -104,11 +104,11 @@ func newTokenCache(configs *entries[configEntry], roles *entries[roleEntry], new
 // cached answers a read with the cached token if that token is fresh.
 func (c *tokenCache) cached(q *query) (served, bool) {
 	s := c.peek(q.key())
-	if s == nil || s.unsure.Load() {
+	if s == nil {
 		return served{}, false
 	}
 	tok := s.held(&q.spec)
-	if tok == nil {
+	if tok == nil || s.unsure.Load() { // in this order: a token that must be announced is unsure before it is held
 		return served{}, false
 	}
 	if q.narrowed != "" {
