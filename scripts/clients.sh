@@ -1,0 +1,43 @@
+#!/bin/sh
+# Sets up the examples with client libraries in bin/consumers, as examples/README.md says:
+# runs the command in its column "Set up, once" for each that is new or has changed.
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+cd "$root"
+
+say() { printf '==> %s\n' "$*"; }
+
+mkdir -p bin/consumers
+failed=
+# A row is | Language: [Library](folder/file) version | needs | `set up` | `run` |
+while IFS='`' read -r head setup _; do
+	name=${head#*](}
+	name=${name%%/*}
+	case $setup in
+	*' npm '*) tool=npm ;;
+	*' mvn '*) tool=mvn ;;
+	*) tool=${setup%% *} ;;
+	esac
+	stamp=bin/consumers/.$name.set-up
+	sum=$({ echo "$setup"; find "examples/$name" -type f -exec cksum {} + | sort -k 3; } | cksum)
+	if [ "$(cat "$stamp" 2>/dev/null)" = "$sum" ]; then
+		continue
+	fi
+	if ! command -v "$tool" >/dev/null; then
+		say "$name: not set up, since $tool is not on PATH"
+		continue
+	fi
+	say "Setting up $name in bin/consumers (the first time about half a minute, Java one and a half)"
+	rm -rf "bin/consumers/$name" "$stamp"
+	started=$(date +%s)
+	if sh -c "$setup" </dev/null; then
+		echo "$sum" >"$stamp"
+		say "Set up $name in $(($(date +%s) - started)) seconds"
+	else
+		say "Setting up $name FAILED: $setup"
+		failed=1
+	fi
+done <<ROWS
+$(grep '^| [A-Za-z.]*: \[.*| `.*` | `.*` |$' examples/README.md)
+ROWS
+[ -z "$failed" ]
