@@ -2,7 +2,10 @@ module github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/consumers
 
 go 1.26.0
 
-require github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e v0.0.0
+require (
+	github.com/hashicorp/vault/api v1.23.0
+	github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e v0.0.0
+)
 
 require (
 	github.com/asaskevich/govalidator v0.0.0-20230301143203-a9d515a09cc2 // indirect
@@ -33,7 +36,6 @@ require (
 	github.com/hashicorp/go-secure-stdlib/strutil v0.1.2 // indirect
 	github.com/hashicorp/go-sockaddr v1.0.7 // indirect
 	github.com/hashicorp/hcl v1.0.1-vault-7 // indirect
-	github.com/hashicorp/vault/api v1.23.0 // indirect
 	github.com/inconshreveable/mousetrap v1.1.0 // indirect
 	github.com/magiconair/properties v1.8.7 // indirect
 	github.com/mattn/goveralls v0.0.12 // indirect

@@ -47,7 +47,7 @@ func (v *vaultSource) token(ctx context.Context, refused bool) (string, error) {
 	secret, err := v.client.Logical().ReadWithDataWithContext(ctx, v.path, query)
 	var answer *api.ResponseError
 	if errors.As(err, &answer) {
-		return "", fmt.Errorf("Vault answered %d: %s", answer.StatusCode, strings.Join(answer.Errors, "; "))
+		return "", fmt.Errorf("Vault answered %d: %s", answer.StatusCode, oneLine(answer.Errors))
 	}
 	if err != nil {
 		return "", err
@@ -65,6 +65,9 @@ func (v *vaultSource) token(ctx context.Context, refused bool) (string, error) {
 	v.readAgain = now.Add(time.Duration(ttl) * time.Second)
 	return token, nil
 }
+
+// oneLine is the text of Vault's errors, which may have several lines.
+func oneLine(texts []string) string { return strings.Join(strings.Fields(strings.Join(texts, "; ")), " ") }
 
 var apiClient = &http.Client{
 	Timeout: 30 * time.Second,

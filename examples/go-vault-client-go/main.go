@@ -48,7 +48,7 @@ func (v *vaultSource) token(ctx context.Context, refused bool) (string, error) {
 	answer, err := v.client.Read(ctx, v.path, vault.WithQueryParameters(query))
 	var failure *vault.ResponseError
 	if errors.As(err, &failure) {
-		return "", fmt.Errorf("Vault answered %d: %s", failure.StatusCode, strings.Join(failure.Errors, "; "))
+		return "", fmt.Errorf("Vault answered %d: %s", failure.StatusCode, oneLine(failure.Errors))
 	}
 	if err != nil {
 		return "", err
@@ -63,6 +63,9 @@ func (v *vaultSource) token(ctx context.Context, refused bool) (string, error) {
 	v.readAgain = now.Add(time.Duration(ttl) * time.Second)
 	return token, nil
 }
+
+// oneLine is the text of Vault's errors, which may have several lines.
+func oneLine(texts []string) string { return strings.Join(strings.Fields(strings.Join(texts, "; ")), " ") }
 
 var apiClient = &http.Client{
 	Timeout: 30 * time.Second,

@@ -32,7 +32,8 @@ async function read(vault, path) {
       const again = status === undefined || status === 412 || status === 429 || status >= 500;
       if (!again || retries <= 0) {
         // Not the error itself: it may hold the Vault token, in the headers.
-        const text = error.response?.body?.errors?.join('; ') || error.message;
+        const lines = error.response?.body?.errors?.join('; ') || error.message;
+        const text = lines.replace(/\s+/g, ' ').trim();
         throw new Error(status ? `Vault answered ${status}: ${text}` : `no answer from Vault: ${text || error.code}`);
       }
     }

@@ -95,6 +95,6 @@ if __name__ == "__main__":
     except hvac.exceptions.VaultError as error:
         # The status is in the name of the error's class only.
         text = "; ".join(error.errors or [error.text or ""])
-        sys.exit(f"call_api: Vault answered {type(error).__name__}: {text}")
+        sys.exit(f"call_api: Vault answered {type(error).__name__}: {' '.join(text.split())}")
     except (OSError, ValueError, LookupError) as error:
         sys.exit(f"call_api: {error}")

@@ -3,11 +3,9 @@
 
 import java.io.IOException;
 import java.net.URI;
-import java.net.URLEncoder;
 import java.net.http.HttpClient;
 import java.net.http.HttpRequest;
 import java.net.http.HttpResponse;
-import java.nio.charset.StandardCharsets;
 import java.time.Duration;
 import java.util.Map;
 
@@ -68,7 +66,7 @@ public final class CallApi {
 
     /** The path of a token that was minted later than the one that the API refused. */
     static String mintedAfter(String path, String mintedAt) {
-        return path + "?minted_after=" + URLEncoder.encode(mintedAt, StandardCharsets.UTF_8);
+        return path + "?minted_after=" + mintedAt; // Spring Vault encodes it
     }
 
     /**
@@ -136,6 +134,17 @@ public final class CallApi {
         return API.send(request, HttpResponse.BodyHandlers.ofString());
     }
 
+    /** What went wrong, and what that came from where it says more. */
+    private static String text(Throwable e) {
+        String text = String.valueOf(e.getMessage());
+        for (Throwable cause = e.getCause(); cause != null; cause = cause.getCause()) {
+            if (cause.getMessage() != null && !text.contains(cause.getMessage())) {
+                text += ": " + cause.getMessage();
+            }
+        }
+        return text;
+    }
+
     private static void run(boolean leased) throws Exception {
         String url = setting("API_URL", null);
         String path = setting("MOUNT", "mojoauth") + "/creds/" + setting("ROLE", "demo");
@@ -168,7 +177,7 @@ public final class CallApi {
         try {
             run(args.length > 0 && args[0].equals("lease"));
         } catch (Exception e) {
-            System.err.println("call-api: " + e.getMessage());
+            System.err.println("call-api: " + text(e).replaceAll("\\s+", " "));
             code = 1;
         }
         System.exit(code); // threads of the clients may still run
