@@ -27,7 +27,7 @@ while IFS='`' read -r head setup _; do
 		say "$name: not set up, since $tool is not on PATH"
 		continue
 	fi
-	say "Setting up $name in bin/consumers (the first time about half a minute, Java one and a half)"
+	say "Setting up $name in bin/consumers (5 to 90 seconds)"
 	rm -rf "bin/consumers/$name" "$stamp"
 	started=$(date +%s)
 	if sh -c "$setup" </dev/null; then

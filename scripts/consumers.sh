@@ -18,6 +18,10 @@ openbao | vault) servers=$SERVER ;;
 esac
 [ $# -gt 0 ] || set -- ./...
 
+case " $* " in
+*' ./... '* | *' ./clients'*) "$root/scripts/clients.sh" || die "the examples with client libraries could not be set up" ;;
+esac
+
 status=0
 summary=
 for server in $servers; do

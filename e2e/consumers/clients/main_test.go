@@ -16,6 +16,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -145,6 +146,7 @@ type program struct {
 	out     bytes.Buffer
 	errs    bytes.Buffer
 	timer   *time.Timer
+	late    atomic.Bool // it was ended because it took too long
 }
 
 // start starts a client with these variables.
@@ -167,14 +169,21 @@ func (c *client) start(t testing.TB, env ...string) *program {
 	p.cmd.Env = append(p.cmd.Env, "GOFLAGS=-mod=mod", "GOWORK=off")
 	p.cmd.Env = append(p.cmd.Env, env...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.errs
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // the shell's children end with it
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // the shell's children end with it
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	group := -p.cmd.Process.Pid
 	p.timer = time.AfterFunc(3*time.Minute, func() {
-		t.Errorf("with %q: still running after 3 minutes", env)
+		p.late.Store(true)
 		_ = syscall.Kill(group, syscall.SIGKILL)
+	})
+	t.Cleanup(func() {
+		if p.cmd.ProcessState == nil { // a test that ended early
+			_ = syscall.Kill(group, syscall.SIGKILL)
+			_ = p.cmd.Wait()
+		}
+		p.timer.Stop()
 	})
 	return p
 }
@@ -184,6 +193,9 @@ func (p *program) wait() (stdout, stderr string, code int) {
 	p.t.Helper()
 	err := p.cmd.Wait()
 	p.timer.Stop()
+	if p.late.Load() {
+		p.t.Errorf("with %q: still running after 3 minutes", p.env)
+	}
 	if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
 		p.t.Fatalf("%s: %v", p.client.command, err)
 	}

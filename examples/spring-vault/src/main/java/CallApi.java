@@ -138,8 +138,9 @@ public final class CallApi {
     private static String text(Throwable e) {
         String text = String.valueOf(e.getMessage());
         for (Throwable cause = e.getCause(); cause != null; cause = cause.getCause()) {
-            if (cause.getMessage() != null && !text.contains(cause.getMessage())) {
-                text += ": " + cause.getMessage();
+            String more = cause.getMessage() == null ? cause.getClass().getSimpleName() : cause.getMessage();
+            if (!text.contains(more)) {
+                text += ": " + more;
             }
         }
         return text;

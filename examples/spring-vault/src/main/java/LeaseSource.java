@@ -5,6 +5,8 @@ import java.time.Duration;
 import java.util.Map;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.ExecutionException;
+import java.util.concurrent.Executors;
+import java.util.concurrent.ScheduledExecutorService;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.TimeoutException;
 
@@ -22,6 +24,7 @@ final class LeaseSource implements CallApi.TokenSource {
     private final VaultTemplate vault;
     private final RequestedSecret secret;
     private final SecretLeaseContainer container;
+    private final ScheduledExecutorService retries = Executors.newSingleThreadScheduledExecutor();
     private volatile CompletableFuture<Map<String, Object>> latest = new CompletableFuture<>();
 
     LeaseSource(VaultTemplate vault, String path) throws Exception {
@@ -42,7 +45,12 @@ final class LeaseSource implements CallApi.TokenSource {
                 latest.completeExceptionally(new IllegalStateException("Vault answered 404: nothing is at " + path));
             }
         });
-        container.addErrorListener((event, failure) -> latest.completeExceptionally(failure));
+        container.addErrorListener((event, failure) -> {
+            if (!latest.completeExceptionally(failure)) {
+                // The container gives up when it could not read a new token.
+                retries.schedule(() -> container.rotate(secret), 1, TimeUnit.SECONDS);
+            }
+        });
         container.addRequestedSecret(secret);
         container.afterPropertiesSet();
         container.start();
@@ -71,6 +79,7 @@ final class LeaseSource implements CallApi.TokenSource {
 
     @Override
     public void close() throws Exception {
+        retries.shutdownNow();
         container.destroy();
     }
 }
