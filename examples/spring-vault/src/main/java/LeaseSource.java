@@ -25,6 +25,7 @@ final class LeaseSource implements CallApi.TokenSource {
     private final RequestedSecret secret;
     private final SecretLeaseContainer container;
     private final ScheduledExecutorService retries = Executors.newSingleThreadScheduledExecutor();
+    private volatile boolean closing;
     private volatile CompletableFuture<Map<String, Object>> latest = new CompletableFuture<>();
 
     LeaseSource(VaultTemplate vault, String path) throws Exception {
@@ -46,9 +47,9 @@ final class LeaseSource implements CallApi.TokenSource {
             }
         });
         container.addErrorListener((event, failure) -> {
-            if (!latest.completeExceptionally(failure)) {
+            if (!latest.completeExceptionally(failure) && !closing) {
                 // The container gives up when it could not read a new token.
-                retries.schedule(() -> container.rotate(secret), 1, TimeUnit.SECONDS);
+                retries.schedule(this::readAgain, 1, TimeUnit.SECONDS);
             }
         });
         container.addRequestedSecret(secret);
@@ -62,9 +63,15 @@ final class LeaseSource implements CallApi.TokenSource {
             // The container cannot send minted_after: this has the engine mint
             // a token, which the container then reads.
             CallApi.read(vault, CallApi.mintedAfter(secret.getPath(), (String) current().get("last_vault_rotation")));
-            container.rotate(secret);
+            readAgain();
         }
         return (String) current().get("access_token");
+    }
+
+    /** Reads at once. The container's rotate cannot when the last read has failed. */
+    private synchronized void readAgain() {
+        container.stop();
+        container.start();
     }
 
     private Map<String, Object> current() throws Exception {
@@ -79,7 +86,8 @@ final class LeaseSource implements CallApi.TokenSource {
 
     @Override
     public void close() throws Exception {
+        closing = true;
         retries.shutdownNow();
-        container.destroy();
+        container.destroy(); // revokes the lease, which reports an error where a policy forbids it
     }
 }
