@@ -290,6 +290,19 @@ func (s *stage) startRuns(t *testing.T, oauth *oauthserver.Server, purpose strin
 	return runs
 }
 
+// waitUntilAllCall waits until each has called the API once.
+func waitUntilAllCall(t *testing.T, runs []*run) {
+	t.Helper()
+	harness.EventuallyWithin(t, 2*time.Minute, "all clients have called the API", func() error {
+		for _, r := range runs {
+			if len(r.counted.all()) == 0 {
+				return fmt.Errorf("%s has not", r.client.name)
+			}
+		}
+		return nil
+	})
+}
+
 // judge waits for the end of a run, in which no call may have been refused.
 func (r *run) judge(t *testing.T, calls int) {
 	t.Helper()
@@ -312,6 +325,7 @@ func (s *stage) startRenewals(t *testing.T) (judge func()) {
 	)
 	oauth := s.startOAuth(t, "short", 20*time.Second, nil)
 	runs := s.startRuns(t, oauth, "renewal", calls, map[string]any{"config": "short"}, fmt.Sprint("EXPIRY_THRESHOLD=", threshold))
+	waitUntilAllCall(t, runs) // what starts next has the machine for itself then
 	return func() {
 		t.Helper()
 		for _, r := range runs {
@@ -365,14 +379,7 @@ func (s *stage) outage(t *testing.T) {
 	minted := time.Now()
 	// A lease is 54 s, and a new token is due 18 s before its end.
 	runs := s.startRuns(t, oauth, "outage", calls, map[string]any{"config": "outage", "min_ttl": minTTL.Seconds()}, "EXPIRY_THRESHOLD=15")
-	harness.Eventually(t, "all clients have called the API", func() error {
-		for _, r := range runs {
-			if len(r.counted.all()) == 0 {
-				return fmt.Errorf("%s has not", r.client.name)
-			}
-		}
-		return nil
-	})
+	waitUntilAllCall(t, runs)
 	if took := time.Since(minted); took > lifetime-minTTL-4*time.Second {
 		t.Fatalf("it took the clients %s to start: the machine is too slow for this test", took)
 	}
