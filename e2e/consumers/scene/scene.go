@@ -75,6 +75,18 @@ type Scene struct {
 // with the test.
 func New(t testing.TB, lifetime time.Duration, role map[string]any) *Scene {
 	t.Helper()
+	oauth := startOAuth(t, lifetime)
+	s := &Scene{TB: t, OAuth: oauth, Vault: harness.StartVault(t, serverBinary, pluginDir)}
+	s.Vault.Register(t, pluginDir, pluginBinary, pluginName, pluginVersion)
+	s.Vault.Enable(t, "mojoauth", pluginName, pluginVersion)
+	s.Write("config", configOf(oauth))
+	s.Role("reports", role)
+	return s
+}
+
+// startOAuth starts an OAuth server whose tokens live for lifetime.
+func startOAuth(t testing.TB, lifetime time.Duration) *oauthserver.Server {
+	t.Helper()
 	oauth, err := oauthserver.New(lifetime, oauthserver.Client{
 		ID:        ClientID,
 		Secret:    ClientSecret,
@@ -88,14 +100,12 @@ func New(t testing.TB, lifetime time.Duration, role map[string]any) *Scene {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { oauth.Close() })
-	s := &Scene{TB: t, OAuth: oauth, Vault: harness.StartVault(t, serverBinary, pluginDir)}
-	s.Vault.Register(t, pluginDir, pluginBinary, pluginName, pluginVersion)
-	s.Vault.Enable(t, "mojoauth", pluginName, pluginVersion)
-	s.Write("config", map[string]any{
-		"token_url": oauth.TokenURL(), "client_id": ClientID, "client_secret": ClientSecret,
-	})
-	s.Role("reports", role)
-	return s
+	return oauth
+}
+
+// configOf is the fields of a config for an OAuth server.
+func configOf(oauth *oauthserver.Server) map[string]any {
+	return map[string]any{"token_url": oauth.TokenURL(), "client_id": ClientID, "client_secret": ClientSecret}
 }
 
 // Write writes below the engine's mount.

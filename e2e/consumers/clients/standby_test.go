@@ -1,0 +1,53 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+package clients
+
+import (
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/consumers/scene"
+)
+
+// TestStandby has all clients read through a standby of a cluster of three: reads that it
+// answers itself or forwards, and reads that it redirects to the active node.
+func TestStandby(t *testing.T) {
+	cluster := scene.NewCluster(t, time.Hour)
+	active := cluster.Active(t)
+	standby := cluster.Without(active).Nodes[0]
+	s := newStage(t, active, cluster.OAuth)
+	each(t, "through a standby", func(t *testing.T, c *client) {
+		// The standby knows neither role nor token, and the first token is refused.
+		vault, guarded := newFront(t, standby.Address(), s.ca, nil), newFront(t, s.api(), "", refuseFirst())
+		role := s.role(t, c, "forwarded", nil)
+		c.start(t, s.env(vault, role, guarded.URL, 3, 0)...).succeeds(3)
+		wantNewer(t, c, vault, guarded)
+		if n := mints(s.oauth, role); n != 2 {
+			t.Errorf("a token that was revoked, through a standby: %d were minted, want 2", n)
+		}
+
+		// A node that may not forward answers with a redirect, as one does that cannot.
+		role = s.role(t, c, "redirected", nil)
+		redirecting := newFront(t, standby.Address(), s.ca, func(_ int, _ http.ResponseWriter, r *http.Request) bool {
+			r.Header.Set("X-Vault-No-Request-Forwarding", "true")
+			return false
+		})
+		p := c.start(t, s.env(redirecting, role, s.api(), 2, 0)...)
+		if c.redirects {
+			p.succeeds(2)
+		} else {
+			p.fails("307")
+		}
+		// All clients come to the standby once, and those that follow go on to the
+		// active node.
+		answers := redirecting.all()
+		for _, answer := range answers {
+			t.Logf("%s %s: %d", answer.method, answer.path, answer.status)
+		}
+		if len(answers) == 0 || answers[len(answers)-1].status != http.StatusTemporaryRedirect {
+			t.Errorf("the standby has answered %d requests, want a redirect at the end", len(answers))
+		}
+	})
+}

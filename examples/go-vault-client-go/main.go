@@ -1,0 +1,147 @@
+// Copyright (c) The vault-plugin-secrets-mojoauth authors
+// SPDX-License-Identifier: MPL-2.0
+
+// This program calls an API that MojoAuth protects, with an access token that
+// it reads from Vault with github.com/hashicorp/vault-client-go. See
+// examples/README.md for the variables.
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	vault "github.com/hashicorp/vault-client-go"
+)
+
+// vaultSource reads a token from Vault, and keeps it as long as Vault says. It
+// is for one goroutine.
+type vaultSource struct {
+	client *vault.Client
+	path   string
+
+	cached    string
+	mintedAt  string
+	readAgain time.Time
+}
+
+// token returns the token for the next call. When the API has refused the last
+// one, it returns one that was minted later.
+func (v *vaultSource) token(ctx context.Context, refused bool) (string, error) {
+	if !refused && time.Now().Before(v.readAgain) {
+		return v.cached, nil
+	}
+	query := url.Values{}
+	if refused {
+		query.Set("minted_after", v.mintedAt)
+	}
+	now := time.Now()
+	// The client retries a 412, a 429 and a 5xx.
+	answer, err := v.client.Read(ctx, v.path, vault.WithQueryParameters(query))
+	var failure *vault.ResponseError
+	if errors.As(err, &failure) {
+		return "", fmt.Errorf("Vault answered %d: %s", failure.StatusCode, oneLine(failure.Errors))
+	}
+	if err != nil {
+		return "", err
+	}
+	token, _ := answer.Data["access_token"].(string)
+	mintedAt, _ := answer.Data["last_vault_rotation"].(string)
+	ttl, err := strconv.Atoi(fmt.Sprint(answer.Data["ttl"])) // a json.Number
+	if err != nil || token == "" {
+		return "", errors.New("Vault answered without a token")
+	}
+	v.cached, v.mintedAt = token, mintedAt
+	v.readAgain = now.Add(time.Duration(ttl) * time.Second)
+	return token, nil
+}
+
+// oneLine is the text of Vault's errors, which may have several lines.
+func oneLine(texts []string) string { return strings.Join(strings.Fields(strings.Join(texts, "; ")), " ") }
+
+var apiClient = &http.Client{
+	Timeout: 30 * time.Second,
+	// A redirect could take the token to another host.
+	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+}
+
+// callAPI calls the API with a token of the source.
+func callAPI(ctx context.Context, apiURL string, source *vaultSource, refused bool) (status int, body string, err error) {
+	token, err := source.token(ctx, refused)
+	if err != nil {
+		return 0, "", err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, apiURL, nil)
+	if err != nil {
+		return 0, "", err
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	resp, err := apiClient.Do(req)
+	if err != nil {
+		return 0, "", err
+	}
+	defer resp.Body.Close()
+	content, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, strings.TrimSpace(string(content)), err
+}
+
+func run(ctx context.Context) error {
+	for _, name := range []string{"API_URL", "VAULT_ADDR", "VAULT_TOKEN"} {
+		if os.Getenv(name) == "" {
+			return fmt.Errorf("%s is not set", name)
+		}
+	}
+	apiURL := os.Getenv("API_URL")
+	calls, err := strconv.Atoi(cmp.Or(os.Getenv("CALLS"), "1"))
+	if err != nil {
+		return fmt.Errorf("CALLS: %w", err)
+	}
+	interval, err := time.ParseDuration(cmp.Or(os.Getenv("INTERVAL"), "1") + "s")
+	if err != nil {
+		return fmt.Errorf("INTERVAL: %w", err)
+	}
+	// VAULT_ADDR, VAULT_TOKEN, VAULT_CACERT, VAULT_MAX_RETRIES and so on
+	client, err := vault.New(vault.WithEnvironment())
+	if err != nil {
+		return err
+	}
+	source := &vaultSource{
+		client: client,
+		path:   cmp.Or(os.Getenv("MOUNT"), "mojoauth") + "/creds/" + cmp.Or(os.Getenv("ROLE"), "demo"),
+	}
+
+	for call := range calls {
+		if call > 0 {
+			time.Sleep(interval)
+		}
+		status, body, err := callAPI(ctx, apiURL, source, false)
+		if err == nil && status == http.StatusUnauthorized {
+			// A newer token may be accepted. Once is enough: a second 401 is
+			// about something else.
+			status, body, err = callAPI(ctx, apiURL, source, true)
+		}
+		if err != nil {
+			return err
+		}
+		if status < 200 || status > 299 {
+			return fmt.Errorf("the API answered %d: %s", status, body)
+		}
+		fmt.Println(status, body)
+	}
+	return nil
+}
+
+func main() {
+	if err := run(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, "call-api:", err)
+		os.Exit(1)
+	}
+}
