@@ -125,7 +125,7 @@ func TestUnsolicitedDataIsNotLogged(t *testing.T) {
 		}
 		return nil
 	})
-	if log := w.vault.Log(t); strings.Contains(log, "Unsolicited") || strings.Contains(log, "is what you sent me") {
+	if log := w.vault.Log(t); strings.Contains(log, "Unsolicited response") || strings.Contains(log, "is what you sent me") {
 		t.Error("the log has what the endpoint sent unsolicited")
 	}
 	w.noCanary()
