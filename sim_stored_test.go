@@ -549,6 +549,14 @@ func (w *simWorld) judgeStored(m *simMint) {
 	if at, ok := n.judge.trouble[key]; ok && at >= began-simSlack || n.unsettled > began {
 		return
 	}
+	// It may renew a token of its own, which it could not save: then it does not look.
+	for _, a := range n.judge.key(m.role, m.set).answers {
+		for _, role := range n.possible(rolePrefix+m.role, began, now) {
+			if a.token != s.answer.token && a.delivered <= m.asked && m.asked < a.servable(n, role, now) {
+				return
+			}
+		}
+	}
 	if w.would(n, s, began, now, func(role *simVersion) bool {
 		life, left := s.life(role, minTTL, now)
 		renewal, _ := s.life(role, 0, now)
