@@ -129,7 +129,7 @@ func (s *stage) oneRead(t *testing.T, c *client) {
 func (s *stage) refusals(t *testing.T, c *client) {
 	vault := newFront(t, s.vault.Address(), "", nil)
 	c.start(t, s.env(vault, "nobody", s.api(), 1, 0)...).
-		fails(c.status("400"), `role "nobody" does not exist: create it by writing roles/nobody`)
+		fails(c.status("400"), `role "nobody" does not exist; write roles/nobody to create it`)
 	nowhere := "no handler for route"
 	if c.dropsText {
 		nowhere = "nothing is at nowhere/creds/"
