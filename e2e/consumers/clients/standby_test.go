@@ -19,16 +19,17 @@ func TestStandby(t *testing.T) {
 	standby := cluster.Without(active).Nodes[0]
 	s := newStage(t, active, cluster.OAuth)
 	each(t, "through a standby", func(t *testing.T, c *client) {
-		// The standby knows neither role nor token, and the first token is refused.
+		// The standby has neither the role nor a token in memory, and the API refuses the
+		// first token.
 		vault, guarded := newFront(t, standby.Address(), s.ca, nil), newFront(t, s.api(), "", refuseFirst())
 		role := s.role(t, c, "forwarded", nil)
 		c.start(t, s.env(vault, role, guarded.URL, 3, 0)...).succeeds(3)
 		wantNewer(t, c, vault, guarded)
 		if n := mints(s.oauth, role); n != 2 {
-			t.Errorf("a token that was revoked, through a standby: %d were minted, want 2", n)
+			t.Errorf("after a refused token, through a standby: got %d mints, want 2", n)
 		}
 
-		// A node that may not forward answers with a redirect, as one does that cannot.
+		// A node that may not forward a request returns a redirect.
 		role = s.role(t, c, "redirected", nil)
 		redirecting := newFront(t, standby.Address(), s.ca, func(_ int, _ http.ResponseWriter, r *http.Request) bool {
 			r.Header.Set("X-Vault-No-Request-Forwarding", "true")
@@ -40,14 +41,17 @@ func TestStandby(t *testing.T) {
 		} else {
 			p.fails("307")
 		}
-		// All clients come to the standby once, and those that follow go on to the
-		// active node.
-		answers := redirecting.all()
-		for _, answer := range answers {
+		// Each client reads from the standby. Those that follow the redirect continue with
+		// the active node.
+		redirects := 0
+		for _, answer := range redirecting.all() {
 			t.Logf("%s %s: %d", answer.method, answer.path, answer.status)
+			if answer.path == "/v1/mojoauth/creds/"+role && answer.status == http.StatusTemporaryRedirect {
+				redirects++
+			}
 		}
-		if len(answers) == 0 || answers[len(answers)-1].status != http.StatusTemporaryRedirect {
-			t.Errorf("the standby has answered %d requests, want a redirect at the end", len(answers))
+		if redirects == 0 {
+			t.Error("the standby answered no read with a redirect")
 		}
 	})
 }
