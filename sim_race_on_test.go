@@ -5,6 +5,6 @@
 
 package mojoauth
 
-// simSeeds is how many cases a test run plays: few, since the race detector makes each
-// of them slow.
+// simSeeds is how many cases a test run plays. There are few, because the race detector
+// makes each of them slow.
 const simSeeds = 20

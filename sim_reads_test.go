@@ -4,6 +4,7 @@
 package mojoauth
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/http"
@@ -169,29 +170,40 @@ func (w *simWorld) unfit(op *simOp, a *simAnswer, role *simVersion) string {
 
 // unfitLife is unfit for the times in the answer.
 func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
-	d := op.resp.Data
 	life, left := a.life(role, op.minTTL, op.end)
-	end := w.at(a.sent + life.life)
-	repeated := a.repeated(op.node, op.end, true)
-	seconds, _ := d["expires_at_seconds"].(int64)
-	if repeated {
-		// The first answer counts.
-		for _, same := range a.token.on(op.node) {
-			if !a.fromStorage && same.delivered < a.delivered && same.surely(op.node, a.mint.begin) &&
-				w.stillGood(op.node, same, a.mint.begin, a.delivered) {
-				return fmt.Sprintf("its answer from %s counts, but the node has had it since %s", a.sent, same.sent)
-			}
-		}
-		until := a.end(op.node, role, op.end, false)
-		for _, again := range a.token.answers { // what looked like a rotation's answer may not be one
-			_, sooner := again.life(role, 0, 0)
-			if again.mint.exempt && again.repeats(a, op.node, op.end, true) && seconds != w.at(until).Unix() && seconds == w.at(sooner).Unix() {
-				until = sooner
-			}
-		}
-		left, end = until-op.end, w.at(until)
+	if !a.repeated(op.node, op.end, true) {
+		return w.unfitEnd(op, a, role, life, left, life.floor)
 	}
+	// The first answer counts.
+	for _, same := range a.token.on(op.node) {
+		if !a.fromStorage && same.delivered < a.delivered && same.surely(op.node, a.mint.begin) &&
+			w.stillGood(op.node, same, a.mint.begin, a.delivered) {
+			return fmt.Sprintf("its answer from %s counts, but the node has had it since %s", a.sent, same.sent)
+		}
+	}
+	ends := []time.Duration{a.end(op.node, role, op.end, false)}
+	for _, again := range a.token.answers { // what looked like a rotation's answer may not be one
+		if again.mint.exempt && again.repeats(a, op.node, op.end, true) {
+			_, sooner := again.life(role, 0, 0)
+			ends = append(ends, sooner)
+		}
+	}
+	var first string
+	for _, end := range ends {
+		why := w.unfitEnd(op, a, role, life, end-op.end, min(life.floor, simRepeatedFloor))
+		if why == "" {
+			return ""
+		}
+		first = cmp.Or(first, why)
+	}
+	return first
+}
+
+// unfitEnd is unfitLife for a token with that much time left.
+func (w *simWorld) unfitEnd(op *simOp, a *simAnswer, role *simVersion, life simLife, left, floor time.Duration) string {
+	d := op.resp.Data
 	ttl, _ := d["ttl"].(int64)
+	seconds, _ := d["expires_at_seconds"].(int64)
 	if a.token.end >= 0 && seconds > w.at(a.token.end).Unix() {
 		return fmt.Sprintf("expires_at_seconds is %d, and it expires at %d", seconds, w.at(a.token.end).Unix())
 	}
@@ -201,12 +213,9 @@ func (w *simWorld) unfitLife(op *simOp, a *simAnswer, role *simVersion) string {
 	if want := formatSimTime(w.at(a.sent)); d["last_vault_rotation"] != want {
 		return fmt.Sprintf("last_vault_rotation is %v, want %s", d["last_vault_rotation"], want)
 	}
+	end := w.at(op.end + left)
 	if want := formatSimTime(end); seconds != end.Unix() || d["expires_at"] != want {
 		return fmt.Sprintf("expires_at is %v (%d), want %s (%d)", d["expires_at"], seconds, want, end.Unix())
-	}
-	floor := life.floor
-	if repeated {
-		floor = min(floor, simRepeatedFloor)
 	}
 	if left <= floor {
 		return fmt.Sprintf("it has %s left, and its floor is %s", left, floor)
