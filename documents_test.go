@@ -88,20 +88,6 @@ func code(text string) []string {
 	return found
 }
 
-// documents are the Markdown files of the project.
-func documents(t *testing.T) []string {
-	t.Helper()
-	var names []string
-	for _, pattern := range []string{"*.md", "docs/*.md", "examples/*.md"} {
-		found, err := filepath.Glob(pattern)
-		if err != nil || len(found) == 0 {
-			t.Fatalf("%s: got %q, %v", pattern, found, err)
-		}
-		names = append(names, found...)
-	}
-	return names
-}
-
 // Source files that the documents name exist.
 func TestDocsFiles(t *testing.T) {
 	file := regexp.MustCompile(`^(?:\.?[\w-]+/)*[\w.-]*\w\.(?:go|sh|yml|yaml|json|md|svg)$`)

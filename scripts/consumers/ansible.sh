@@ -18,6 +18,8 @@ if [ ! -f "$env/installed" ]; then
 	[ -n "$python" ] || die "Ansible $version needs Python 3.11 or later"
 	say "Installing Ansible $version with its collections into bin/consumers/ (550 MB); this takes about 2 minutes."
 	rm -rf "$env"
+	mkdir -p "$root/bin/consumers"
+	echo 'module consumers' >"$root/bin/consumers/go.mod" # no package of this project is below
 	"$python" -m venv "$env" || die "Python cannot make a virtual environment: install its venv module"
 	"$env/bin/pip" install --quiet --disable-pip-version-check --only-binary=:all: \
 		--require-hashes --requirement "$requirements" >&2 || die "pip could not install Ansible $version"

@@ -8,6 +8,7 @@ cd "$root"
 say() { printf '%s\n' "$*" >&2; }
 
 mkdir -p bin/consumers
+echo 'module consumers' >bin/consumers/go.mod # no package of this project is below
 failed=
 # A row is | Language: [Library](folder/file) version | needs | `set up` | `run` |
 while IFS='`' read -r head setup _; do

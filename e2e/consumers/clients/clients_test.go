@@ -296,7 +296,7 @@ func waitUntilAllCall(t *testing.T, runs []*run) {
 	harness.EventuallyWithin(t, 2*time.Minute, "all clients have called the API", func() error {
 		for _, r := range runs {
 			if len(r.counted.all()) == 0 {
-				return fmt.Errorf("%s has not", r.client.name)
+				return fmt.Errorf("%s has not", r.name)
 			}
 		}
 		return nil
@@ -390,7 +390,7 @@ func (s *stage) outage(t *testing.T) {
 	harness.Eventually(t, "all clients have read again", func() error {
 		for _, r := range runs {
 			if len(r.vault.reads()) < 2 {
-				return fmt.Errorf("%s has not", r.client.name)
+				return fmt.Errorf("%s has not", r.name)
 			}
 		}
 		return nil
@@ -404,7 +404,7 @@ func (s *stage) outage(t *testing.T) {
 	}
 
 	for _, r := range runs {
-		t.Run("outage/"+r.client.name, func(t *testing.T) {
+		t.Run("outage/"+r.name, func(t *testing.T) {
 			r.judge(t, calls)
 			reads := r.vault.reads()
 			first, second, last := reads[0].token(), reads[1].token(), reads[len(reads)-1].token()
