@@ -20,45 +20,45 @@ import (
 )
 
 // This file compares the values in docs/limits.md with the constants in the code, in both
-// directions: each row of the document's tables has its value from the code, and each
-// constant with a number is either such a value or listed here as no limit.
+// directions. Each row of the document's tables has the value from the code. Each numeric
+// constant is either in the document or listed in notLimits.
 
 const limitsDoc = "docs/limits.md"
 
-// limitsPackages are the directories whose constants count, by package.
+// limitsPackages has the directories to read constants from, by package.
 var limitsPackages = map[string]string{
 	"mojoauth": ".", "gate": "internal/gate", "lifetime": "internal/lifetime", "redact": "internal/redact",
 }
 
-// notLimits are constants with a number that no user or operator is limited by.
+// notLimits lists numeric constants that do not limit users or operators, and why.
 var notLimits = map[string]string{
-	"gate.backlog":      "when the pace grows, in docs/concepts.md",
-	"gate.creepStep":    "how the pace grows, in docs/concepts.md",
-	"gate.echo":         "how the pace is cut",
-	"gate.maxLate":      "how exactly requests leave",
-	"gate.probeStep":    "how the pace grows, in docs/concepts.md",
-	"gate.safe":         "how the pace grows, in docs/concepts.md",
-	"gate.steadyClosed": "how the pace grows, in docs/concepts.md",
-	"gate.steadyFor":    "how the pace grows, in docs/concepts.md",
-	"gate.steepStep":    "how the pace grows, in docs/concepts.md",
-	"gate.wellAbove":    "how the pace grows, in docs/concepts.md",
-	"gate.window":       "how exactly requests leave",
+	"gate.backlog":      "when the pace increases; in docs/concepts.md",
+	"gate.creepStep":    "how the pace increases; in docs/concepts.md",
+	"gate.echo":         "how the pace decreases",
+	"gate.maxLate":      "precision of the pace",
+	"gate.probeStep":    "how the pace increases; in docs/concepts.md",
+	"gate.safe":         "how the pace increases; in docs/concepts.md",
+	"gate.steadyClosed": "how the pace increases; in docs/concepts.md",
+	"gate.steadyFor":    "how the pace increases; in docs/concepts.md",
+	"gate.steepStep":    "how the pace increases; in docs/concepts.md",
+	"gate.wellAbove":    "how the pace increases; in docs/concepts.md",
+	"gate.window":       "precision of the pace",
 
-	"mojoauth.lookPause":          "in docs/concepts.md, about nodes that may not write",
-	"mojoauth.maxReloads":         "within the engine",
-	"mojoauth.longestReloadWait":  "within the engine",
-	"mojoauth.shortestReloadWait": "within the engine",
-	"mojoauth.patienceForNewer":   "within the engine",
-	"mojoauth.precedence":         "within the engine",
-	"mojoauth.rememberAloneFor":   "within the engine",
-	"mojoauth.rememberFor":        "within the engine",
-	"mojoauth.storeTimeout":       "within the engine",
+	"mojoauth.lookPause":          "in docs/concepts.md, for standbys",
+	"mojoauth.maxReloads":         "internal",
+	"mojoauth.longestReloadWait":  "internal",
+	"mojoauth.shortestReloadWait": "internal",
+	"mojoauth.patienceForNewer":   "internal",
+	"mojoauth.precedence":         "internal",
+	"mojoauth.rememberAloneFor":   "internal",
+	"mojoauth.rememberFor":        "internal",
+	"mojoauth.storeTimeout":       "internal",
 
-	"redact.hashBase": "within the engine",
-	"redact.maxRead":  "within the engine",
+	"redact.hashBase": "internal",
+	"redact.maxRead":  "internal",
 }
 
-// codeConstants has the constants with a number, by package and name.
+// codeConstants has the numeric constants by package and name.
 type codeConstants struct {
 	t      *testing.T
 	values map[string]constant.Value
@@ -91,7 +91,7 @@ func readConstants(t *testing.T) *codeConstants {
 				return true
 			})
 		}
-		for range 2 { // a constant may come before one that it depends on
+		for range 2 { // a constant may precede one that it depends on
 			for _, spec := range specs {
 				for i, value := range spec.Values {
 					if v := c.eval(name, value); v != nil {
@@ -104,7 +104,7 @@ func readConstants(t *testing.T) *codeConstants {
 	return c
 }
 
-// eval is the number that an expression has, nil for other expressions.
+// eval returns the value of a numeric expression, or nil for other expressions.
 func (c *codeConstants) eval(pkg string, e ast.Expr) constant.Value {
 	switch e := e.(type) {
 	case *ast.BasicLit:
@@ -148,7 +148,7 @@ func (c *codeConstants) number(name string) float64 {
 	return n
 }
 
-// count is a constant that counts something.
+// count returns the text for a constant that is a count.
 func (c *codeConstants) count(name string) string {
 	c.t.Helper()
 	text := fmt.Sprint(int(c.number(name)))
@@ -158,7 +158,7 @@ func (c *codeConstants) count(name string) string {
 	return text
 }
 
-// time is a constant with a duration.
+// time returns the text for a constant that is a duration.
 func (c *codeConstants) time(name string) string {
 	c.t.Helper()
 	d := time.Duration(c.number(name))
@@ -185,7 +185,7 @@ func (c *codeConstants) time(name string) string {
 	return d.String()
 }
 
-// size is a constant with a number of bytes.
+// size returns the text for a constant that is a number of bytes.
 func (c *codeConstants) size(name string) string {
 	c.t.Helper()
 	return sizeText(int(c.number(name)))
@@ -198,7 +198,7 @@ func sizeText(bytes int) string {
 	return fmt.Sprintf("%d bytes", bytes)
 }
 
-// limits has the values of all rows, by their first cell.
+// limits returns the values of all rows by their first cell.
 func limits(c *codeConstants) map[string]string {
 	rows := make(map[string]string)
 	for field, bound := range bounds {
@@ -260,7 +260,7 @@ func limits(c *codeConstants) map[string]string {
 		"Closing a mount":                    c.time("mojoauth.closingTime"),
 	})
 	if c.number("gate.longestRetryAfter") != c.number("mojoauth.longestRetryAfter") {
-		c.t.Error("the gate and the answers have different bounds for Retry-After")
+		c.t.Error("the gate and the token responses have different limits for Retry-After")
 	}
 	return rows
 }
@@ -281,9 +281,9 @@ func TestDocsLimits(t *testing.T) {
 		listed[m[1]] = true
 		switch want, ok := code[m[1]]; {
 		case !ok:
-			t.Errorf("%s, line %d: the test knows no limit %q: remove the row, or add the limit to the test", limitsDoc, i+1, m[1])
+			t.Errorf("%s, line %d: the test has no limit %q: remove the row, or add the limit to the test", limitsDoc, i+1, m[1])
 		case m[2] != want:
-			t.Errorf("%s, line %d: %s is %q, but %q in the code", limitsDoc, i+1, m[1], m[2], want)
+			t.Errorf("%s, line %d: %s is %q, want %q as in the code", limitsDoc, i+1, m[1], m[2], want)
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(code)) {

@@ -20,7 +20,7 @@ var (
 	docLinkText = regexp.MustCompile(`\[([^\]]*)\]\([^)]*\)`)
 )
 
-// docAnchors are the anchors that GitHub gives the headings of a text.
+// docAnchors returns the anchors that GitHub generates for the headings of a text.
 func docAnchors(text string) map[string]bool {
 	anchors := make(map[string]bool)
 	for _, match := range docHeadings.FindAllStringSubmatch(docFences.ReplaceAllString(text, ""), -1) {
@@ -54,8 +54,7 @@ func TestDocAnchors(t *testing.T) {
 	}
 }
 
-// Every link in the documents to a file of the repository, and to a heading in it, leads
-// somewhere.
+// Every link in the documents to a file in the repository, or to a heading in one, is valid.
 func TestDocsLinks(t *testing.T) {
 	texts := make(map[string]string)
 	for _, pattern := range []string{"*.md", "docs/*.md", "examples/*.md", "deploy/*/*.md"} {
@@ -88,11 +87,11 @@ func TestDocsLinks(t *testing.T) {
 				continue
 			}
 			if hasAnchor && !docAnchors(texts[target])[anchor] {
-				t.Errorf("%s links to %s, and %s has no such heading", file, match[1], target)
+				t.Errorf("%s links to %s, but %s has no such heading", file, match[1], target)
 			}
 		}
 	}
 	if links < 100 {
-		t.Errorf("found %d links only: the pattern is out of date", links)
+		t.Errorf("found only %d links, want at least 100: the pattern is out of date", links)
 	}
 }

@@ -22,15 +22,15 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// This file makes the sample requests of docs/api.md and compares the responses with the
-// sample responses there. Run it with -update to replace the samples:
+// This file sends the sample requests in docs/api.md and compares the responses with the
+// sample responses in the document. Run it with -update to replace the samples:
 //
 //	go test -run TestDocsSampleResponses . -update
 //
 // The command in a part "Sample request" or "Sample request: title" belongs to the parts
 // "Sample payload" and "Sample response" with the same title. If the response has a body,
-// the part "Sample response" has it in a block, which is JSON or, for metrics, an excerpt of
-// the text. If the status is not 200, the part names it, as in "Status 204".
+// the part "Sample response" contains it in a block: JSON, or for metrics an excerpt of the
+// text. If the status is not 200, the part names it, as in "Status 204".
 
 var updateDocs = flag.Bool("update", false, "replace the sample responses in docs/api.md")
 
@@ -39,11 +39,11 @@ type docBlock struct {
 	section, part string
 	language      string
 	text          string
-	first, end    int // the lines between the fences: from first, counted from 0, to end, excluded
+	first, end    int // the lines between the fences, [first, end), counted from 0
 }
 
-// docBlocks reads the blocks of a document. prose has the text outside of them, by section
-// and part.
+// docBlocks returns the fenced blocks of a document, and the text outside them by section and
+// part.
 func docBlocks(lines []string) (blocks []docBlock, prose map[string]string) {
 	prose = make(map[string]string)
 	var (
@@ -97,7 +97,7 @@ func parseDocRequest(command string) (docRequest, error) {
 	op, known := operations[method]
 	path, ok := strings.CutPrefix(u.Path, "/v1/mojoauth/")
 	if !known || !ok || !strings.HasPrefix(command, "$ curl \\\n    --header \"X-Vault-Token: ...\" \\\n") {
-		return docRequest{}, fmt.Errorf("not a curl command for a path of the engine: %s", command)
+		return docRequest{}, fmt.Errorf("not a curl command for one of the engine's paths: %s", command)
 	}
 	if op == logical.ListOperation {
 		path += "/" // as Vault does
@@ -109,9 +109,9 @@ func parseDocRequest(command string) (docRequest, error) {
 	return req, nil
 }
 
-// docScenes has what happens before a sample request, by section and title. Each sample
-// starts at 2026-03-02T09:00:00Z with the configs default and partner and the roles reports
-// and billing.
+// docScenes has the setup of a sample request, by section and title. Each sample starts at
+// 2026-03-02T09:00:00Z with the configs default and partner and the roles reports and
+// billing.
 var docScenes = map[string]func(m *testMount){
 	"Create/update role: a role before its config": func(m *testMount) {
 		m.do(logical.DeleteOperation, "config/partner", nil)
@@ -143,7 +143,7 @@ var docScenes = map[string]func(m *testMount){
 	},
 }
 
-// docUse has tokens read for 50 minutes, in the last of which MojoAuth fails.
+// docUse reads tokens for 50 minutes. MojoAuth fails during the last 10.
 func docUse(m *testMount) {
 	for range 4 {
 		m.read("creds/reports")
@@ -157,7 +157,7 @@ func docUse(m *testMount) {
 	synctest.Wait()
 }
 
-// docMount is the mount that sample requests go to.
+// docMount returns the mount for the sample requests.
 func docMount(t *testing.T) *testMount {
 	t.Helper()
 	start := time.Date(2026, time.March, 2, 9, 0, 0, 0, time.UTC)
@@ -178,13 +178,13 @@ func docMount(t *testing.T) *testMount {
 	return m
 }
 
-// docAnswer is the status and body that Vault makes of a response. The body is text for
-// metrics, nil if there is none, and else what the document shows of the JSON object.
+// docAnswer returns the status and body that Vault sends for a response. The body is text for
+// metrics, nil if there is none, or the part of the JSON object that the document shows.
 func docAnswer(t *testing.T, op logical.Operation, resp *logical.Response, err error) (status int, body any) {
 	t.Helper()
 	status, failed := logical.RespondErrorCommon(&logical.Request{Operation: op}, resp, err)
 	switch {
-	case failed != nil && err != nil: // as Vault lists the errors of a request
+	case failed != nil && err != nil: // in Vault's format for a list of errors
 		logical.AdjustErrorStatusCode(&status, err)
 		return status, map[string]any{"errors": []any{fmt.Sprintf("1 error occurred:\n\t* %s\n\n", err)}}
 	case failed != nil:
@@ -197,7 +197,7 @@ func docAnswer(t *testing.T, op logical.Operation, resp *logical.Response, err e
 		return 200, resp.Data[logical.HTTPRawBody]
 	}
 	if resp.Secret != nil {
-		resp.Secret.LeaseID = "mojoauth/creds/leased/example-lease-id" // which Vault makes
+		resp.Secret.LeaseID = "mojoauth/creds/leased/example-lease-id" // Vault generates it
 	}
 	var object map[string]any
 	text, err := json.Marshal(logical.LogicalResponseToHTTPResponse(resp))
@@ -212,7 +212,7 @@ func docAnswer(t *testing.T, op logical.Operation, resp *logical.Response, err e
 			delete(object, key)
 		}
 	}
-	// What the stand-in for MojoAuth and the build make up.
+	// Replace the values that vary with the MojoAuth stand-in and the build.
 	if data, ok := object["data"].(map[string]any); ok {
 		for key, value := range map[string]any{"access_token": "eyJ...", "version": "v0.1.0", "commit": "0123456789ab"} {
 			if data[key] != nil {
@@ -274,7 +274,7 @@ func TestDocsSampleResponses(t *testing.T) {
 			}
 			data := req.query
 			if payload := find(b.section, "Sample payload"+title); req.data != (payload != nil) {
-				t.Fatalf("the command sends a payload: %v; there is a sample payload: %v", req.data, payload != nil)
+				t.Fatalf("the command sends a payload: %v; the document has a sample payload: %v", req.data, payload != nil)
 			} else if req.data {
 				if err := json.Unmarshal([]byte(payload.text), &data); err != nil {
 					t.Fatal(err)
@@ -304,7 +304,7 @@ func TestDocsSampleResponses(t *testing.T) {
 			part := "Sample response" + title
 			said := prose[b.section+"/"+part]
 			if status != 200 && !strings.Contains(said, fmt.Sprintf("Status %d", status)) {
-				t.Errorf("the part %q does not say %q", part, fmt.Sprintf("Status %d", status))
+				t.Errorf("the part %q does not contain %q", part, fmt.Sprintf("Status %d", status))
 			}
 			sample := find(b.section, part)
 			if (sample != nil) != (body != nil) {
@@ -334,7 +334,7 @@ func TestDocsSampleResponses(t *testing.T) {
 			case *updateDocs:
 				updates = append(updates, update{sample, text})
 			default:
-				t.Errorf("%s, line %d: %v. Replace it (go test -run %s . -update), or correct the code. The response is\n%s", apiDoc, sample.first, differs, "TestDocsSampleResponses", text)
+				t.Errorf("%s, line %d: %v. Replace the sample (go test -run %s . -update), or correct the code. The response is\n%s", apiDoc, sample.first, differs, "TestDocsSampleResponses", text)
 			}
 		})
 	}
@@ -345,7 +345,7 @@ func TestDocsSampleResponses(t *testing.T) {
 	}
 	for name := range docScenes {
 		if !scenes[name] {
-			t.Errorf("docScenes has %q, which is no sample: remove it", name)
+			t.Errorf("docScenes has %q, which is not a sample: remove it", name)
 		}
 	}
 	if len(updates) == 0 {

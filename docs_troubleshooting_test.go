@@ -17,37 +17,38 @@ import (
 	"testing"
 )
 
-// This file compares docs/troubleshooting.md with the texts in the code, in both directions.
+// This file compares the messages in docs/troubleshooting.md with those in the code, in both
+// directions.
 //
-// The rows of the document's tables begin with texts in backquotes. A text is a string in
-// the code, with … for each value that the code puts in. A part of a longer text counts as a
-// text of its own. In the section about Vault, the texts are those that tests expect.
+// Each row of the document's tables begins with a message in backquotes. A message is a
+// string in the code, with … for each inserted value. A part of a longer message counts as a
+// separate message. The section about Vault lists messages that tests expect.
 
 const troubleshootingDoc = "docs/troubleshooting.md"
 
-// unseenTexts are strings in the code that look like texts of their own and are not.
+// unseenTexts lists strings in the code that look like messages, and why they are not.
 var unseenTexts = map[string]string{
-	"the config is backed off":          "ends waits within the engine",
-	"the role or its config changed":    "makes a request start over, or has an error of its own",
-	"MojoAuth is throttling":            "no mint fails with it",
-	"cannot write to readonly storage":  "compared with texts of others",
-	"please forward to the active node": "compared with texts of others",
-	"node is not the leader":            "compared with texts of others",
-	"vault is in standby mode":          "compared with texts of others",
-	"remote error":                      "compared with texts of others",
-	"local error":                       "compared with texts of others",
+	"the config is backed off":          "internal; ends waits",
+	"the role or its config changed":    "internal; the request starts over or returns another error",
+	"MojoAuth is throttling":            "no mint fails with this error",
+	"cannot write to readonly storage":  "matches errors of other software",
+	"please forward to the active node": "matches errors of other software",
+	"node is not the leader":            "matches errors of other software",
+	"vault is in standby mode":          "matches errors of other software",
+	"remote error":                      "matches errors of other software",
+	"local error":                       "matches errors of other software",
 	"Each config holds one MojoAuth application. Read a config at config/<name>.": "help",
 	"Read a role at roles/<name>, and its access token at creds/<name>.":          "help",
 	"List the names of all ….":                               "help",
-	"for example https://your-app.mojoauth.com/oauth2/token": "part of other texts",
-	"… KiB (… bytes)":                                        "part of other texts",
-	"… bytes":                                                "part of other texts",
+	"for example https://your-app.mojoauth.com/oauth2/token": "part of other messages",
+	"… KiB (… bytes)":                                        "part of other messages",
+	"… bytes":                                                "part of other messages",
 }
 
-// verb is a value in a format.
+// verb matches a formatting verb.
 var verb = regexp.MustCompile(`%[.0-9]*[a-z]`)
 
-// textOf returns the text that an expression makes: a string, or several that + joins.
+// textOf returns the text of an expression: a string, or several strings joined with +.
 func textOf(e ast.Expr) (text string, ok bool) {
 	switch e := e.(type) {
 	case *ast.ParenExpr:
@@ -79,14 +80,14 @@ func textOf(e ast.Expr) (text string, ok bool) {
 	return "", false
 }
 
-// prose is what at least two words have between them.
+// prose matches a text of at least two words.
 var prose = regexp.MustCompile(`[\p{L}…][^ ]* +[^ ]*\p{L}`)
 
-// joint is what joins a text to the one before it.
+// joint matches the separator between a text and the one before it.
 var joint = regexp.MustCompile(`^…?[.;] `)
 
-// textsInCode returns the texts in the code that users and operators see, with the places
-// where they are. Descriptions and help are no such texts: path-help shows them.
+// textsInCode returns the messages in the code that users and operators see, with their
+// positions. It skips descriptions and help, which only path-help shows.
 func textsInCode(t *testing.T) map[string]string {
 	t.Helper()
 	files, err := filepath.Glob("*.go")
@@ -124,7 +125,7 @@ func textsInCode(t *testing.T) map[string]string {
 					return true
 				}
 				if prose.MatchString(text) {
-					// What only joins a text to the one before it does not count.
+					// Ignore a leading separator.
 					texts[joint.ReplaceAllString(text, "")] = fset.Position(n.Pos()).String()
 				}
 				return false
@@ -135,16 +136,16 @@ func textsInCode(t *testing.T) map[string]string {
 	return texts
 }
 
-// docText is a row of a table of the document.
+// docText is a row in one of the document's tables.
 type docText struct {
 	section, text string
 	line          int
 }
 
-// vaultSection is the section with texts that are not the engine's own.
+// vaultSection is the section with messages from Vault and OpenBao.
 const vaultSection = "Texts of Vault and OpenBao"
 
-// docTexts reads the texts in the document's tables, in their order.
+// docTexts returns the messages in the document's tables, in order.
 func docTexts(t *testing.T) (texts []docText) {
 	t.Helper()
 	content, err := os.ReadFile(troubleshootingDoc)
@@ -164,7 +165,7 @@ func docTexts(t *testing.T) (texts []docText) {
 	return texts
 }
 
-// Each text in the document is in the code, and each text in the code is in the document.
+// The document and the code contain the same messages.
 func TestTroubleshootingTexts(t *testing.T) {
 	code := textsInCode(t)
 	for text := range unseenTexts {
@@ -179,21 +180,21 @@ func TestTroubleshootingTexts(t *testing.T) {
 			continue
 		}
 		if code[row.text] == "" {
-			t.Errorf("%s, line %d: the code does not have this text: correct or remove it\n%s", troubleshootingDoc, row.line, row.text)
+			t.Errorf("%s, line %d: the code does not contain this message: correct or remove it\n%s", troubleshootingDoc, row.line, row.text)
 		}
 		if listed[row.text] {
-			t.Errorf("%s, line %d: the text is listed twice: remove one\n%s", troubleshootingDoc, row.line, row.text)
+			t.Errorf("%s, line %d: the message is listed twice: remove one\n%s", troubleshootingDoc, row.line, row.text)
 		}
 		listed[row.text] = true
 	}
 	for text, at := range code {
 		if !listed[text] {
-			t.Errorf("%s does not have this text of %s: list it with its cause and fix\n%s", troubleshootingDoc, at, text)
+			t.Errorf("%s does not list this message from %s: add it with its cause and fix\n%s", troubleshootingDoc, at, text)
 		}
 	}
 }
 
-// Readers look texts up by their first words.
+// The messages are in alphabetical order, because readers look them up by their first words.
 func TestTroubleshootingIsInOrder(t *testing.T) {
 	beginning := func(row docText) string {
 		return strings.ToLower(strings.TrimLeft(row.text, "…\". ;:,"))
@@ -201,12 +202,12 @@ func TestTroubleshootingIsInOrder(t *testing.T) {
 	rows := docTexts(t)
 	for i := 1; i < len(rows); i++ {
 		if before, row := rows[i-1], rows[i]; before.section == row.section && beginning(before) > beginning(row) {
-			t.Errorf("%s, line %d: the text belongs before the one above it\n%s", troubleshootingDoc, row.line, row.text)
+			t.Errorf("%s, line %d: the message belongs before the one above it\n%s", troubleshootingDoc, row.line, row.text)
 		}
 	}
 }
 
-// Each text that the document says is Vault's is one that a test expects from it.
+// A test expects each message in the section about Vault.
 func TestTroubleshootingTextsOfVault(t *testing.T) {
 	files, err := filepath.Glob("e2e/*_test.go")
 	if err != nil {
@@ -227,16 +228,16 @@ func TestTroubleshootingTextsOfVault(t *testing.T) {
 		}
 		n++
 		if !strings.Contains(tests.String(), row.text) {
-			t.Errorf("%s, line %d: no test expects this text: remove it, or test it\n%s", troubleshootingDoc, row.line, row.text)
+			t.Errorf("%s, line %d: no test expects this message: remove it, or test it\n%s", troubleshootingDoc, row.line, row.text)
 		}
 	}
 	if n == 0 {
-		t.Errorf("%s has no texts in the section %q", troubleshootingDoc, vaultSection)
+		t.Errorf("%s has no messages in the section %q", troubleshootingDoc, vaultSection)
 	}
 }
 
-// unexplained returns the parts of a text that are neither texts of the document nor single
-// values.
+// unexplained returns the parts of a text that are neither messages in the document nor
+// single values.
 func unexplained(rows []docText, text string) (parts []string) {
 	texts := slices.Collect(maps.Keys(unseenTexts))
 	for _, row := range rows {

@@ -31,8 +31,8 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/internal/lifetime"
 )
 
-// This file compares the documents other than docs/api.md with the code: the files and
-// identifiers that they name, their figures, and the table of files in CONTRIBUTING.md.
+// This file compares the documents, except docs/api.md, with the code: file names,
+// identifiers, figures, and the table of files in CONTRIBUTING.md.
 
 func document(t *testing.T, name string) string {
 	t.Helper()
@@ -43,16 +43,16 @@ func document(t *testing.T, name string) string {
 	return string(content)
 }
 
-// withoutCode is a document without its blocks of code.
+// withoutCode returns a document without its code blocks.
 func withoutCode(text string) string {
 	return regexp.MustCompile("(?ms)^ *```.*?^ *```$").ReplaceAllString(text, "")
 }
 
-// tableRows are the cells of the rows of a table whose header begins with those cells.
+// tableRows returns the cells of each row of a table whose header begins with these cells.
 func tableRows(t *testing.T, name string, header ...string) [][]string {
 	t.Helper()
 	cells := func(line string) []string {
-		// A \| within a cell does not occur.
+		// No cell contains a \|.
 		cells := strings.Split(strings.Trim(line, "|"), "|")
 		for i := range cells {
 			cells[i] = strings.TrimSpace(cells[i])
@@ -79,7 +79,7 @@ func tableRows(t *testing.T, name string, header ...string) [][]string {
 	return rows[1:] // below the line of dashes
 }
 
-// code are the texts in backquotes.
+// code returns the texts in backquotes.
 func code(text string) []string {
 	var found []string
 	for _, m := range regexp.MustCompile("`([^`\n]+)`").FindAllStringSubmatch(text, -1) {
@@ -88,7 +88,7 @@ func code(text string) []string {
 	return found
 }
 
-// Source files that the documents name exist.
+// The source files that the documents name exist.
 func TestDocsFiles(t *testing.T) {
 	file := regexp.MustCompile(`^(?:\.?[\w-]+/)*[\w.-]*\w\.(?:go|sh|yml|yaml|json|md|svg)$`)
 	for _, name := range []string{"docs/concepts.md", "docs/operations.md", "docs/monitoring.md", "docs/architecture.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"} {
@@ -114,8 +114,8 @@ func TestDocsFiles(t *testing.T) {
 	}
 }
 
-// sources are the files of this package, without its tests, as far as they can be
-// checked without what they import.
+// sources has the syntax and types of this package without its tests. Types from imported
+// packages are missing.
 type sources struct {
 	fset  *gotoken.FileSet
 	files map[string]*ast.File
@@ -123,10 +123,10 @@ type sources struct {
 	info  types.Info
 }
 
-// nothing stands for the packages that a package imports.
-type nothing struct{}
+// emptyImporter imports every package as an empty one.
+type emptyImporter struct{}
 
-func (nothing) Import(name string) (*types.Package, error) {
+func (emptyImporter) Import(name string) (*types.Package, error) {
 	pkg := types.NewPackage(name, path.Base(regexp.MustCompile(`/v\d+$`).ReplaceAllString(name, "")))
 	pkg.MarkComplete()
 	return pkg, nil
@@ -151,8 +151,8 @@ var readSources = sync.OnceValues(func() (*sources, error) {
 		files = append(files, file)
 	}
 	s.info = types.Info{Uses: make(map[*ast.Ident]types.Object)}
-	config := types.Config{Importer: nothing{}, Error: func(error) {}}
-	s.pkg, _ = config.Check("mojoauth", s.fset, files, &s.info) // fails at what is imported
+	config := types.Config{Importer: emptyImporter{}, Error: func(error) {}}
+	s.pkg, _ = config.Check("mojoauth", s.fset, files, &s.info) // reports errors for imported names
 	return s, nil
 })
 
@@ -165,8 +165,8 @@ func packageSources(t *testing.T) *sources {
 	return s
 }
 
-// uses are the identifiers that a file uses and another file of the package declares:
-// files by identifier.
+// uses returns the identifiers that a file uses and that another file of the package
+// declares. The map has the declaring file by identifier.
 func (s *sources) uses(name string) map[string]string {
 	used := make(map[string]string)
 	for ident, object := range s.info.Uses {
@@ -190,10 +190,11 @@ func imports(file *ast.File) []string {
 	return paths
 }
 
-// independence are the claims that the table of files in CONTRIBUTING.md may make. Each
-// says what a file may not import, and which files it may use nothing of.
+// independence has the rule for each claim in the table of files in CONTRIBUTING.md. A rule
+// lists what a file may not import, the files whose declarations it may not use, and the
+// identifiers that it may not contain.
 var independence = map[string]struct {
-	imports []string // with what is beneath them
+	imports []string // including subpackages
 	files   []string
 	names   []string
 }{
@@ -210,8 +211,8 @@ var independence = map[string]struct {
 
 const modulePath = "github.com/mojoauth/vault-plugin-secrets-mojoauth"
 
-// The table of files in CONTRIBUTING.md has every file of the package, and what it says of
-// their independence is true.
+// The table of files in CONTRIBUTING.md lists every file of the package, and its claims about
+// their independence are true.
 func TestIndependentFiles(t *testing.T) {
 	s := packageSources(t)
 	for claim, rule := range independence {
@@ -231,7 +232,7 @@ func TestIndependentFiles(t *testing.T) {
 			})
 		}
 		if !found {
-			t.Errorf("no file has an identifier %s any more", name)
+			t.Errorf("no file contains the identifier %s", name)
 		}
 	}
 
@@ -250,13 +251,13 @@ func TestIndependentFiles(t *testing.T) {
 				if what == "" {
 					continue
 				}
-				// A claim begins with a capital letter if it is the cell's first.
+				// The first claim in a cell begins with a capital letter.
 				if _, ok := independence[what]; !ok {
 					what = strings.ToLower(what[:1]) + what[1:]
 				}
 				rule, ok := independence[what]
 				if !ok {
-					t.Errorf("%s: there is no rule for the claim %q: add it to independence in documents_test.go", name, what)
+					t.Errorf("%s: the claim %q has no rule: add one to independence in documents_test.go", name, what)
 					continue
 				}
 				if len(files) == 0 {
@@ -271,7 +272,7 @@ func TestIndependentFiles(t *testing.T) {
 					for _, imported := range imports(files[inner]) {
 						for _, forbidden := range rule.imports {
 							if forbidden == modulePath && imported != modulePath && !strings.HasPrefix(imported, modulePath+"/internal/") {
-								continue // another package of the module that the file is in
+								continue // an e2e or cmd package of this repository
 							}
 							if imported == forbidden || strings.HasPrefix(imported, forbidden+"/") {
 								t.Errorf("%s is not independent of %s: it imports %s", inner, what, imported)
@@ -295,16 +296,16 @@ func TestIndependentFiles(t *testing.T) {
 	}
 	for name := range s.files {
 		if !listed[name] {
-			t.Errorf("CONTRIBUTING.md does not list %s: say what it is for", name)
+			t.Errorf("CONTRIBUTING.md does not list %s: add it with its responsibility", name)
 		}
 	}
 	if checked < 50 {
-		t.Errorf("only %d claims were checked", checked)
+		t.Errorf("checked only %d claims, want at least 50", checked)
 	}
 }
 
-// parseDirectory parses the imports of the Go files in a directory, or of one Go file
-// outside of this package. The tests of internal packages do not count.
+// parseDirectory parses the imports of the Go files in a directory, or of one Go file outside
+// this package. It skips the tests of internal packages.
 func parseDirectory(t *testing.T, name string) map[string]*ast.File {
 	t.Helper()
 	var names []string
@@ -331,8 +332,7 @@ func parseDirectory(t *testing.T, name string) map[string]*ast.File {
 	return files
 }
 
-// Identifiers that docs/architecture.md names exist, and so do those that the example in
-// CONTRIBUTING.md is about.
+// The identifiers that docs/architecture.md and the example in CONTRIBUTING.md name exist.
 func TestDocsIdentifiers(t *testing.T) {
 	s := packageSources(t)
 	known := make(map[string]bool)
@@ -388,7 +388,7 @@ func TestDocsIdentifiers(t *testing.T) {
 		}
 	}
 	if checked < 50 {
-		t.Errorf("only %d identifiers were checked", checked)
+		t.Errorf("checked only %d identifiers, want at least 50", checked)
 	}
 
 	_, example, _ := strings.Cut(document(t, "CONTRIBUTING.md"), "\n## An example")
@@ -397,20 +397,20 @@ func TestDocsIdentifiers(t *testing.T) {
 		"bounds", "toResponseData", "roleOperations", "request", "protocol", "mergeConfig",
 	} {
 		if !known[name] {
-			t.Errorf("%s does not exist any more: correct the example in CONTRIBUTING.md", name)
+			t.Errorf("%s no longer exists: correct the example in CONTRIBUTING.md", name)
 		}
 		if !strings.Contains(example, name) {
-			t.Errorf("the example in CONTRIBUTING.md does not name %s any more: remove it here", name)
+			t.Errorf("the example in CONTRIBUTING.md no longer names %s: remove it from this test", name)
 		}
 	}
 	for _, name := range []string{"maxDescription", "TestRoleDescription"} {
 		if known[name] {
-			t.Errorf("%s exists: the example in CONTRIBUTING.md needs another field", name)
+			t.Errorf("%s exists: use another field in the example in CONTRIBUTING.md", name)
 		}
 	}
 }
 
-// docs/monitoring.md lists the metrics that there are, with their types and labels.
+// docs/monitoring.md lists all metrics with their types and labels.
 func TestDocsMetrics(t *testing.T) {
 	text := document(t, "docs/monitoring.md")
 	listed := make(map[string][]string)
@@ -478,7 +478,7 @@ func TestDocsMetrics(t *testing.T) {
 			want = "The key"
 		}
 		if got := backsOff[result]; got != want {
-			t.Errorf("docs/monitoring.md: what the class %s backs off is %q, want %q", result, got, want)
+			t.Errorf("docs/monitoring.md: the class %s backs off %q, want %q", result, got, want)
 		}
 		delete(backsOff, result)
 	}
@@ -487,7 +487,7 @@ func TestDocsMetrics(t *testing.T) {
 	}
 }
 
-// docs/monitoring.md lists the alerts that there are, with their severities.
+// docs/monitoring.md lists all alerts with their severities.
 func TestDocsAlerts(t *testing.T) {
 	rules := document(t, "deploy/monitoring/alerts.yml")
 	var want, got []string
@@ -509,12 +509,12 @@ func TestDocsAlerts(t *testing.T) {
 	}
 }
 
-// The glossary has each term once, and the documents use its words.
+// The glossary lists each term once, and the documents use its terms.
 func TestDocsGlossary(t *testing.T) {
 	seen := make(map[string]bool)
 	for _, row := range tableRows(t, "docs/concepts.md", "Term", "Meaning") {
 		if seen[row[0]] {
-			t.Errorf("the glossary has the term %q twice", row[0])
+			t.Errorf("the glossary lists the term %q twice", row[0])
 		}
 		seen[row[0]] = true
 	}
@@ -522,13 +522,13 @@ func TestDocsGlossary(t *testing.T) {
 		text := withoutCode(document(t, name))
 		for _, word := range []string{"spent", "narrowed set", "whole scopes", "whoever", "anew", "mended", "licence", "behaviour"} {
 			if m := regexp.MustCompile(`(?i)\b` + word).FindString(text); m != "" {
-				t.Errorf("%s says %q: use the word of the glossary", name, m)
+				t.Errorf("%s contains %q: use the glossary's term", name, m)
 			}
 		}
 	}
 }
 
-// Figures of the documents are those of the code.
+// The figures in the documents match the code.
 func TestDocsFigures(t *testing.T) {
 	hour := lifetime.New(time.Hour, 0)
 	minutes := func(d time.Duration) string { return fmt.Sprintf("%g min", d.Minutes()) }
@@ -543,13 +543,13 @@ func TestDocsFigures(t *testing.T) {
 	if early, late := hour.Ahead(0)-hour.Refresh, hour.Ahead(1)-hour.Refresh; early != 36*time.Second || late != 3*time.Minute {
 		t.Errorf("renewals are spread over %s to %s: correct docs/concepts.md", early, late)
 	}
-	// The average token is replaced after L - R less the average spread.
+	// On average, the engine replaces a token after L - R minus the average spread.
 	if got := (hour.Lifetime - hour.Ahead(0.5)).Seconds() / 3600; math.Abs(got-0.72) > 0.001 {
 		t.Errorf("a role in use causes a token request every %.3f L: correct docs/operations.md", got)
 	}
 	for _, figure := range []struct {
 		document string
-		text     string // with a place for each of the figures
+		text     string // a format for the figures
 		figures  []any
 	}{
 		{"docs/concepts.md", "for %d s, then 10 s, 20 s and %d s, minus a random share of up to a fifth", []any{seconds(shortestBackoff), seconds(longestBackoff)}},
@@ -581,7 +581,7 @@ func TestDocsFigures(t *testing.T) {
 		{"CHANGELOG.md", "at most %d scope subsets", []any{maxNarrowedOfRole}},
 	} {
 		if want := fmt.Sprintf(figure.text, figure.figures...); !strings.Contains(inOneLine(document(t, figure.document)), want) {
-			t.Errorf("%s does not say %q: correct the figure, or the sentence here", figure.document, want)
+			t.Errorf("%s does not contain %q: correct the figure, or the sentence in this test", figure.document, want)
 		}
 	}
 	if rate := float64(time.Second) / float64(sweepPause); rate > 100 {
@@ -595,11 +595,11 @@ func seconds(d time.Duration) int { return int(d.Seconds()) }
 
 func thousands(n int) string { return fmt.Sprintf("%d,%03d", n/1000, n%1000) }
 
-// kib is the bound of a field.
+// kib returns the size limit of a field.
 func kib(field string) string { return fmt.Sprintf("%d KiB", bounds[field].bytes>>10) }
 
-// The table of first starts in docs/operations.md is what the gate does, at an endpoint
-// that answers in 100 ms.
+// The table of first starts in docs/operations.md matches the gate, for an endpoint that
+// responds in 100 ms.
 func TestDocsFirstStart(t *testing.T) {
 	limits := []int{5, 20, 50, 100}
 	for _, row := range tableRows(t, "docs/operations.md", "Roles", "Limit 5") {
@@ -608,7 +608,7 @@ func TestDocsFirstStart(t *testing.T) {
 			t.Fatal(err)
 		}
 		if roles > 1000 && underRaceDetector() {
-			continue // it takes no more than 8,128 goroutines
+			continue // the race detector supports at most 8,128 goroutines
 		}
 		for i, limit := range limits {
 			figure, unit, _ := strings.Cut(row[i+1], " ")
@@ -619,28 +619,28 @@ func TestDocsFirstStart(t *testing.T) {
 			per := map[string]time.Duration{"s": time.Second, "min": time.Minute}[unit]
 			last, _ := firstStart(t, roles, limit, 100*time.Millisecond)
 			got := float64(last) / float64(per)
-			// To the unit that the table shows, and one of it up or down.
+			// Allow a difference of one in the last digit that the table shows.
 			step := 1.0
 			if strings.Contains(figure, ".") {
 				step = 0.1
 			}
 			if math.Abs(got-want) > step {
-				t.Errorf("%d roles at a limit of %d: the table says %s, the gate takes %.2f %s", roles, limit, row[i+1], got, unit)
+				t.Errorf("%d roles at a limit of %d: the table has %s, but the gate takes %.2f %s", roles, limit, row[i+1], got, unit)
 			}
 		}
 	}
 	fast, within := firstStart(t, 300, 20, 100*time.Millisecond)
 	if within < 190 || within > 205 {
-		t.Errorf("%d requests were answered within 11 s, want nearly 200, as docs/operations.md says", within)
+		t.Errorf("got %d responses within 11 s, want 190 to 205 as in docs/operations.md", within)
 	}
 	slow, _ := firstStart(t, 300, 20, time.Second)
 	if more := slow - fast; more > 3*time.Second {
-		t.Errorf("an endpoint that takes a second adds %s, want up to 3 s, as docs/operations.md says", more)
+		t.Errorf("an endpoint that takes a second adds %s, want at most 3 s as in docs/operations.md", more)
 	}
 }
 
-// firstStart is how long it takes until each of the roles has its first token, and how
-// many have it within 11 s.
+// firstStart returns how long it takes until every role has its first token, and how many
+// roles have one within 11 s.
 func firstStart(t *testing.T, roles, limit int, latency time.Duration) (last time.Duration, within int) {
 	synctest.Test(t, func(t *testing.T) {
 		var (
@@ -675,7 +675,7 @@ func firstStart(t *testing.T, roles, limit int, latency time.Duration) (last tim
 	return last, within
 }
 
-// longestRead is how long a read waits at most, by default.
+// longestRead is the longest wait of a read with the default settings.
 const longestRead = defaultRequestTimeout + time.Second
 
 func underRaceDetector() bool {

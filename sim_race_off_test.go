@@ -7,3 +7,6 @@ package mojoauth
 
 // simSeeds is how many cases a test run plays.
 const simSeeds = 300
+
+// simRace reports whether the race detector is on.
+const simRace = false

@@ -18,7 +18,7 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// shellBlocks are the blocks of shell commands in a document, without their indentation.
+// shellBlocks returns the blocks of shell commands in a document, without indentation.
 func shellBlocks(t *testing.T, name string) []string {
 	t.Helper()
 	root, err := harness.Root()
@@ -39,12 +39,12 @@ func shellBlocks(t *testing.T, name string) []string {
 	return blocks
 }
 
-// The commands in docs/operations.md and docs/monitoring.md work as written. Other tests
-// run those that this one leaves out.
+// The commands in docs/operations.md and docs/monitoring.md work as written. Other tests run
+// the blocks that this test skips.
 func TestDocumentedCommands(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bash"); err != nil {
-		harness.Missing(t, "bash is not on PATH: the commands of the documents are not tested")
+		harness.Missing(t, "bash is not on PATH: the documented commands are not tested")
 	}
 	w := newWorld(t)
 	w.write("config", w.config(nil))
@@ -54,7 +54,7 @@ func TestDocumentedCommands(t *testing.T) {
 	if err := os.Symlink(w.vault.Binary, filepath.Join(bin, "vault")); err != nil {
 		t.Fatal(err)
 	}
-	elsewhere := map[string]string{
+	elsewhere := map[string]string{ // the tests that run a block, by its text
 		"scripts/register.sh": "TestRegisterScript",
 		"sys/plugins/pins":    "TestVersionsAsVaultTellsThem",
 		"/faults":             "TestDocumentedFaults",
@@ -77,20 +77,20 @@ func TestDocumentedCommands(t *testing.T) {
 			}
 		}
 		if ran != want {
-			t.Errorf("ran %d blocks of %s, want %d: count those that other tests run in elsewhere", ran, document, want)
+			t.Errorf("ran %d blocks of %s, want %d: list blocks that other tests run in elsewhere", ran, document, want)
 		}
 	}
 	if got := w.read("config").Data["max_requests_per_second"]; got != json.Number("15") {
-		t.Errorf("max_requests_per_second is %v, want 15, which docs/operations.md sets", got)
+		t.Errorf("max_requests_per_second is %v, want 15 as set in docs/operations.md", got)
 	}
-	// Two rotations of reports, and one of each role after a restore.
+	// The commands rotate reports twice, and each of the two roles once after a restore.
 	if got := w.read("status").Data["mints"]; got != json.Number("4") {
 		t.Errorf("got %v mints, want 4", got)
 	}
 	w.noCanary()
 }
 
-// docs/monitoring.md lists the faults of the OAuth server, and its commands set them.
+// docs/monitoring.md lists the OAuth server's faults, and its commands set existing faults.
 func TestDocumentedFaults(t *testing.T) {
 	t.Parallel()
 	var want []string
@@ -122,7 +122,7 @@ func TestDocumentedFaults(t *testing.T) {
 
 	bodies := regexp.MustCompile(`curl -X PUT \$OAUTH/faults -d '(.*)'`).FindAllStringSubmatch(string(doc), -1)
 	if len(bodies) < 3 {
-		t.Fatalf("docs/monitoring.md has the faults %q", bodies)
+		t.Fatalf("got the faults %q in docs/monitoring.md, want at least three", bodies)
 	}
 	for _, body := range bodies {
 		decoder := json.NewDecoder(strings.NewReader(body[1]))

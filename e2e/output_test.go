@@ -14,7 +14,7 @@ import (
 	"testing"
 )
 
-// The command shows some values in another form than the API. docs/api.md lists them.
+// The CLI formats some values differently from the API. docs/api.md lists them.
 func TestOutputOfTheCLI(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -36,28 +36,28 @@ func TestOutputOfTheCLI(t *testing.T) {
 		out := cli("read", "mojoauth/"+path)
 		for key, value := range rows {
 			if !regexp.MustCompile(`(?m)^` + key + ` +` + value + `$`).MatchString(out) {
-				t.Errorf("read %s shows no row %s %s:\n%s", path, key, value, out)
+				t.Errorf("read %s: got no row %s %s:\n%s", path, key, value, out)
 			}
 		}
 		out = cli("read", "-format=json", "mojoauth/"+path)
 		for key := range rows {
 			if key != "ca_cert" && !regexp.MustCompile(`"`+key+`": [0-9]+`).MatchString(out) {
-				t.Errorf("read -format=json %s shows no number for %s:\n%s", path, key, out)
+				t.Errorf("read -format=json %s: got no number for %s:\n%s", path, key, out)
 			}
 		}
 	}
 	if got := strings.TrimSpace(cli("read", "-field=max_ttl", "mojoauth/roles/app")); got != "43200" {
-		t.Errorf("read -field=max_ttl shows %q, want 43200", got)
+		t.Errorf("read -field=max_ttl: got %q, want 43200", got)
 	}
 	if out, err := w.vault.CLI(t.Context(), "read", "mojoauth/metrics"); err == nil || !strings.Contains(err.Error(), "invalid character '#' looking for beginning of value") {
-		t.Errorf("read metrics: got %q, %v", out, err)
+		t.Errorf("read metrics: got %q, %v, want a JSON error", out, err)
 	}
 	if out, err := w.vault.CLI(t.Context(), "read", "mojoauth/roles/nobody"); err == nil || !strings.Contains(out+err.Error(), "No value found at mojoauth/roles/nobody") {
-		t.Errorf("reading a role that does not exist: got %q, %v", out, err)
+		t.Errorf("reading a role that does not exist: got %q, %v, want no value found", out, err)
 	}
 }
 
-// What Vault itself says of a request or of the plugin. docs/troubleshooting.md lists it.
+// docs/troubleshooting.md lists these error messages of Vault itself.
 func TestTextsOfVault(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -84,7 +84,7 @@ func TestTextsOfVault(t *testing.T) {
 	w.write("config/dead", w.config(map[string]any{"token_url": "http://127.0.0.1:1/", "verify_connection": false, "max_retries": 0}))
 	w.write("roles/dead", role(map[string]any{"config": "dead"}))
 	if got := ask(t, w.vault.Client, http.MethodGet, "/v1/mojoauth/creds/dead", ""); got.status != http.StatusBadGateway || !strings.Contains(got.body, `{"errors":["1 error occurred:\n\t* no token for role \"dead\"`) {
-		t.Errorf("an endpoint that refuses connections: got %+v", got)
+		t.Errorf("an endpoint that refuses connections: got %+v, want 502 and the engine's error", got)
 	}
 
 	content, err := os.ReadFile(filepath.Join(pluginDir, pluginBinary))
@@ -97,7 +97,7 @@ func TestTextsOfVault(t *testing.T) {
 		return []string{"plugin", "register", "-sha256=" + sum, "-command=" + command, "-version=" + version, "secret", name}
 	}
 	if out, err := w.vault.CLI(t.Context(), register(wrong, pluginBinary, pluginVersion, "checksum")...); err != nil {
-		t.Errorf("registering a wrong checksum: got %q, %v, want no error before the plugin is enabled", out, err)
+		t.Errorf("registering a wrong checksum: got %q, %v, want no error until the plugin is enabled", out, err)
 	}
 	for _, c := range []struct {
 		what string

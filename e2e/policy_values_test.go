@@ -13,9 +13,9 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// A policy can allow a role with certain scopes only: servers look at parameter constraints
-// on a read too. This is how they compare a policy's values with what a read sends, for the
-// policy that docs/consumers.md shows and for others that may come to mind.
+// Vault and OpenBao check parameter constraints on reads, so a policy can restrict the scopes
+// that a read requests. This test covers how they compare the values in a policy with the
+// values in a read, for the policy in docs/consumers.md and for other plausible policies.
 func TestPolicyValues(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -29,9 +29,9 @@ func TestPolicyValues(t *testing.T) {
   ` + more + `
 }`
 	}
-	const refused = "" // no scope
+	const refused = "" // the read is refused
 	const both = "read:data write:data"
-	byItem := func(scope string) string { // what Vault grants and OpenBao refuses
+	byItem := func(scope string) string { // Vault checks each list item; OpenBao checks the whole value and refuses
 		if w.vault.Product.Has(harness.WholeValues) {
 			return refused
 		}
@@ -39,7 +39,7 @@ func TestPolicyValues(t *testing.T) {
 	}
 	for name, policy := range map[string]struct {
 		rules string
-		want  map[string]string // the scope of the token, by query
+		want  map[string]string // the token's scope by query
 	}{
 		"documented": {documentedPolicies(t)[1], map[string]string{
 			"":                                   refused,
@@ -86,12 +86,12 @@ func TestPolicyValues(t *testing.T) {
 				switch {
 				case want == refused:
 					if !errors.As(err, &answer) || answer.StatusCode != 403 {
-						t.Errorf("%q: got %v, %v, want it refused", query, secret, err)
+						t.Errorf("%q: got %v, %v, want status 403", query, secret, err)
 					}
 				case err != nil:
 					t.Errorf("%q: %v", query, err)
 				case secret.Data["scope"] != want:
-					t.Errorf("%q: a token with the scope %q, want %q", query, secret.Data["scope"], want)
+					t.Errorf("%q: got a token with the scope %q, want %q", query, secret.Data["scope"], want)
 				}
 			}
 		})

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Runs the tests in e2e/consumers against OpenBao and then Vault, or only against the one
+# Runs the tests in e2e/consumers against OpenBao and then Vault, or against only the server
 # that SERVER names.
 #
 #   SERVER=openbao scripts/consumers.sh [FLAG OF go test]... [PACKAGE]...
 #
-# Programs that a test needs are built or installed into bin/consumers once.
+# The first run builds or installs the programs that the tests need into bin/consumers/.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 
@@ -18,7 +18,7 @@ openbao | vault) servers=$SERVER ;;
 esac
 if [ $# -eq 0 ]; then
 	set -- ./...
-	# Here, where what they say is shown while they work.
+	# Run the scripts here, where their progress messages are visible.
 	for script in "$root"/scripts/consumers/*.sh; do
 		"$script" >/dev/null || die "a consumer is not available: see above"
 	done

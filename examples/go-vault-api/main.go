@@ -1,9 +1,9 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// This program calls an API that MojoAuth protects, with an access token that
-// it reads from Vault with github.com/hashicorp/vault/api. See
-// examples/README.md for the variables.
+// This program reads an access token from Vault with
+// github.com/hashicorp/vault/api and calls an API that MojoAuth protects.
+// See examples/README.md for the environment variables.
 package main
 
 import (
@@ -21,8 +21,8 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// vaultSource reads a token from Vault, and keeps it as long as Vault says. It
-// is for one goroutine.
+// vaultSource reads a token from Vault and keeps it for the token's ttl. It is
+// not safe for concurrent use.
 type vaultSource struct {
 	client *api.Client
 	path   string
@@ -32,8 +32,8 @@ type vaultSource struct {
 	readAgain time.Time
 }
 
-// token returns the token for the next call. When the API has refused the last
-// one, it returns one that was minted later.
+// token returns the token for the next call. If the API refused the last token,
+// it returns one that was minted later.
 func (v *vaultSource) token(ctx context.Context, refused bool) (string, error) {
 	if !refused && time.Now().Before(v.readAgain) {
 		return v.cached, nil
@@ -43,7 +43,7 @@ func (v *vaultSource) token(ctx context.Context, refused bool) (string, error) {
 		query["minted_after"] = []string{v.mintedAt}
 	}
 	now := time.Now()
-	// The client retries a 412, a 429 and a 5xx.
+	// The client retries a 412, a 429, or a 5xx.
 	secret, err := v.client.Logical().ReadWithDataWithContext(ctx, v.path, query)
 	var answer *api.ResponseError
 	if errors.As(err, &answer) {
@@ -52,7 +52,7 @@ func (v *vaultSource) token(ctx context.Context, refused bool) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if secret == nil { // a 404, whose text this client drops
+	if secret == nil { // a 404; the client drops the text
 		return "", fmt.Errorf("Vault answered 404: nothing is at %s", v.path)
 	}
 	token, _ := secret.Data["access_token"].(string)
@@ -66,16 +66,18 @@ func (v *vaultSource) token(ctx context.Context, refused bool) (string, error) {
 	return token, nil
 }
 
-// oneLine is the text of Vault's errors, which may have several lines.
-func oneLine(texts []string) string { return strings.Join(strings.Fields(strings.Join(texts, "; ")), " ") }
+// oneLine returns Vault's errors, which may have several lines, as one line.
+func oneLine(texts []string) string {
+	return strings.Join(strings.Fields(strings.Join(texts, "; ")), " ")
+}
 
 var apiClient = &http.Client{
 	Timeout: 30 * time.Second,
-	// A redirect could take the token to another host.
+	// A redirect could send the token to another host.
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 }
 
-// callAPI calls the API with a token of the source.
+// callAPI calls the API with a token from source.
 func callAPI(ctx context.Context, url string, source *vaultSource, refused bool) (status int, body string, err error) {
 	token, err := source.token(ctx, refused)
 	if err != nil {
@@ -110,11 +112,11 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("INTERVAL: %w", err)
 	}
-	config := api.DefaultConfig() // VAULT_ADDR, VAULT_CACERT, VAULT_MAX_RETRIES and so on
+	config := api.DefaultConfig() // reads VAULT_ADDR, VAULT_CACERT, VAULT_MAX_RETRIES, and others
 	if config.Error != nil {
 		return config.Error
 	}
-	client, err := api.NewClient(config) // VAULT_TOKEN
+	client, err := api.NewClient(config) // reads VAULT_TOKEN
 	if err != nil {
 		return err
 	}
@@ -129,8 +131,8 @@ func run(ctx context.Context) error {
 		}
 		status, body, err := callAPI(ctx, url, source, false)
 		if err == nil && status == http.StatusUnauthorized {
-			// A newer token may be accepted. Once is enough: a second 401 is
-			// about something else.
+			// The API may accept a newer token. Retry once: a second 401 has
+			// another cause.
 			status, body, err = callAPI(ctx, url, source, true)
 		}
 		if err != nil {

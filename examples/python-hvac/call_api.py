@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # Copyright (c) The vault-plugin-secrets-mojoauth authors
 # SPDX-License-Identifier: MPL-2.0
-"""Calls an API that MojoAuth protects, with an access token that it reads from
-Vault with hvac.
+"""Reads an access token from Vault with hvac and calls an API that MojoAuth
+protects.
 
-See examples/README.md for the variables.
+See examples/README.md for the environment variables.
 """
 
 import os
@@ -26,11 +26,11 @@ def setting(name, default=None):
 
 
 def vault_client():
-    # VAULT_CACERT is read when hvac is imported. A session that is passed in
-    # here would make hvac ignore it, which is why the adapter comes later.
+    # hvac reads VAULT_CACERT on import, but ignores it if you pass a session
+    # here. Mount the adapter on the client's session instead.
     client = hvac.Client(url=setting("VAULT_ADDR"), token=setting("VAULT_TOKEN"))
-    # hvac itself tries once. The first retry is at once, the second two seconds
-    # later, or when a Retry-After says. The last answer counts.
+    # hvac does not retry. Retry immediately, then after two seconds, or after
+    # the time in Retry-After, and use the last response.
     retry = Retry(
         total=int(setting("VAULT_MAX_RETRIES", "2")),
         backoff_factor=1,
@@ -43,7 +43,7 @@ def vault_client():
 
 
 class VaultSource:
-    """Reads from Vault, and keeps the token as long as Vault says."""
+    """Reads a token from Vault and keeps it for the token's ttl."""
 
     def __init__(self, client):
         self.client = client
@@ -55,10 +55,10 @@ class VaultSource:
         if refused or self.cached is None or now >= self.read_again:
             path = self.path
             if refused:
-                # One that was minted later than the one that the API refused.
+                # Request a token minted later than the one that the API refused.
                 path += "?" + urllib.parse.urlencode({"minted_after": self.minted_at})
             answer = self.client.read(path)
-            if answer is None:  # a 404, whose text hvac drops
+            if answer is None:  # a 404; hvac drops the text
                 raise ValueError(f"Vault answered 404: nothing is at {self.path}")
             data = answer["data"]
             self.cached, self.minted_at = data["access_token"], data["last_vault_rotation"]
@@ -68,7 +68,7 @@ class VaultSource:
 
 def call_api(source, refused=False):
     headers = {"Authorization": f"Bearer {source.token(refused)}"}
-    # A redirect could take the token to another host.
+    # A redirect could send the token to another host.
     response = requests.get(setting("API_URL"), headers=headers, timeout=30, allow_redirects=False)
     return response.status_code, response.text.strip()
 
@@ -81,8 +81,8 @@ def main():
             time.sleep(float(setting("INTERVAL", "1")))
         status, body = call_api(source)
         if status == 401:
-            # A newer token may be accepted. Once is enough: a second 401 is
-            # about something else.
+            # The API may accept a newer token. Retry once: a second 401 has
+            # another cause.
             status, body = call_api(source, refused=True)
         if not 200 <= status <= 299:
             raise ValueError(f"the API answered {status}: {body}")
@@ -93,7 +93,7 @@ if __name__ == "__main__":
     try:
         main()
     except hvac.exceptions.VaultError as error:
-        # The status is in the name of the error's class only.
+        # Only the name of the exception's class shows the status.
         text = "; ".join(error.errors or [error.text or ""])
         sys.exit(f"call_api: Vault answered {type(error).__name__}: {' '.join(text.split())}")
     except (OSError, ValueError, LookupError) as error:

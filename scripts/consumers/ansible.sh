@@ -1,15 +1,15 @@
 #!/bin/sh
-# Prints the directory with the commands of the Ansible that tools/ansible pins, installed
-# once, with pip, into a virtual environment in bin/consumers/.
+# Prints the directory that contains the Ansible commands. The first run installs the Ansible
+# version that tools/ansible pins into a virtual environment in bin/consumers/.
 #
-# pip checks every package's hash. Nothing is installed outside bin/consumers/.
+# pip verifies every package's hash. The script installs nothing outside bin/consumers/.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 
 say() { printf '%s\n' "$*" >&2; }
 die() { printf 'ansible.sh: %s\n' "$*" >&2; exit 1; }
 
-# Installed again when another version is pinned; the name says which one it is.
+# The directory name contains the version, so a new pin causes a new installation.
 requirements=$root/tools/ansible/requirements.txt
 version=$(sed -n 's/^ansible==\([0-9.]*\).*/\1/p' "$requirements")
 env=$root/bin/consumers/ansible-$version
@@ -20,7 +20,7 @@ if [ ! -f "$env/installed" ]; then
 	rm -rf "$env"
 	mkdir -p "$root/bin/consumers"
 	echo 'module consumers' >"$root/bin/consumers/go.mod" # no package of this project is below
-	"$python" -m venv "$env" || die "Python cannot make a virtual environment: install its venv module"
+	"$python" -m venv "$env" || die "Python cannot create a virtual environment: install its venv module"
 	"$env/bin/pip" install --quiet --disable-pip-version-check --only-binary=:all: \
 		--require-hashes --requirement "$requirements" >&2 || die "pip could not install Ansible $version"
 	touch "$env/installed"

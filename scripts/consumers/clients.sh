@@ -1,6 +1,6 @@
 #!/bin/sh
-# Sets up the examples with client libraries in bin/consumers. Runs the command in the column
-# "Set up, once" of examples/README.md for each example that is new or has changed.
+# Sets up the examples with client libraries in bin/consumers/. For each new or changed
+# example, runs the command in the column "Set up, once" of examples/README.md.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 cd "$root"
@@ -10,7 +10,7 @@ say() { printf '%s\n' "$*" >&2; }
 mkdir -p bin/consumers
 echo 'module consumers' >bin/consumers/go.mod # no package of this project is below
 failed=
-# A row is | Language: [Library](folder/file) version | needs | `set up` | `run` |
+# The format of a row: | Language: [Library](folder/file) version | needs | `set up` | `run` |
 while IFS='`' read -r head setup _; do
 	name=${head#*](}
 	name=${name%%/*}

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Prints the path of the consul-template that tools/consul-template pins, built once, from
-# source, into bin/consumers/.
+# Prints the path of consul-template. The first run builds the version that
+# tools/consul-template pins from source into bin/consumers/.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 
-# Built again when another version is pinned; the name says which one it is.
+# The file name contains the version, so a new pin causes a new build.
 version=$(cd "$root/tools/consul-template" && go list -m -f '{{.Version}}' github.com/hashicorp/consul-template)
 program=$root/bin/consumers/consul-template-$version
 if [ ! -x "$program" ]; then

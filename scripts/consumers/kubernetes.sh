@@ -1,7 +1,8 @@
 #!/bin/sh
-# Prints the paths of etcd, kube-apiserver, external-secrets and the directory of its
-# custom resource definitions, one a line. Each program is built once, from source, into
-# bin/consumers/, at the version that its module in e2e/consumers/kubernetes requires.
+# Prints the paths of etcd, kube-apiserver, external-secrets, and the directory with the
+# custom resource definitions of external-secrets, one per line. The first run builds the
+# programs from source into bin/consumers/. The modules in e2e/consumers/kubernetes pin their
+# versions.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 modules=$root/e2e/consumers/kubernetes
@@ -9,9 +10,9 @@ out=$root/bin/consumers
 
 say() { printf '%s\n' "$*" >&2; }
 
-# build NAME MODULE PACKAGE MINUTES [LINKER FLAG]...: builds a program of a module in
-# e2e/consumers/kubernetes, and prints its path. Its name says which version it is, so
-# another one is built when another one is required.
+# build NAME MODULE PACKAGE MINUTES [LINKER FLAG]...: builds a program from a module in
+# e2e/consumers/kubernetes and prints its path. The file name contains the version, so a new
+# pin causes a new build.
 build() {
 	name=$1 module=$2 package=$3 minutes=$4
 	shift 4
@@ -30,7 +31,7 @@ version() { (cd "$modules/$1" && go list -m -f '{{.Version}}' "$2"); }
 
 build etcd go.etcd.io/etcd/server/v3 go.etcd.io/etcd/server/v3 "2 minutes"
 
-# An API server that doesn't know its version refuses to start.
+# The API server doesn't start without a version.
 kubernetes=$(version kube-apiserver k8s.io/kubernetes)
 minor=${kubernetes#v1.}
 set=-X=k8s.io/component-base/version

@@ -1,8 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package ansible runs playbooks that read tokens with the collection
-// community.hashi_vault.
+// Package ansible tests playbooks that read tokens with the community.hashi_vault
+// collection.
 package ansible
 
 import (
@@ -20,11 +20,11 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-const hosts = 6 // that Ansible works on at once
+const hosts = 6 // on which Ansible runs in parallel
 
 func TestMain(m *testing.M) { os.Exit(scene.Main(m)) }
 
-// controller is where Ansible runs, with an inventory of hosts that are all this machine.
+// controller runs Ansible with an inventory whose hosts are all the local machine.
 type controller struct {
 	*scene.Scene
 	bin       string
@@ -37,8 +37,8 @@ func newController(s *scene.Scene) *controller {
 	s.Helper()
 	c := &controller{Scene: s, bin: scene.Program(s, "ansible"), dir: s.TempDir()}
 	c.inventory = filepath.Join(c.dir, "inventory")
-	// localhost is for the tasks that are delegated to it. The module needs hvac, which the
-	// interpreter of Ansible's own environment has.
+	// The interpreter applies to delegated tasks on localhost too. The module needs hvac,
+	// which is installed in Ansible's virtual environment.
 	lines := "[fleet]\n"
 	for n := range hosts {
 		lines += fmt.Sprintf("host%02d\n", n)
@@ -51,7 +51,7 @@ func newController(s *scene.Scene) *controller {
 	return c
 }
 
-// play runs a playbook on all hosts together, and returns all that it printed.
+// play runs a playbook on all hosts in parallel and returns its output.
 func (c *controller) play(playbook string, variables map[string]string, flags ...string) (string, error) {
 	c.Helper()
 	args := append([]string{"-i", c.inventory, "-f", fmt.Sprint(hosts)}, flags...)
@@ -68,12 +68,12 @@ func (c *controller) play(playbook string, variables map[string]string, flags ..
 	return string(out), err
 }
 
-// hides checks that none of the issued tokens, nor the client secret, was printed.
+// hides verifies that out contains no issued token, no Vault token, and no client secret.
 func (c *controller) hides(what, out string) {
 	c.Helper()
 	for _, token := range append(c.OAuth.Issued(), scene.ClientSecret, c.token) {
 		if strings.Contains(out, token) {
-			c.Errorf("%s: Ansible prints a token or the client secret", what)
+			c.Errorf("%s: Ansible printed a token or the client secret", what)
 		}
 	}
 }
@@ -96,7 +96,7 @@ func testdata(t testing.TB, name string) string {
 	return path
 }
 
-// withoutNoLog writes a copy of a playbook that has no no_log.
+// withoutNoLog writes a copy of a playbook with no_log disabled and returns the copy's path.
 func (c *controller) withoutNoLog(playbook string) string {
 	c.Helper()
 	content, err := os.ReadFile(playbook)
@@ -105,7 +105,7 @@ func (c *controller) withoutNoLog(playbook string) string {
 	}
 	open := strings.ReplaceAll(string(content), "no_log: true", "no_log: false")
 	if open == string(content) {
-		c.Fatalf("%s has no no_log", playbook)
+		c.Fatalf("%s does not set no_log", playbook)
 	}
 	path := filepath.Join(c.dir, "open-"+filepath.Base(playbook))
 	if err := os.WriteFile(path, []byte(open), 0o600); err != nil {
@@ -114,8 +114,8 @@ func (c *controller) withoutNoLog(playbook string) string {
 	return path
 }
 
-// Every host's call is accepted, one token is minted for all of them, and the output at
-// -vvv does not show it.
+// The API accepts every host's call, the engine mints one token for all hosts, and the output
+// of -vvv does not show the token.
 func TestEveryHostCallsTheAPI(t *testing.T) {
 	s := scene.New(t, time.Hour, nil)
 	s.Role("both", map[string]any{"scopes": "read:data write:data"})
@@ -138,7 +138,7 @@ func TestEveryHostCallsTheAPI(t *testing.T) {
 		}
 		took := time.Since(began)
 		if statuses := api.Statuses(); !maps.Equal(statuses, map[int]int{200: hosts}) {
-			t.Errorf("%s: the API answered %v, want %d times 200", test.name, statuses, hosts)
+			t.Errorf("%s: the API returned %v, want %d times 200", test.name, statuses, hosts)
 		}
 		c.hides(test.name, out)
 		reads, mints := s.Reads()
@@ -147,38 +147,38 @@ func TestEveryHostCallsTheAPI(t *testing.T) {
 			total += n - seenReads[outcome]
 		}
 		if reads["error"] != 0 || total != test.reads || mints-seenMints != test.mints {
-			t.Errorf("%s: %d reads and %d mints, want %d and %d: %v", test.name, total, mints-seenMints, test.reads, test.mints, reads)
+			t.Errorf("%s: got %d reads and %d mints, want %d and %d: %v", test.name, total, mints-seenMints, test.reads, test.mints, reads)
 		}
 		seenReads, seenMints = reads, mints
 		t.Logf("%s: %d hosts, %d reads, %d mints, in %s", test.name, hosts, total, test.mints, took.Round(time.Second/10))
 	}
 
-	// What the playbooks' no_log is for, and proof that hides would see a token.
+	// Without no_log, the output shows the token. This also proves that hides finds tokens.
 	out, err := c.play(c.withoutNoLog(example(t)), map[string]string{"api_url": api.URL, "mojoauth_path": "mojoauth/creds/reports"}, "-vvv", "-l", "host00")
 	if err != nil {
 		t.Fatalf("without no_log: %v\n%s", err, out)
 	}
 	if !slices.ContainsFunc(s.OAuth.Issued(), func(token string) bool { return strings.Contains(out, token) }) {
-		t.Errorf("without no_log, -vvv does not print the token:\n%s", out)
+		t.Errorf("without no_log, -vvv did not print the token:\n%s", out)
 	}
 }
 
-// A read that fails ends the playbook with what the engine says. no_log does not hide it.
-func TestErrorsShowWhatTheEngineSays(t *testing.T) {
+// A failed read ends the playbook with the engine's error, which no_log does not hide.
+func TestOutputShowsEngineErrors(t *testing.T) {
 	s := scene.New(t, time.Hour, nil)
 	c := newController(s)
 	api := s.API()
 	for name, playbook := range map[string]string{"lookup": example(t), "module": testdata(t, "module.yaml")} {
 		out, err := c.play(playbook, map[string]string{"api_url": api.URL, "mojoauth_path": "mojoauth/creds/nosuch"}, "-l", "host00")
 		if err == nil {
-			t.Errorf("%s: a role that does not exist is no failure", name)
+			t.Errorf("%s: a role that does not exist did not fail the playbook", name)
 		}
 		if !strings.Contains(out, `role "nosuch" does not exist`) {
-			t.Errorf("%s: Ansible does not show what the engine says:\n%s", name, out)
+			t.Errorf("%s: Ansible did not show the engine's error:\n%s", name, out)
 		}
 		c.hides(name, out)
 	}
 	if statuses := api.Statuses(); len(statuses) != 0 {
-		t.Errorf("the API was called: %v", statuses)
+		t.Errorf("got calls of the API with the statuses %v, want none", statuses)
 	}
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// A program that keeps a lease reads again when the read before its end failed.
+// A program that uses leases reads again after the read at the end of a lease fails.
 func TestLeaseWhoseReadFails(t *testing.T) {
 	found := available(t)
 	i := slices.IndexFunc(found, func(c *client) bool { return c.leased })
@@ -27,7 +27,7 @@ func TestLeaseWhoseReadFails(t *testing.T) {
 	s := newStage(t, world.Vault, world.OAuth)
 	role := s.role(t, c, "interrupted", nil)
 	var reads atomic.Int32
-	vault := newFront(t, s.vault.Address(), "", func(_ int, w http.ResponseWriter, r *http.Request) bool {
+	vault := newProxy(t, s.vault.Address(), "", func(_ int, w http.ResponseWriter, r *http.Request) bool {
 		fails := r.URL.Path == "/v1/mojoauth/creds/"+role && reads.Add(1) == 2
 		if fails {
 			fail(w, http.StatusBadGateway)
@@ -39,6 +39,6 @@ func TestLeaseWhoseReadFails(t *testing.T) {
 	all := vault.reads()
 	t.Logf("%d reads, at %s", len(all), offsets(all))
 	if len(all) < 3 || all[1].status != http.StatusBadGateway {
-		t.Errorf("%d reads, want 3 at least, of which the second failed", len(all))
+		t.Errorf("got %d reads, want at least 3 with a failed second read", len(all))
 	}
 }

@@ -1,8 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package clients runs the example programs of each client library of Vault, and those
-// that speak plain HTTP, against a real server with the engine.
+// Package clients tests the example programs, with a Vault client library or with plain
+// HTTP, against a real server with the engine.
 package clients
 
 import (
@@ -26,7 +26,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// The clients mostly wait, so there are more of them at once than processors.
+	// The clients mostly wait, so more of them can run in parallel than there are CPUs.
 	flag.Parse()
 	if err := flag.Set("test.parallel", "4"); err != nil {
 		panic(err)
@@ -34,27 +34,28 @@ func TestMain(m *testing.M) {
 	os.Exit(scene.Main(m))
 }
 
-// client is a program that reads tokens, and how it differs from the others. All behave
-// as examples/README.md says.
+// client is a program that reads tokens. The fields describe how it differs from the other
+// programs. All behave as examples/README.md describes.
 type client struct {
 	name    string // as in a row of examples/README.md
 	command string // the row's last column, run in the project's directory
-	needs   string // has to be on PATH
+	needs   string // a program that must be on PATH
 
-	// leased is set if it reads leases, and so needs a role with generate_lease.
+	// leased reports whether the client uses leases and needs a role with generate_lease.
 	leased bool
-	// tries is how many times it asks a Vault that fails with 429, 502 or 504. alone is how
-	// many times with VAULT_MAX_RETRIES=0: those beyond the first would be the library's own.
+	// tries is the number of requests that the client sends when Vault returns 429, 502 or
+	// 504. alone is the number with VAULT_MAX_RETRIES=0. With a client library, more than one
+	// would mean that the library itself retries.
 	tries, alone int
-	// waits is set if it waits as long as a Retry-After says, with a 429.
+	// waits reports whether the client honors the Retry-After of a 429.
 	waits bool
-	// redirects is set if it follows a redirect of a standby to the active node.
+	// redirects reports whether the client follows a standby's redirect to the active node.
 	redirects bool
-	// newer is how many reads it takes to get a newer token than the API refused.
+	// newer is the number of reads that the client needs to replace a refused token.
 	newer int
-	// dropsText is set if the library drops the text of a 404.
+	// dropsText reports whether the library drops the text of a 404.
 	dropsText bool
-	// statuses are what it says for a status, where that is not the number.
+	// statuses has the client's text for each status that it does not show as a number.
 	statuses map[string]string
 }
 
@@ -74,7 +75,7 @@ var clients = []*client{
 	{name: "Node.js", needs: "node", tries: 2, alone: 2, newer: 1},
 }
 
-// status is what the client says for a status of Vault.
+// status returns the client's text for a status from Vault.
 func (c *client) status(code string) string {
 	if text, ok := c.statuses[code]; ok {
 		return text
@@ -82,12 +83,11 @@ func (c *client) status(code string) string {
 	return code
 }
 
-// rows are the programs in examples/README.md with their commands: those without a
-// library, and those with one. C# is not among them: it is as the others without one, and
-// the end-to-end tests run it.
+// rows matches the table rows of examples/README.md that contain a program and its command,
+// with or without a client library.
 var rows = regexp.MustCompile("(?m)^\\| (?:([A-Za-z.]+: )\\[(.+)\\]\\(.+\\) [0-9.]+|\\[(.+)\\]\\(.+\\)) \\| .* \\| `(.+)` \\|$")
 
-// available are the clients whose tools are on this machine, with their commands.
+// available returns the clients whose tools are on PATH, with their commands.
 func available(t testing.TB) (found []*client) {
 	t.Helper()
 	root, err := harness.Root()
@@ -102,14 +102,14 @@ func available(t testing.TB) (found []*client) {
 	for _, row := range rows.FindAllStringSubmatch(string(readme), -1) {
 		commands[row[1]+row[2]+row[3]] = row[4]
 	}
-	delete(commands, "C#")
+	delete(commands, "C#") // the end-to-end tests run it
 	if len(commands) != len(clients) {
-		t.Fatalf("examples/README.md has commands of %d programs, want %d: %q", len(commands), len(clients), commands)
+		t.Fatalf("examples/README.md has commands for %d programs, want %d: %q", len(commands), len(clients), commands)
 	}
 	for _, known := range clients {
 		c := *known
 		if c.command = commands[c.name]; c.command == "" {
-			t.Fatalf("examples/README.md has no command of %s", c.name)
+			t.Fatalf("examples/README.md has no command for %s", c.name)
 		}
 		if _, err := exec.LookPath(c.needs); err == nil {
 			found = append(found, &c)
@@ -118,7 +118,8 @@ func available(t testing.TB) (found []*client) {
 	return found
 }
 
-// each runs a test for each client, some of them at once, and returns when all have ended.
+// each runs a test for each client, some of them in parallel, and returns when all have
+// ended.
 func each(t *testing.T, name string, test func(t *testing.T, c *client)) {
 	t.Helper()
 	found := available(t)
@@ -136,27 +137,27 @@ func each(t *testing.T, name string, test func(t *testing.T, c *client)) {
 	})
 }
 
-// program is a client that runs.
+// program is a running client.
 type program struct {
-	t       testing.TB
-	client  *client
-	env     []string
-	started time.Time
-	cmd     *exec.Cmd
-	out     bytes.Buffer
-	errs    bytes.Buffer
-	timer   *time.Timer
-	late    atomic.Bool // it was ended because it took too long
+	t        testing.TB
+	client   *client
+	env      []string
+	started  time.Time
+	cmd      *exec.Cmd
+	out      bytes.Buffer
+	errs     bytes.Buffer
+	timer    *time.Timer
+	timedOut atomic.Bool // it took too long and was killed
 }
 
-// start starts a client with these variables.
+// start starts a client with the given environment variables.
 func (c *client) start(t testing.TB, env ...string) *program {
 	t.Helper()
 	root, err := harness.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Whoever starts Java that often has it compile less.
+	// These programs are short-lived, so reduce Java's startup cost.
 	command := strings.Replace(c.command, "java ", "java -XX:TieredStopAtLevel=1 -XX:+UseSerialGC ", 1)
 	p := &program{t: t, client: c, env: env, started: time.Now(), cmd: exec.Command("sh", "-c", command)}
 	p.cmd.Dir = root
@@ -169,17 +170,17 @@ func (c *client) start(t testing.TB, env ...string) *program {
 	p.cmd.Env = append(p.cmd.Env, "GOFLAGS=-mod=mod", "GOWORK=off")
 	p.cmd.Env = append(p.cmd.Env, env...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.errs
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // the shell's children end with it
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // lets the test kill the whole process group
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	group := -p.cmd.Process.Pid
 	p.timer = time.AfterFunc(3*time.Minute, func() {
-		p.late.Store(true)
+		p.timedOut.Store(true)
 		_ = syscall.Kill(group, syscall.SIGKILL)
 	})
 	t.Cleanup(func() {
-		if p.cmd.ProcessState == nil { // a test that ended early
+		if p.cmd.ProcessState == nil { // the test ended early
 			_ = syscall.Kill(group, syscall.SIGKILL)
 			_ = p.cmd.Wait()
 		}
@@ -188,38 +189,40 @@ func (c *client) start(t testing.TB, env ...string) *program {
 	return p
 }
 
-// wait waits for the program's end, and checks that it printed no token.
+// wait waits for the program to end and verifies that it printed no token.
 func (p *program) wait() (stdout, stderr string, code int) {
 	p.t.Helper()
 	err := p.cmd.Wait()
 	p.timer.Stop()
-	if p.late.Load() {
+	if p.timedOut.Load() {
 		p.t.Errorf("with %q: still running after 3 minutes", p.env)
 	}
 	if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
 		p.t.Fatalf("%s: %v", p.client.command, err)
 	}
 	all := p.out.String() + p.errs.String()
-	// Every JWT and every token of Vault and OpenBao begins so.
+	// These are the prefixes of JWTs and of Vault and OpenBao tokens.
 	if found := regexp.MustCompile(`eyJ\S{20}|hvs\.\S{8}|\bs\.\S{20}|` + scene.ClientSecret).FindString(all); found != "" {
-		p.t.Errorf("with %q: there is a secret in what it printed:\n%s", p.env, all)
+		p.t.Errorf("with %q: the output contains a secret:\n%s", p.env, all)
 	}
 	return p.out.String(), p.errs.String(), p.cmd.ProcessState.ExitCode()
 }
 
-// hello is what a program prints for a call.
+// hello is the output of a program for one call.
 const hello = `200 {"message":"hello ` + scene.ClientID + `"}` + "\n"
 
-// succeeds waits for the program, which has to make that many calls and say nothing else.
+// succeeds waits for the program to end and verifies that it made that many calls and
+// printed nothing else.
 func (p *program) succeeds(calls int) {
 	p.t.Helper()
 	if stdout, stderr, code := p.wait(); code != 0 || stdout != strings.Repeat(hello, calls) || stderr != "" {
-		p.t.Errorf("with %q: got exit code %d, %d good calls in %q, and errors %q; want %d calls",
+		p.t.Errorf("with %q: got exit code %d, %d successful calls in %q, and errors %q; want %d calls",
 			p.env, code, strings.Count(stdout, hello), stdout, stderr, calls)
 	}
 }
 
-// fails waits for the program, which has to make no call, and say these things in a line.
+// fails waits for the program to end and verifies that it made no call and printed a
+// one-line error that contains all parts.
 func (p *program) fails(parts ...string) {
 	p.t.Helper()
 	stdout, stderr, code := p.wait()
@@ -228,15 +231,15 @@ func (p *program) fails(parts ...string) {
 	}
 	for _, part := range parts {
 		if !strings.Contains(stderr, part) {
-			p.t.Errorf("with %q: got the errors %q, want them to hold %q", p.env, stderr, part)
+			p.t.Errorf("with %q: got the errors %q, want %q in them", p.env, stderr, part)
 		}
 	}
-	if lines := strings.Count(stderr, "\n"); lines > 2 { // go run adds one
-		p.t.Errorf("with %q: got %d lines of errors, want a message:\n%s", p.env, lines, stderr)
+	if lines := strings.Count(stderr, "\n"); lines > 2 { // go run adds one line
+		p.t.Errorf("with %q: got %d lines of errors, want a single message:\n%s", p.env, lines, stderr)
 	}
 }
 
-// role is the name of a client's role for a purpose.
+// role returns the name of a client's role for a purpose.
 func (c *client) role(purpose string) string {
 	name := regexp.MustCompile(`[^a-z0-9]+`).ReplaceAllString(strings.ToLower(c.name), "-")
 	return fmt.Sprintf("%s-%s", strings.Trim(name, "-"), purpose)

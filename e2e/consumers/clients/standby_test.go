@@ -11,17 +11,17 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/consumers/scene"
 )
 
-// TestStandby has all clients read through a standby of a cluster of three: reads that it
-// answers itself or forwards, and reads that it redirects to the active node.
+// TestStandby verifies that all clients can read through a standby of a three-node cluster.
+// The standby serves or forwards some reads, and redirects others to the active node.
 func TestStandby(t *testing.T) {
 	cluster := scene.NewCluster(t, time.Hour)
 	active := cluster.Active(t)
 	standby := cluster.Without(active).Nodes[0]
 	s := newStage(t, active, cluster.OAuth)
 	each(t, "through a standby", func(t *testing.T, c *client) {
-		// The standby has neither the role nor a token in memory, and the API refuses the
+		// The standby has neither the role nor its token in memory, and the API refuses the
 		// first token.
-		vault, guarded := newFront(t, standby.Address(), s.ca, nil), newFront(t, s.api(), "", refuseFirst())
+		vault, guarded := newProxy(t, standby.Address(), s.ca, nil), newProxy(t, s.api(), "", refuseFirst())
 		role := s.role(t, c, "forwarded", nil)
 		c.start(t, s.env(vault, role, guarded.URL, 3, 0)...).succeeds(3)
 		wantNewer(t, c, vault, guarded)
@@ -31,7 +31,7 @@ func TestStandby(t *testing.T) {
 
 		// A node that may not forward a request returns a redirect.
 		role = s.role(t, c, "redirected", nil)
-		redirecting := newFront(t, standby.Address(), s.ca, func(_ int, _ http.ResponseWriter, r *http.Request) bool {
+		redirecting := newProxy(t, standby.Address(), s.ca, func(_ int, _ http.ResponseWriter, r *http.Request) bool {
 			r.Header.Set("X-Vault-No-Request-Forwarding", "true")
 			return false
 		})
@@ -51,7 +51,7 @@ func TestStandby(t *testing.T) {
 			}
 		}
 		if redirects == 0 {
-			t.Error("the standby answered no read with a redirect")
+			t.Error("the standby redirected no read")
 		}
 	})
 }

@@ -1,7 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package consultemplate runs consul-template as a program of its own.
+// Package consultemplate tests consul-template, run as a separate program, against a real
+// server with the engine.
 package consultemplate
 
 import (
@@ -26,8 +27,9 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// How long a token is valid: F = 4 s, m = 4 s. The roles' min_ttl makes R = 24 s, so a
-// token that is due outlives an outage of a third of a lifetime and the back-off after it.
+// For this lifetime, F = 4 s and m = 4 s. The roles' min_ttl makes R = 24 s. A token that is
+// due therefore remains valid during an outage of a third of a lifetime and the back-off
+// after it.
 const (
 	lifetime = 40 * time.Second
 	minTTL   = "24s"
@@ -42,8 +44,8 @@ type program struct {
 	log string
 }
 
-// start starts consul-template with a template for each file: its path in Vault, with the
-// query.
+// start starts consul-template with one template per file. templates maps each file to its
+// path in Vault, including the query.
 func start(s *scene.Scene, templates map[string]string) program {
 	s.Helper()
 	p := program{dir: s.TempDir()}
@@ -82,7 +84,7 @@ template {
 	cmd.Env = append(os.Environ(), "VAULT_TOKEN="+token)
 	harness.StartProgram(s, cmd)
 	for file := range templates {
-		harness.Eventually(s, file+" is written", func() error { _, err := p.read(file); return err })
+		harness.Eventually(s, file+" exists", func() error { _, err := p.read(file); return err })
 	}
 	return p
 }
@@ -100,7 +102,7 @@ func scope(t testing.TB, token string) string {
 	t.Helper()
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 {
-		t.Fatalf("%q is no JWT", token)
+		t.Fatalf("%q is not a JWT", token)
 	}
 	var claims struct {
 		Scope string `json:"scope"`
@@ -115,14 +117,14 @@ func scope(t testing.TB, token string) string {
 	return claims.Scope
 }
 
-// answer is one that Vault gave to a read, as its audit log has it.
+// answer is a response to a read, from Vault's audit log.
 type answer struct {
 	at    time.Time
 	ttl   time.Duration
-	lease time.Duration // by what is left of the token
+	lease time.Duration // the time left of the token, minus the lease margin
 }
 
-// answers returns the successful answers to reads of a role.
+// answers returns the successful responses to reads of a role.
 func answers(s *scene.Scene, role string) (all []answer) {
 	s.Helper()
 	audit, err := os.ReadFile(s.Vault.AuditFile)
@@ -159,11 +161,11 @@ func answers(s *scene.Scene, role string) (all []answer) {
 	return all
 }
 
-// An application reads its file five times a second and calls the API. No call is refused
-// while the OAuth server is down for a third of a lifetime, a role is rotated, and Vault is
-// sealed.
+// An application reads its file and calls the API five times a second. The OAuth server is
+// down for a third of a lifetime, all roles are rotated, and Vault is sealed. The API refuses
+// no call.
 func TestKeepsApplicationsSupplied(t *testing.T) {
-	s := scene.New(t, lifetime+time.Second, map[string]any{"min_ttl": minTTL}) // the server rounds down
+	s := scene.New(t, lifetime+time.Second, map[string]any{"min_ttl": minTTL}) // because the server rounds down
 	s.Role("leased", map[string]any{"min_ttl": minTTL, "generate_lease": true})
 	s.Role("both", map[string]any{"min_ttl": minTTL, "scopes": "read:data write:data"})
 	templates := map[string]string{
@@ -173,7 +175,7 @@ func TestKeepsApplicationsSupplied(t *testing.T) {
 	}
 	p := start(s, templates)
 	if token, err := p.read("both"); err != nil || scope(t, token) != "read:data" {
-		t.Errorf("with a query: %v, a token with the scope %q", err, scope(t, token))
+		t.Errorf("with a query: got %v, a token with the scope %q, want read:data", err, scope(t, token))
 	}
 
 	stop := make(chan struct{})
@@ -198,7 +200,7 @@ func TestKeepsApplicationsSupplied(t *testing.T) {
 				calls.Add(1)
 				if err != nil || status != 200 {
 					refused.Add(1)
-					t.Errorf("%s: the API answers %d, %v", file, status, err)
+					t.Errorf("%s: the API returned %d, %v, want 200", file, status, err)
 				}
 			}
 		})
@@ -227,12 +229,12 @@ func TestKeepsApplicationsSupplied(t *testing.T) {
 
 	t.Logf("%.1f lifetimes of %s: %d calls of the API, %d refused, %d token requests", time.Since(began).Seconds()/lifetime.Seconds(), lifetime, calls.Load(), refused.Load(), len(s.OAuth.Requests()))
 	if want := int64(3 * 3 * time.Since(began).Seconds()); calls.Load() < want {
-		t.Errorf("only %d calls, want %d: the test did not look closely", calls.Load(), want)
+		t.Errorf("got only %d calls, want at least %d", calls.Load(), want)
 	}
 	for file := range templates {
 		reads := answers(s, file)
 		if len(reads) < 4 {
-			t.Errorf("%s was read %d times in %.1f lifetimes", file, len(reads), 2.6)
+			t.Errorf("%s: got %d reads in %.1f lifetimes, want at least 4", file, len(reads), 2.6)
 		}
 		for n := range len(reads) - 1 {
 			after := reads[n+1].at.Sub(reads[n].at)
@@ -255,8 +257,8 @@ func TestKeepsApplicationsSupplied(t *testing.T) {
 	}
 }
 
-// A process keeps one answer for each path without the query: templates that read one role
-// with different queries all get the token of whichever was read first.
+// consul-template caches one response per path and ignores the query. Templates that read
+// one role with different queries all get the token of the first read.
 func TestOneAnswerForAllQueries(t *testing.T) {
 	s := scene.New(t, time.Hour, map[string]any{"scopes": "read:data write:data"})
 	p := start(s, map[string]string{
@@ -264,7 +266,7 @@ func TestOneAnswerForAllQueries(t *testing.T) {
 		"write": "mojoauth/creds/reports?scopes=write:data",
 		"all":   "mojoauth/creds/reports",
 	})
-	tokens := map[string][]string{} // the files that hold each
+	tokens := map[string][]string{} // the files that contain each token
 	for _, file := range []string{"read", "write", "all"} {
 		token, err := p.read(file)
 		if err != nil {
@@ -273,6 +275,6 @@ func TestOneAnswerForAllQueries(t *testing.T) {
 		tokens[token] = append(tokens[token], fmt.Sprintf("%s (scope %s)", file, scope(t, token)))
 	}
 	if reads, mints := s.Reads(); len(tokens) != 1 || mints != 1 || reads["minted"] != 1 {
-		t.Errorf("%d tokens: %v; status counts %v and %d mints. If consul-template now tells queries apart, docs/consumers.md has to say so", len(tokens), slices.Collect(maps.Values(tokens)), reads, mints)
+		t.Errorf("got %d tokens: %v; status reports the reads %v and %d mints, want one of each. If consul-template now distinguishes queries, update docs/consumers.md", len(tokens), slices.Collect(maps.Values(tokens)), reads, mints)
 	}
 }

@@ -26,13 +26,14 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// programs are what scripts/consumers/kubernetes.sh built.
+// programs has the paths that scripts/consumers/kubernetes.sh prints.
 type programs struct {
 	etcd, apiServer, externalSecrets string
 	definitions                      string // the directory of the operator's CRDs
 }
 
-// findPrograms gets the programs, which takes minutes the first time.
+// findPrograms builds the programs if necessary and returns their paths. The first build
+// takes minutes.
 func findPrograms() (p programs, err error) {
 	root, err := harness.Root()
 	if err != nil {
@@ -51,20 +52,20 @@ func findPrograms() (p programs, err error) {
 	return programs{paths[0], paths[1], paths[2], paths[3]}, nil
 }
 
-// cluster is the control plane of a Kubernetes cluster: an etcd and an API server. It has
-// no node, so nothing runs in it, and no controllers of its own.
+// cluster is the control plane of a Kubernetes cluster: etcd and an API server. It has no
+// nodes to run pods and no controllers.
 type cluster struct {
 	testing.TB
 	url        string
-	authority  string // the PEM of the CA that signed the API server's certificate
-	token      string // of an administrator
+	authority  string // the CA certificate of the API server, in PEM
+	token      string // an administrator's token
 	kubeconfig string // for the administrator
 	dir        string
 	client     *http.Client
-	plurals    map[string]string // of kinds, by apiVersion and kind
+	plurals    map[string]string // resource paths by apiVersion and kind
 }
 
-// newCluster starts a control plane that ends with the test.
+// newCluster starts a control plane that stops when the test ends.
 func newCluster(t testing.TB) *cluster {
 	t.Helper()
 	authority := harness.NewAuthority(t)
@@ -125,7 +126,7 @@ current-context: test
 			err = fmt.Errorf("%d %s", status, body)
 		}
 		if err == nil {
-			// The namespace is made after the server is ready.
+			// The server creates the namespace after it is ready.
 			err = c.get("/api/v1/namespaces/default", nil)
 		}
 		if err != nil {
@@ -136,7 +137,7 @@ current-context: test
 	return c
 }
 
-// pemOf is a private key as PEM.
+// pemOf returns a private key in PEM.
 func pemOf(t testing.TB, key any) string {
 	t.Helper()
 	der, err := x509.MarshalPKCS8PrivateKey(key)
@@ -146,7 +147,7 @@ func pemOf(t testing.TB, key any) string {
 	return string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}))
 }
 
-// file writes a file of the cluster, and returns its path.
+// file writes a file to the cluster's directory and returns its path.
 func (c *cluster) file(name, content string) string {
 	c.Helper()
 	path := filepath.Join(c.dir, name)
@@ -156,9 +157,9 @@ func (c *cluster) file(name, content string) string {
 	return path
 }
 
-// run starts a program that ends with the test, and returns the path of its log. A
-// failed test prints the log's end. The program sees none of the variables that choose a
-// server for clients of Vault, OpenBao or Kubernetes, but for those in environment.
+// run starts a program that stops when the test ends, and returns the path of its log. If
+// the test fails, it prints the end of the log. The program's environment has no variables
+// that configure Vault, OpenBao, or Kubernetes clients, except those in environment.
 func (c *cluster) run(name string, environment []string, program string, args ...string) string {
 	c.Helper()
 	path := c.file(name+".log", "")
@@ -166,7 +167,7 @@ func (c *cluster) run(name string, environment []string, program string, args ..
 	if err != nil {
 		c.Fatal(err)
 	}
-	defer log.Close() // the process has its own
+	defer log.Close() // the process has its own descriptor
 	cmd := exec.Command(program, args...)
 	cmd.Stdout, cmd.Stderr, cmd.Dir = log, log, c.dir
 	for _, variable := range os.Environ() {
@@ -190,7 +191,7 @@ func (c *cluster) run(name string, environment []string, program string, args ..
 			c.Errorf("%s ended before the test did: %s", name, cmd.ProcessState)
 		default:
 		}
-		end := tail(path) // before what it logs when it is told to stop
+		end := tail(path) // read before the program logs its shutdown
 		_ = cmd.Process.Signal(os.Interrupt)
 		select {
 		case <-exited:
@@ -205,7 +206,7 @@ func (c *cluster) run(name string, environment []string, program string, args ..
 	return path
 }
 
-// tail is the end of a file.
+// tail returns the end of a file.
 func tail(path string) string {
 	content, err := os.ReadFile(path)
 	if err != nil {
@@ -234,7 +235,8 @@ func (c *cluster) do(method, path, contentType string, body []byte) (status int,
 	return resp.StatusCode, answer, err
 }
 
-// request is do that wants success, and decodes the answer into a value that isn't nil.
+// request sends a request and returns an error if it fails. It decodes the response into
+// the value that into points to, unless into is nil.
 func (c *cluster) request(method, path, contentType string, body []byte, into any) error {
 	status, answer, err := c.do(method, path, contentType, body)
 	if err != nil {
@@ -254,10 +256,10 @@ func (c *cluster) get(path string, into any) error {
 	return c.request(http.MethodGet, path, "", nil, into)
 }
 
-// manifest is a Kubernetes object as its YAML has it.
+// manifest is a Kubernetes object, decoded from YAML.
 type manifest map[string]any
 
-// manifestsIn decodes the documents of a YAML text. A key that occurs twice is an error.
+// manifestsIn decodes the documents in a YAML text. A duplicate key is an error.
 func manifestsIn(text string) (all []manifest, err error) {
 	decoder := yaml.NewDecoder(strings.NewReader(text))
 	for {
@@ -276,13 +278,13 @@ func manifestsIn(text string) (all []manifest, err error) {
 func (m manifest) kind() string { return m.text("kind") }
 func (m manifest) name() string { return m.text("metadata", "name") }
 
-// text is the string at a path of keys, or "".
+// text returns the string at a path of keys, or "".
 func (m manifest) text(keys ...string) string {
 	s, _ := m.at(keys...).(string)
 	return s
 }
 
-// at is what stands at a path of keys, or nil.
+// at returns the value at a path of keys, or nil.
 func (m manifest) at(keys ...string) any {
 	var value any = map[string]any(m)
 	for _, key := range keys {
@@ -292,13 +294,13 @@ func (m manifest) at(keys ...string) any {
 	return value
 }
 
-// object is the object at a path of keys, or nil.
+// object returns the object at a path of keys, or nil.
 func (m manifest) object(keys ...string) manifest {
 	object, _ := m.at(keys...).(map[string]any)
 	return object
 }
 
-// set replaces what stands at a path of keys, which has to be there.
+// set replaces the value at a path of keys, which must exist.
 func (m manifest) set(t testing.TB, value any, keys ...string) {
 	t.Helper()
 	last := len(keys) - 1
@@ -309,8 +311,8 @@ func (m manifest) set(t testing.TB, value any, keys ...string) {
 	object[keys[last]] = value
 }
 
-// apply applies manifests on the server's side, where a field that the server doesn't
-// know is an error.
+// apply applies manifests with server-side apply. A field that the server doesn't know is an
+// error.
 func (c *cluster) apply(manifests ...manifest) {
 	c.Helper()
 	for _, m := range manifests {
@@ -320,7 +322,7 @@ func (c *cluster) apply(manifests ...manifest) {
 	}
 }
 
-// tryApply applies a manifest with these query parameters more, such as &dryRun=All.
+// tryApply applies a manifest with additional query parameters, such as &dryRun=All.
 func (c *cluster) tryApply(m manifest, query string) error {
 	path, err := c.pathOf(m)
 	if err != nil {
@@ -334,8 +336,8 @@ func (c *cluster) tryApply(m manifest, query string) error {
 		"application/apply-patch+yaml", body, nil)
 }
 
-// pathOf is where the API server has an object, in the namespace default if its kind has
-// namespaces.
+// pathOf returns the API path of an object. A namespaced object is in the namespace
+// default.
 func (c *cluster) pathOf(m manifest) (string, error) {
 	version := m.text("apiVersion")
 	base := "/apis/" + version
@@ -363,19 +365,19 @@ func (c *cluster) pathOf(m manifest) (string, error) {
 			}
 		}
 		if c.plurals[key] == "" {
-			return "", fmt.Errorf("the API server knows no %s", key)
+			return "", fmt.Errorf("the API server has no resource %s", key)
 		}
 	}
 	return base + "/" + c.plurals[key] + "/" + m.name(), nil
 }
 
-// define applies the custom resource definitions in the files of a directory, and waits
-// until the API server serves them.
+// define applies the custom resource definitions in a directory and waits until the API
+// server serves them.
 func (c *cluster) define(dir string) {
 	c.Helper()
 	files, err := filepath.Glob(filepath.Join(dir, "*.yaml"))
 	if err != nil || len(files) == 0 {
-		c.Fatalf("no custom resource definitions in %s: %v", dir, err)
+		c.Fatalf("found no custom resource definitions in %s: %v", dir, err)
 	}
 	var definitions []manifest
 	for _, file := range files {
@@ -409,13 +411,13 @@ func (c *cluster) define(dir string) {
 					return nil
 				}
 			}
-			return fmt.Errorf("its conditions are %v", d.Status.Conditions)
+			return fmt.Errorf("got the conditions %v", d.Status.Conditions)
 		})
 	}
 }
 
-// serviceAccount makes a service account, and returns a token of its, for these
-// audiences or for the API server.
+// serviceAccount creates a service account and returns a token for it. The token is for the
+// given audiences, or for the API server if there are none.
 func (c *cluster) serviceAccount(name string, audiences ...string) string {
 	c.Helper()
 	c.apply(manifest{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": map[string]any{"name": name}})
@@ -428,7 +430,7 @@ func (c *cluster) serviceAccount(name string, audiences ...string) string {
 	}
 	var answer struct{ Status struct{ Token string } }
 	if err := c.request(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts/"+name+"/token", "application/json", body, &answer); err != nil {
-		c.Fatalf("a token for the service account %s: %v", name, err)
+		c.Fatalf("creating a token for the service account %s: %v", name, err)
 	}
 	return answer.Status.Token
 }

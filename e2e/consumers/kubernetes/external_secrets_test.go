@@ -29,32 +29,32 @@ const (
 	lifetimes = 5
 	floor     = lifetime / 10
 
-	outage   = lifetime / 3 // of the OAuth server
-	sealed   = 10 * time.Second
+	outage   = lifetime / 3     // how long the OAuth server is down
+	sealed   = 10 * time.Second // how long Vault is sealed
 	interval = time.Second
 
-	// longest is the largest min_ttl that has an effect.
+	// longest is the largest effective min_ttl.
 	longest = lifetime * 8 / 10
 )
 
-// documentedMinTTL is how docs/consumers.md says to choose min_ttl.
+// documentedMinTTL returns the min_ttl that docs/consumers.md recommends.
 func documentedMinTTL(interval, outage time.Duration) time.Duration {
 	return (interval + 2*outage + floor).Round(time.Second)
 }
 
-// operation is an External Secrets Operator that brings an engine's tokens into a cluster.
+// operation is an External Secrets Operator that writes the engine's tokens to a cluster.
 type operation struct {
 	*scene.Scene
 	*cluster
 	docs documentation
 }
 
-// startOperator starts a scene, a control plane and the operator. Vault's Kubernetes auth
-// method asks the API server about the service accounts that log in.
+// startOperator starts a scene, a control plane, and the operator. Vault's Kubernetes auth
+// method validates logins with the API server.
 func startOperator(t *testing.T) *operation {
 	t.Helper()
 	if minTTL := documentedMinTTL(interval, outage); minTTL > longest {
-		t.Fatalf("min_ttl would be %s, and more than %s has no effect", minTTL, longest)
+		t.Fatalf("min_ttl is %s, but values above %s have no effect", minTTL, longest)
 	}
 	o := &operation{
 		Scene:   scene.New(t, lifetime, nil),
@@ -84,10 +84,10 @@ func startOperator(t *testing.T) *operation {
 	return o
 }
 
-// tb is the test, which the scene and the cluster both have.
+// tb returns the test. The scene and the cluster both embed it.
 func (o *operation) tb() testing.TB { return o.Scene.TB }
 
-// vault runs a command of Vault's or OpenBao's, as the document has it.
+// vault runs a documented vault command with the CLI of the tested server.
 func (o *operation) vault(command []string) {
 	o.tb().Helper()
 	if _, err := o.Vault.CLI(o.tb().Context(), command[1:]...); err != nil {
@@ -95,9 +95,9 @@ func (o *operation) vault(command []string) {
 	}
 }
 
-// application makes what an application needs that reads the role of its name: a service
-// account, a policy, and the role of the Kubernetes auth method that docs/consumers.md
-// shows, with that type of tokens.
+// application sets up an application that reads the role with its name. It creates a service
+// account, a policy, and the Kubernetes auth role from docs/consumers.md with the given token
+// type.
 func (o *operation) application(name, tokenType string) {
 	o.tb().Helper()
 	o.serviceAccount(name)
@@ -112,7 +112,7 @@ func (o *operation) application(name, tokenType string) {
 	o.vault(command)
 }
 
-// generator is the documented generator and ExternalSecret of an application.
+// generator returns the documented generator and ExternalSecret for an application.
 func (o *operation) generator(name string, interval time.Duration) (generator, external manifest) {
 	t := o.tb()
 	t.Helper()
@@ -131,14 +131,14 @@ func (o *operation) generator(name string, interval time.Duration) (generator, e
 	return generator, external
 }
 
-// generate applies the documented generator and ExternalSecret of an application.
+// generate applies the documented generator and ExternalSecret for an application.
 func (o *operation) generate(name string, interval time.Duration) {
 	o.tb().Helper()
 	generator, external := o.generator(name, interval)
 	o.apply(generator, external)
 }
 
-// reader is an application that takes its token from a Secret for every call.
+// reader is an application that reads its token from a Secret before every call.
 type reader struct {
 	name     string
 	calls    int
@@ -147,7 +147,7 @@ type reader struct {
 	versions []string // of the Secret, distinct, in order
 }
 
-// call reads the Secret and calls the API with the token in it.
+// call reads the Secret and calls the API with its token.
 func (o *operation) call(r *reader) error {
 	s, err := o.secret(r.name)
 	if err != nil {
@@ -171,7 +171,7 @@ func (o *operation) call(r *reader) error {
 	return nil
 }
 
-// readUntil has the reader call the API several times a second until stop is closed.
+// readUntil calls the API as the reader five times a second until stop is closed.
 func (o *operation) readUntil(stop <-chan struct{}, r *reader) {
 	tick := time.NewTicker(time.Second / 5)
 	defer tick.Stop()
@@ -187,17 +187,17 @@ func (o *operation) readUntil(stop <-chan struct{}, r *reader) {
 			return
 		}
 		if r.refused > before && before == 0 {
-			o.tb().Logf("%s: the API refuses a token at %s", r.name, time.Now().Format(time.TimeOnly))
+			o.tb().Logf("%s: the API refused a token at %s", r.name, time.Now().Format(time.TimeOnly))
 		}
 	}
 }
 
-// left is how long a JWT is still valid.
+// left returns the time left until a JWT expires.
 func left(t testing.TB, token string) time.Duration {
 	t.Helper()
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 {
-		t.Fatalf("%q is no JWT", token)
+		t.Fatalf("%q is not a JWT", token)
 	}
 	var claims struct{ Exp int64 }
 	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
@@ -210,8 +210,8 @@ func left(t testing.TB, token string) time.Duration {
 	return time.Until(time.Unix(claims.Exp, 0))
 }
 
-// vaultTokens counts the tokens in the server's storage by the role of the Kubernetes auth
-// method that they come from, "" for all others. Batch tokens aren't stored.
+// vaultTokens returns the number of tokens in the server's storage by the Kubernetes auth
+// role that issued them, or "" for other tokens. Batch tokens aren't stored.
 func (o *operation) vaultTokens() map[string]int {
 	t := o.tb()
 	t.Helper()
@@ -224,7 +224,7 @@ func (o *operation) vaultTokens() map[string]int {
 		token, err := o.Vault.Auth().Token().LookupAccessor(accessor.(string))
 		var answer *api.ResponseError
 		if errors.As(err, &answer) && answer.StatusCode < 500 {
-			continue // revoked meanwhile
+			continue // revoked since the list
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -236,7 +236,7 @@ func (o *operation) vaultTokens() map[string]int {
 	return counts
 }
 
-// requests counts the server's answers by the path of the request, from its audit log.
+// requests returns the number of responses by request path, from the server's audit log.
 func (o *operation) requests() map[string]int {
 	t := o.tb()
 	t.Helper()
@@ -260,32 +260,32 @@ func (o *operation) requests() map[string]int {
 	return counts
 }
 
-// The ExternalSecret and the generator that docs/consumers.md shows keep a Secret fresh,
-// with min_ttl as the document says to choose it: no call of the API is refused in five
-// lifetimes, with an outage of the OAuth server, a rotation, and a sealed Vault. Beside
-// them run what the document advises against, and a SecretStore.
+// The documented ExternalSecret and generator keep a Secret fresh with the documented
+// min_ttl. In five lifetimes with an outage of the OAuth server, a rotation, and a sealed
+// Vault, the API refuses no call. The test also runs a SecretStore and setups that
+// docs/consumers.md advises against.
 func TestExternalSecretsOperator(t *testing.T) {
 	o := startOperator(t)
 	minTTL := documentedMinTTL(interval, outage).String()
 
-	// As documented.
+	// reports follows the document.
 	o.Role("reports", map[string]any{"min_ttl": minTTL})
 	o.application("reports", "batch")
 	o.generate("reports", interval)
 
-	// With an interval below R − m, and without min_ttl.
+	// hasty has an interval below R − m and no min_ttl.
 	o.Role("hasty", nil)
 	o.application("hasty", "batch")
 	o.generate("hasty", 5*time.Second)
 
-	// With all keys of the answer, and logins that leave a token each.
+	// whole keeps all keys of the response, and each of its logins leaves a token.
 	o.Role("whole", map[string]any{"min_ttl": minTTL})
 	o.application("whole", "service")
 	generator, external := o.generator("whole", 2*interval)
 	delete(external.object("spec", "target"), "template")
 	o.apply(generator, external)
 
-	// A store, with logins that leave a token each, unless they are revoked.
+	// stored uses a SecretStore. Each login leaves a token unless the operator revokes it.
 	o.Role("stored", map[string]any{"min_ttl": minTTL})
 	o.application("stored", "service")
 	store, external := o.docs.manifest("SecretStore", "mojoauth"), o.docs.manifest("ExternalSecret", "reports-from-store")
@@ -297,7 +297,7 @@ func TestExternalSecretsOperator(t *testing.T) {
 	manifest(external.at("spec", "data").([]any)[0].(map[string]any)).set(t, "creds/stored", "remoteRef", "key")
 	o.apply(store, external)
 
-	// With a query in the path.
+	// query has a query in the path.
 	generator, external = o.generator("query", time.Hour)
 	generator.set(t, "/mojoauth/creds/reports?scopes="+oauthserver.DataScope, "spec", "path")
 	generator.set(t, "reports", "spec", "provider", "auth", "kubernetes", "role")
@@ -326,15 +326,15 @@ func TestExternalSecretsOperator(t *testing.T) {
 		t.Logf("%s: %s", time.Now().Format(time.TimeOnly), what)
 	}
 
-	at(0.5, "the OAuth server will fail when hasty's token is about to be due")
+	at(0.5, "waiting until hasty's token is almost due")
 	due := lifetime/4 + lifetime/20 // a node renews a token a little before R
-	harness.EventuallyWithin(t, 2*lifetime, "hasty's token is about to be due", func() error {
+	harness.EventuallyWithin(t, 2*lifetime, "hasty's token is almost due", func() error {
 		s, err := o.secret("hasty")
 		if err != nil {
 			return err
 		}
 		if l := left(t, string(s.Data["access_token"])); l < due || l > due+time.Second {
-			return fmt.Errorf("it is valid for %s", l)
+			return fmt.Errorf("it has %s left", l)
 		}
 		return nil
 	})
@@ -366,11 +366,11 @@ func TestExternalSecretsOperator(t *testing.T) {
 		t.Logf("%s: %d calls of the API, %d refused; %d reads of Vault, %d tokens, %d versions of the Secret",
 			r.name, r.calls, r.refused, after[path]-before[path], len(r.tokens), len(r.versions))
 		if r.calls < lifetimes*int(lifetime.Seconds())*2 {
-			t.Errorf("%s: only %d calls: the test did not look closely", r.name, r.calls)
+			t.Errorf("%s: got only %d calls, want at least two per second", r.name, r.calls)
 		}
 		seen += len(r.tokens)
 	}
-	t.Logf("%d logins of all four, %d mints, %d tokens in the Secrets", after["auth/kubernetes/login"]-before["auth/kubernetes/login"], mints, seen)
+	t.Logf("%d logins of all four applications, %d mints, %d tokens in the Secrets", after["auth/kubernetes/login"]-before["auth/kubernetes/login"], mints, seen)
 
 	for _, r := range []*reader{reports, stored, whole} {
 		if r.refused > 0 {
@@ -378,7 +378,7 @@ func TestExternalSecretsOperator(t *testing.T) {
 		}
 	}
 	if hasty.refused == 0 {
-		t.Error("hasty: the API refused no call: the outage was none, and showed nothing of the others")
+		t.Error("hasty: the API refused no call: the outage was too short to test the other applications")
 	}
 	for _, r := range []*reader{reports, hasty, stored} {
 		if len(r.versions) != len(r.tokens) {
@@ -386,28 +386,28 @@ func TestExternalSecretsOperator(t *testing.T) {
 		}
 	}
 	if len(whole.versions) < 2*len(whole.tokens) {
-		t.Errorf("whole: %d versions of the Secret for %d tokens: ttl does not count any more, and the document says it does",
+		t.Errorf("whole: %d versions of the Secret for %d tokens, want at least twice as many: docs/consumers.md says that ttl changes the Secret",
 			len(whole.versions), len(whole.tokens))
 	}
 	if minimum := lifetimes * int(lifetime/(lifetime-longest)) / 2; len(reports.tokens) < minimum {
 		t.Errorf("reports: %d tokens in %d lifetimes, want at least %d", len(reports.tokens), lifetimes, minimum)
 	}
 
-	// A token of stored may be left: from the login just before the server was sealed, and
-	// from the one that is under way.
+	// stored may leave two tokens: one from the login just before the server was sealed, and
+	// one from a login in progress.
 	tokens := o.vaultTokens()
-	t.Logf("tokens in Vault's storage by role: %v, and %v before", tokens, tokensBefore)
+	t.Logf("tokens in Vault's storage by role: %v, previously %v", tokens, tokensBefore)
 	if tokens["reports"] != 0 || tokens["hasty"] != 0 {
 		t.Errorf("the generators' logins left %d tokens, want none", tokens["reports"]+tokens["hasty"])
 	}
 	if tokens["stored"] > 2 {
-		t.Errorf("the store's logins left %d tokens", tokens["stored"])
+		t.Errorf("the store's logins left %d tokens, want at most 2", tokens["stored"])
 	}
 	if tokens["whole"] < lifetimes*int(lifetime/(2*interval))/2 {
-		t.Errorf("whole left %d tokens: the operator revokes its logins, and the document says it does not", tokens["whole"])
+		t.Errorf("whole left only %d tokens: docs/consumers.md says that the operator does not revoke them", tokens["whole"])
 	}
 
-	t.Run("a query in the path is no query", func(t *testing.T) {
+	t.Run("query in the path is escaped", func(t *testing.T) {
 		var external struct {
 			Status struct {
 				Conditions []struct{ Type, Status, Message string }
@@ -417,19 +417,19 @@ func TestExternalSecretsOperator(t *testing.T) {
 			t.Fatal(err)
 		}
 		if c := external.Status.Conditions; len(c) != 1 || c[0].Status != "False" {
-			t.Errorf("the conditions are %v, want it not to be ready", c)
+			t.Errorf("got the conditions %v, want not ready", c)
 		}
 		if s, err := o.secret("query"); err == nil {
-			t.Errorf("there is a Secret with the version %s", s.Metadata.ResourceVersion)
+			t.Errorf("got a Secret with the version %s, want none", s.Metadata.ResourceVersion)
 		}
-		asked := 0
+		escaped := 0
 		for path, n := range after {
 			if strings.HasPrefix(path, "mojoauth/creds/reports?") {
-				asked += n
+				escaped += n
 			}
 		}
-		if asked == 0 {
-			t.Error("no request was for a path with the query in it")
+		if escaped == 0 {
+			t.Error("got no request for a path that contains the query")
 		}
 	})
 }

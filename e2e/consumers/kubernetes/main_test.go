@@ -1,9 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package kubernetes tests what brings tokens to applications in Kubernetes: the External
-// Secrets Operator runs against a real API server, and the manifests in
-// docs/consumers.md are validated by it.
+// Package kubernetes tests the External Secrets Operator with a real Kubernetes API server,
+// which also validates the manifests in docs/consumers.md.
 package kubernetes
 
 import (

@@ -17,7 +17,7 @@ type documentation struct {
 	testing.TB
 	title string
 	yaml  []string   // its YAML blocks
-	shell [][]string // the commands in its shell blocks, as words
+	shell [][]string // the commands in its shell blocks, split into words
 }
 
 // documented reads a section of docs/consumers.md.
@@ -54,7 +54,7 @@ func documented(t testing.TB, title string) documentation {
 	return d
 }
 
-// manifests are all of the section's, in their order; parts of manifests have no kind.
+// manifests returns the section's manifests in order. Partial manifests have no kind.
 func (d documentation) manifests() (all []manifest) {
 	d.Helper()
 	for _, block := range d.yaml {
@@ -67,7 +67,7 @@ func (d documentation) manifests() (all []manifest) {
 	return all
 }
 
-// manifest is a fresh copy of the section's manifest of that kind and name.
+// manifest returns a new copy of the section's manifest with the given kind and name.
 func (d documentation) manifest(kind, name string) manifest {
 	d.Helper()
 	for _, m := range d.manifests() {
@@ -75,11 +75,11 @@ func (d documentation) manifest(kind, name string) manifest {
 			return m
 		}
 	}
-	d.Fatalf("%s: there is no %s %s", d.title, kind, name)
+	d.Fatalf("%s has no %s %s", d.title, kind, name)
 	return nil
 }
 
-// command is the command whose words begin with these.
+// command returns the section's command that begins with words.
 func (d documentation) command(words ...string) []string {
 	d.Helper()
 	begin := strings.Join(words, " ")
@@ -88,13 +88,13 @@ func (d documentation) command(words ...string) []string {
 			return command
 		}
 	}
-	d.Fatalf("%s: there is no command %q", d.title, begin)
+	d.Fatalf("%s has no command %q", d.title, begin)
 	return nil
 }
 
-// The API server takes the manifests that docs/consumers.md shows, and knows all of their
-// fields. Of the Vault Secrets Operator and the Secrets Store CSI driver it has no
-// definitions: these manifests are YAML without a key that occurs twice.
+// The API server accepts the manifests in docs/consumers.md, including every field. It has no
+// definitions for the Vault Secrets Operator and the Secrets Store CSI driver, so the test
+// verifies only that those manifests are YAML without duplicate keys.
 func TestDocumentedManifests(t *testing.T) {
 	c := newCluster(t)
 	c.define(tools.definitions)
@@ -108,11 +108,11 @@ func TestDocumentedManifests(t *testing.T) {
 			undefined := strings.HasPrefix(m.text("apiVersion"), "secrets.hashicorp.com/") ||
 				strings.HasPrefix(m.text("apiVersion"), "secrets-store.csi.x-k8s.io/")
 			if m.kind() == "" && m.at("spec", "containers") != nil {
-				// What a pod needs, without its head.
+				// A partial pod: add the missing fields.
 				m["apiVersion"], m["kind"], m["metadata"] = "v1", "Pod", map[string]any{"name": "reports"}
 			}
 			if m.kind() == "" {
-				continue // values of a chart
+				continue // Helm chart values
 			}
 			found[section+": "+m.kind()]++
 			if undefined {
@@ -137,8 +137,8 @@ func TestDocumentedManifests(t *testing.T) {
 		}
 	}
 
-	// A field that nobody knows is an error, or the test would show nothing.
-	for section, change := range map[string]func() manifest{
+	// Verify that the API server refuses unknown fields.
+	for name, change := range map[string]func() manifest{
 		"a Deployment": func() manifest {
 			m := documented(t, "Kubernetes agent injector").manifest("Deployment", "reports")
 			m.object("spec")["selectors"] = map[string]any{}
@@ -151,7 +151,7 @@ func TestDocumentedManifests(t *testing.T) {
 		},
 	} {
 		if err := c.tryApply(change(), "&dryRun=All"); err == nil || !strings.Contains(err.Error(), "field not declared in schema") {
-			t.Errorf("%s: got %v, want an unknown field to be refused", section, err)
+			t.Errorf("%s: got %v, want an error about an unknown field", name, err)
 		}
 	}
 }

@@ -8,7 +8,7 @@ import (
 	"syscall"
 )
 
-// endWithParent has the command interrupted when this process ends.
+// endWithParent arranges for the command to receive SIGINT when this process ends.
 func endWithParent(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGINT}
 }

@@ -7,5 +7,5 @@ package kubernetes
 
 import "os/exec"
 
-// endWithParent does nothing where there is nothing to do it with.
+// endWithParent does nothing on systems other than Linux.
 func endWithParent(*exec.Cmd) {}

@@ -11,13 +11,14 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// Cluster is a server of three nodes with the engine, and an OAuth server with an API.
+// Cluster is a three-node Vault or OpenBao cluster with the engine enabled, and an OAuth
+// server that also serves an API.
 type Cluster struct {
 	*harness.Cluster
 	OAuth *oauthserver.Server
 }
 
-// NewCluster starts one whose tokens live for lifetime. Its config is written.
+// NewCluster starts a cluster whose tokens have the given lifetime, and writes its config.
 func NewCluster(t testing.TB, lifetime time.Duration) *Cluster {
 	t.Helper()
 	oauth := startOAuth(t, lifetime)

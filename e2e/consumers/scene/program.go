@@ -21,8 +21,8 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// Program returns what scripts/consumers/NAME.sh prints: the path of a consumer, which it
-// builds or installs when it is not there yet.
+// Program runs scripts/consumers/NAME.sh and returns the path that it prints. The script
+// builds or installs the consumer if necessary.
 func Program(t testing.TB, name string) string {
 	t.Helper()
 	root, err := harness.Root()
@@ -38,18 +38,18 @@ func Program(t testing.TB, name string) string {
 	return strings.TrimSpace(out.String())
 }
 
-// Token makes a Vault token that may do what the rules say.
+// Token writes a policy with the given rules and returns a Vault token with that policy.
 func (s *Scene) Token(name, rules string) string {
 	s.Helper()
 	s.Policy(name, rules)
 	secret, err := s.Vault.Auth().Token().Create(&api.TokenCreateRequest{Policies: []string{name}, TTL: "1h"})
 	if err != nil {
-		s.Fatalf("a token with the policy %s: %v", name, err)
+		s.Fatalf("creating a token with the policy %s: %v", name, err)
 	}
 	return secret.Auth.ClientToken
 }
 
-// CountedAPI is the scene's API, which counts its answers by status.
+// CountedAPI counts the responses of the scene's API by status.
 type CountedAPI struct {
 	URL string
 
@@ -57,7 +57,7 @@ type CountedAPI struct {
 	statuses map[int]int
 }
 
-// API puts a counter in front of the scene's API.
+// API starts a proxy for the scene's API that counts responses.
 func (s *Scene) API() *CountedAPI {
 	s.Helper()
 	target, err := url.Parse(s.OAuth.URL())
@@ -80,7 +80,7 @@ func (s *Scene) API() *CountedAPI {
 	return counted
 }
 
-// Statuses returns how many calls got which status since it was last asked.
+// Statuses returns the number of responses by status since the previous call to Statuses.
 func (c *CountedAPI) Statuses() map[int]int {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -1,8 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package scene is what the tests of every consumer start with: a real Vault or OpenBao
-// with the engine at mojoauth/, a real OAuth server, and an API that its tokens open.
+// Package scene sets up what all consumer tests need: a real Vault or OpenBao server with
+// the engine at mojoauth/, a real OAuth server, and an API that accepts its tokens.
 package scene
 
 import (
@@ -19,7 +19,7 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/oauthserver"
 )
 
-// What the scene's config identifies itself with at the OAuth server.
+// ClientID and ClientSecret are the credentials in the scene's config.
 const (
 	ClientID     = "client"
 	ClientSecret = "canary-client-secret-52c8"
@@ -34,8 +34,8 @@ var (
 	pluginBinary string
 )
 
-// Main builds the plugin, finds the server that SERVER names, runs the tests, and lists
-// at the end what they left out. It returns the exit code.
+// Main builds the plugin, finds the server that SERVER names, runs the tests, and then
+// lists what they did not test. It returns the exit code.
 func Main(m *testing.M) int {
 	code, err := run(m)
 	if err != nil {
@@ -63,16 +63,17 @@ func run(m *testing.M) (code int, err error) {
 	return code, nil
 }
 
-// Scene is a server with the engine, and an OAuth server with an API beside it.
+// Scene is a Vault or OpenBao server with the engine enabled, and an OAuth server that also
+// serves an API.
 type Scene struct {
 	testing.TB
 	Vault *harness.Vault
 	OAuth *oauthserver.Server
 }
 
-// New starts a scene whose tokens live for lifetime. Its config is written, and it has
-// one role: reports, with these fields more than audience and scope. Everything ends
-// with the test.
+// New starts a scene whose tokens have the given lifetime. It writes the config and one
+// role, reports, with the given fields in addition to audience and scopes. Everything stops
+// when the test ends.
 func New(t testing.TB, lifetime time.Duration, role map[string]any) *Scene {
 	t.Helper()
 	oauth := startOAuth(t, lifetime)
@@ -84,7 +85,7 @@ func New(t testing.TB, lifetime time.Duration, role map[string]any) *Scene {
 	return s
 }
 
-// startOAuth starts an OAuth server whose tokens live for lifetime.
+// startOAuth starts an OAuth server whose tokens have the given lifetime.
 func startOAuth(t testing.TB, lifetime time.Duration) *oauthserver.Server {
 	t.Helper()
 	oauth, err := oauthserver.New(lifetime, oauthserver.Client{
@@ -103,12 +104,12 @@ func startOAuth(t testing.TB, lifetime time.Duration) *oauthserver.Server {
 	return oauth
 }
 
-// configOf is the fields of a config for an OAuth server.
+// configOf returns the config fields for an OAuth server.
 func configOf(oauth *oauthserver.Server) map[string]any {
 	return map[string]any{"token_url": oauth.TokenURL(), "client_id": ClientID, "client_secret": ClientSecret}
 }
 
-// Write writes below the engine's mount.
+// Write writes to a path under the engine's mount.
 func (s *Scene) Write(path string, data map[string]any) {
 	s.Helper()
 	if _, err := s.Vault.Logical().Write("mojoauth/"+path, data); err != nil {
@@ -116,7 +117,7 @@ func (s *Scene) Write(path string, data map[string]any) {
 	}
 }
 
-// Role writes a role that may call the API, with these fields more.
+// Role writes a role whose tokens the API accepts, with the given additional fields.
 func (s *Scene) Role(name string, more map[string]any) {
 	s.Helper()
 	fields := map[string]any{"audience": oauthserver.DataAudience, "scopes": oauthserver.DataScope}
@@ -128,11 +129,11 @@ func (s *Scene) Role(name string, more map[string]any) {
 func (s *Scene) Policy(name, rules string) {
 	s.Helper()
 	if err := s.Vault.Sys().PutPolicy(name, rules); err != nil {
-		s.Fatalf("policy %s: %v", name, err)
+		s.Fatalf("writing the policy %s: %v", name, err)
 	}
 }
 
-// CallAPI calls the API with a token, and returns the status.
+// CallAPI calls the API with a token and returns the status.
 func (s *Scene) CallAPI(token string) (int, error) {
 	req, err := http.NewRequest(http.MethodGet, s.OAuth.URL()+oauthserver.DataPath, nil)
 	if err != nil {
@@ -147,8 +148,8 @@ func (s *Scene) CallAPI(token string) (int, error) {
 	return resp.StatusCode, nil
 }
 
-// Reads returns how many reads the engine answered, by outcome, and how many tokens it
-// minted: the figures of the status path.
+// Reads returns the number of reads by outcome and the number of mints, as the status path
+// reports them.
 func (s *Scene) Reads() (reads map[string]int, mints int) {
 	s.Helper()
 	status, err := s.Vault.Logical().Read("mojoauth/status")
@@ -164,7 +165,7 @@ func (s *Scene) Reads() (reads map[string]int, mints int) {
 		err = json.Unmarshal(raw, &data)
 	}
 	if err != nil {
-		s.Fatalf("status holds %v: %v", status.Data, err)
+		s.Fatalf("decoding status %v: %v", status.Data, err)
 	}
 	return data.Reads, data.Mints
 }

@@ -11,7 +11,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(Main(m)) }
 
-// A token of a scene opens its API, and is counted.
+// The scene's API accepts a token from the engine, and Reads counts it.
 func TestScene(t *testing.T) {
 	s := New(t, time.Hour, nil)
 	secret, err := s.Vault.Logical().Read("mojoauth/creds/reports")
@@ -20,9 +20,9 @@ func TestScene(t *testing.T) {
 	}
 	token, _ := secret.Data["access_token"].(string)
 	if status, err := s.CallAPI(token); err != nil || status != 200 {
-		t.Errorf("the API answers %d, %v", status, err)
+		t.Errorf("the API returned %d, %v, want 200", status, err)
 	}
 	if reads, mints := s.Reads(); reads["minted"] != 1 || mints != 1 {
-		t.Errorf("status counts %v and %d mints, want one", reads, mints)
+		t.Errorf("status reports the reads %v and %d mints, want one of each", reads, mints)
 	}
 }

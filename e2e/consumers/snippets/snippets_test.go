@@ -1,8 +1,8 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package snippets validates what docs/consumers.md shows for consumers that the tests do
-// not run.
+// Package snippets tests that the configurations in docs/consumers.md for consumers that no
+// test runs are valid.
 package snippets
 
 import (
@@ -21,7 +21,7 @@ import (
 	"github.com/mojoauth/vault-plugin-secrets-mojoauth/e2e/harness"
 )
 
-// blocks returns the code blocks of docs/consumers.md in a language.
+// blocks returns the code blocks in docs/consumers.md in the given language.
 func blocks(t *testing.T, language string) (all []string) {
 	t.Helper()
 	root, err := harness.Root()
@@ -37,7 +37,7 @@ func blocks(t *testing.T, language string) (all []string) {
 		all = append(all, block+"\n")
 	}
 	if len(all) == 0 {
-		t.Fatalf("docs/consumers.md has no %s", language)
+		t.Fatalf("docs/consumers.md has no %s block", language)
 	}
 	return all
 }
@@ -52,14 +52,14 @@ func parse(t *testing.T, source string) *hclsyntax.Body {
 	return file.Body.(*hclsyntax.Body)
 }
 
-// Policies, and the configurations of Vault Agent, Terraform and Nomad, parse as HCL.
+// The policies and the configurations for Vault Agent, Terraform, and Nomad are valid HCL.
 func TestHCLParses(t *testing.T) {
 	for _, block := range blocks(t, "hcl") {
 		parse(t, block)
 	}
 }
 
-// Every block and attribute of the Nomad job is one that a job of Nomad's API has.
+// Nomad's API has every block and attribute of the Nomad job.
 func TestNomadJobHasKnownFields(t *testing.T) {
 	jobs := 0
 	for _, block := range blocks(t, "hcl") {
@@ -74,9 +74,9 @@ func TestNomadJobHasKnownFields(t *testing.T) {
 		}
 	}
 	if jobs != 1 {
-		t.Errorf("docs/consumers.md shows %d jobs, want one", jobs)
+		t.Errorf("docs/consumers.md has %d jobs, want one", jobs)
 	}
-	// The check sees what is wrong.
+	// The check finds unknown names.
 	body := parse(t, `group "g" {
   task "t" {
     template {
@@ -86,17 +86,17 @@ func TestNomadJobHasKnownFields(t *testing.T) {
   }
 }`)
 	if unknown := unknownFields("job", reflect.TypeFor[api.Job](), body); len(unknown) != 2 {
-		t.Errorf("of two unknown names the check found %v", unknown)
+		t.Errorf("the check found %v, want two unknown names", unknown)
 	}
 }
 
-// unknownFields lists the attributes and blocks of a body that a type has no hcl tag for.
+// unknownFields returns the attributes and blocks of a body for which a type has no hcl tag.
 func unknownFields(path string, of reflect.Type, body *hclsyntax.Body) (unknown []string) {
 	for of.Kind() == reflect.Pointer || of.Kind() == reflect.Slice {
 		of = of.Elem()
 	}
 	if of.Kind() != reflect.Struct {
-		return nil // a map: any name
+		return nil // a map, which allows any name
 	}
 	attributes, children := map[string]bool{}, map[string]reflect.Type{}
 	for n := range of.NumField() {
@@ -123,10 +123,10 @@ func unknownFields(path string, of reflect.Type, body *hclsyntax.Body) (unknown 
 	return unknown
 }
 
-// systemd accepts the unit.
+// systemd-analyze accepts the documented unit.
 func TestSystemdVerifiesTheUnit(t *testing.T) {
 	if _, err := exec.LookPath("systemd-analyze"); err != nil {
-		harness.Missing(t, "no systemd-analyze on PATH: install systemd")
+		harness.Missing(t, "systemd-analyze is not on PATH: install systemd")
 	}
 	dir := t.TempDir()
 	units := blocks(t, "ini")
@@ -136,7 +136,7 @@ func TestSystemdVerifiesTheUnit(t *testing.T) {
 	verify := func(unit string) (string, error) {
 		for name, content := range map[string]string{
 			"reports.service": unit,
-			// What the unit wants.
+			// The service in the unit's Wants.
 			"vault-agent.service": "[Service]\nExecStart=/bin/true\n",
 		} {
 			if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
@@ -146,11 +146,11 @@ func TestSystemdVerifiesTheUnit(t *testing.T) {
 		out, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", filepath.Join(dir, "reports.service")).CombinedOutput()
 		return string(out), err
 	}
-	unit := strings.ReplaceAll(units[0], "/usr/bin/reports", "/bin/true") // a program that is there
+	unit := strings.ReplaceAll(units[0], "/usr/bin/reports", "/bin/true") // a program that exists
 	if out, err := verify(unit); err != nil || strings.Contains(out, "reports.service") {
 		t.Errorf("%v\n%s", err, out)
 	}
 	if out, err := verify(unit + "LoadCredentials=x:/y\n"); err == nil && !strings.Contains(out, "LoadCredentials") {
-		t.Errorf("a misspelled name passes: %s", out)
+		t.Errorf("systemd-analyze accepted a misspelled name: %s", out)
 	}
 }

@@ -1,11 +1,11 @@
 // Copyright (c) The vault-plugin-secrets-mojoauth authors
 // SPDX-License-Identifier: MPL-2.0
 
-// Package terraform applies the configurations of docs/consumers.md with Terraform, or
-// OpenTofu, and Vault's provider.
+// Package terraform tests the configurations in docs/consumers.md with Terraform or OpenTofu
+// and the Vault provider.
 //
-// The provider is not fetched: TERRAFORM_PROVIDER_VAULT names its binary. Without it, or
-// without a terraform or tofu on PATH, the test is skipped.
+// The tests do not download the provider: TERRAFORM_PROVIDER_VAULT names its binary. They
+// are skipped if the variable is not set, or if neither terraform nor tofu is on PATH.
 package terraform
 
 import (
@@ -25,19 +25,19 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(scene.Main(m)) }
 
-// workspace is a directory with a configuration, and its state.
+// workspace is a directory with a configuration and its state.
 type workspace struct {
 	*scene.Scene
 	program string
 	dir     string
-	output  strings.Builder // all that was printed
+	output  strings.Builder // everything that Terraform printed
 }
 
 func newWorkspace(s *scene.Scene) *workspace {
 	s.Helper()
 	provider := os.Getenv("TERRAFORM_PROVIDER_VAULT")
 	if provider == "" {
-		harness.Skip(s, "TERRAFORM_PROVIDER_VAULT names no terraform-provider-vault")
+		harness.Skip(s, "TERRAFORM_PROVIDER_VAULT is not set to the path of terraform-provider-vault")
 	}
 	w := &workspace{Scene: s, dir: s.TempDir()}
 	for _, name := range []string{"terraform", "tofu"} {
@@ -47,7 +47,7 @@ func newWorkspace(s *scene.Scene) *workspace {
 		}
 	}
 	if w.program == "" {
-		harness.Skip(s, "there is no terraform and no tofu on PATH")
+		harness.Skip(s, "neither terraform nor tofu is on PATH")
 	}
 	w.file("cli.tfrc", fmt.Sprintf("provider_installation {\n  dev_overrides {\n    \"hashicorp/vault\" = %q\n  }\n  direct {}\n}\n", filepath.Dir(provider)))
 	w.file("provider.tf", `terraform {
@@ -72,7 +72,7 @@ func (w *workspace) file(name, content string) {
 	}
 }
 
-// run runs the program, and returns what it printed and its exit code.
+// run runs Terraform and returns its output and exit code.
 func (w *workspace) run(args ...string) (string, int) {
 	w.Helper()
 	cmd := exec.CommandContext(w.Context(), w.program, args...)
@@ -99,8 +99,8 @@ func (w *workspace) must(args ...string) string {
 	return out
 }
 
-// holds reports whether a file of the workspace, such as the state, holds a text.
-func (w *workspace) holds(name, text string) bool {
+// contains reports whether a file in the workspace, such as the state, contains text.
+func (w *workspace) contains(name, text string) bool {
 	w.Helper()
 	content, err := os.ReadFile(filepath.Join(w.dir, name))
 	if err != nil {
@@ -109,7 +109,8 @@ func (w *workspace) holds(name, text string) bool {
 	return strings.Contains(string(content), text)
 }
 
-// documented returns the HCL blocks of docs/consumers.md below a heading, for this scene.
+// documented returns the HCL blocks under a heading of docs/consumers.md, with the values of
+// this scene.
 func (w *workspace) documented(heading string) string {
 	w.Helper()
 	root, err := harness.Root()
@@ -122,7 +123,7 @@ func (w *workspace) documented(heading string) string {
 	}
 	_, section, ok := strings.Cut(string(doc), "\n"+heading+"\n")
 	if !ok {
-		w.Fatalf("docs/consumers.md has no %s", heading)
+		w.Fatalf("docs/consumers.md has no heading %q", heading)
 	}
 	section, _, _ = strings.Cut(section, "\n##")
 	var blocks string
@@ -136,21 +137,21 @@ func (w *workspace) documented(heading string) string {
 	).Replace(blocks)
 }
 
-// hides checks that a text is neither in the state nor in a plan, and was not printed.
+// hides verifies that text is not in the state, in the plan, or in Terraform's output.
 func (w *workspace) hides(what, text, plan string) {
 	w.Helper()
-	if w.holds("terraform.tfstate", text) {
-		w.Errorf("the state holds %s", what)
+	if w.contains("terraform.tfstate", text) {
+		w.Errorf("the state contains %s", what)
 	}
 	if strings.Contains(plan, text) {
-		w.Errorf("the plan holds %s", what)
+		w.Errorf("the plan contains %s", what)
 	}
 	if strings.Contains(w.output.String(), text) {
 		w.Errorf("Terraform printed %s", what)
 	}
 }
 
-// planned saves a plan, and returns it as JSON.
+// planned saves a plan and returns it as JSON.
 func (w *workspace) planned() string {
 	w.Helper()
 	w.must("plan", "-no-color", "-out", "saved.plan")
@@ -161,7 +162,7 @@ func (w *workspace) planned() string {
 	return plan
 }
 
-// role is the documented role alone, without the config it depends on.
+// role returns the documented role without the config that it depends on.
 func (w *workspace) role() string {
 	w.Helper()
 	_, role, ok := strings.Cut(w.documented("### Config and role"), "resource \"vault_generic_endpoint\" \"role\"")
@@ -172,8 +173,9 @@ func (w *workspace) role() string {
 	return strings.Join(slices.DeleteFunc(lines, func(line string) bool { return strings.Contains(line, "depends_on") }), "\n")
 }
 
-// The config and role of the document: what the state holds, and that a second plan is
-// empty. Then a token, read in a plan and in an apply, opens the API and is kept nowhere.
+// Terraform applies the documented config and role: the state contains the client secret,
+// and a second plan is empty. A token that the plan and the apply read is accepted by the
+// API and is not stored.
 func TestConfigRoleAndToken(t *testing.T) {
 	s := scene.New(t, time.Hour, nil)
 	w := newWorkspace(s)
@@ -184,8 +186,8 @@ func TestConfigRoleAndToken(t *testing.T) {
 
 	w.file("main.tf", w.documented("### Config and role"))
 	w.must("apply", "-auto-approve", "-no-color")
-	if !w.holds("terraform.tfstate", scene.ClientSecret) {
-		t.Error("the state does not hold the client secret: docs/consumers.md says that it does")
+	if !w.contains("terraform.tfstate", scene.ClientSecret) {
+		t.Error("the state does not contain the client secret, but docs/consumers.md says that it does")
 	}
 	if out, code := w.run("plan", "-detailed-exitcode", "-no-color"); code != 0 {
 		t.Errorf("a second plan is not empty: exit code %d\n%s", code, out)
@@ -203,7 +205,7 @@ resource "terraform_data" "call" {
 	w.must("apply", "-no-color", "saved.plan")
 	reads, mints := s.Reads()
 	if reads["minted"] != 1 || reads["hit"] != 1 || mints != 1 {
-		t.Errorf("a plan and an apply: status counts %v and %d mints, want two reads and one mint", reads, mints)
+		t.Errorf("after a plan and an apply, status reports the reads %v and %d mints, want two reads and one mint", reads, mints)
 	}
 	for _, token := range s.OAuth.Issued() {
 		w.hides("a token", token, plan)
@@ -213,7 +215,7 @@ resource "terraform_data" "call" {
 	}
 }
 
-// A config that an ephemeral resource writes, so that the client secret is kept nowhere.
+// An ephemeral resource writes the config without storing the client secret.
 func TestConfigOutsideTheState(t *testing.T) {
 	s := scene.New(t, time.Hour, nil)
 	w := newWorkspace(s)
@@ -234,6 +236,6 @@ func TestConfigOutsideTheState(t *testing.T) {
 		t.Fatal(err)
 	}
 	if status, err := s.CallAPI(secret.Data["access_token"].(string)); err != nil || status != 200 {
-		t.Errorf("the API answers %d, %v", status, err)
+		t.Errorf("the API returned %d, %v, want 200", status, err)
 	}
 }

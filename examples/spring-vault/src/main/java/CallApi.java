@@ -24,12 +24,12 @@ import org.springframework.web.client.HttpStatusCodeException;
 import org.springframework.web.client.ResourceAccessException;
 
 /**
- * Calls an API that MojoAuth protects, with an access token that it reads from
- * Vault with Spring Vault. See examples/README.md for the variables.
+ * Reads an access token from Vault with Spring Vault and calls an API that
+ * MojoAuth protects. See examples/README.md for the environment variables.
  */
 public final class CallApi {
 
-    /** Has the token for the next call, or a newer one than the API refused. */
+    /** Returns the token for the next call. If the API refused the last one, returns a newer one. */
     interface TokenSource extends AutoCloseable {
         String token(boolean refused) throws Exception;
 
@@ -38,7 +38,7 @@ public final class CallApi {
         }
     }
 
-    /** Reads from Vault, and keeps the token as long as Vault says. For one thread. */
+    /** Reads a token from Vault and keeps it for the token's ttl. Not thread-safe. */
     static final class VaultSource implements TokenSource {
         private final VaultTemplate vault;
         private final String path;
@@ -64,25 +64,25 @@ public final class CallApi {
         }
     }
 
-    /** The path of a token that was minted later than the one that the API refused. */
+    /** Returns the path for a token minted later than the one that the API refused. */
     static String mintedAfter(String path, String mintedAt) {
         return path + "?minted_after=" + mintedAt; // Spring Vault encodes it
     }
 
     /**
-     * Spring Vault tries once. This tries again a second after a 412, a 429 or a
-     * 5xx, and when there was no answer.
+     * Reads a path. Spring Vault does not retry, so this method retries one
+     * second after a 412, a 429, a 5xx, or a failed connection.
      */
     static Map<String, Object> read(VaultTemplate vault, String path) throws InterruptedException {
         for (int retries = Integer.parseInt(setting("VAULT_MAX_RETRIES", "2"));; retries--) {
             try {
                 VaultResponse answer = vault.read(path);
-                if (answer == null) { // a 404, whose text Spring Vault drops
+                if (answer == null) { // a 404; Spring Vault drops the text
                     throw new IllegalStateException("Vault answered 404: nothing is at " + path);
                 }
                 return answer.getRequiredData();
             } catch (VaultException | ResourceAccessException e) {
-                if (retries <= 0 || !isWorthARetry(e)) {
+                if (retries <= 0 || !isRetryable(e)) {
                     throw e;
                 }
             }
@@ -90,7 +90,7 @@ public final class CallApi {
         }
     }
 
-    static boolean isWorthARetry(Exception e) {
+    static boolean isRetryable(Exception e) {
         if (e.getCause() instanceof HttpStatusCodeException answer) {
             int status = answer.getStatusCode().value();
             return status == 412 || status == 429 || status >= 500;
@@ -98,10 +98,10 @@ public final class CallApi {
         return e instanceof ResourceAccessException;
     }
 
-    static String setting(String name, String otherwise) {
+    static String setting(String name, String fallback) {
         String value = System.getenv(name);
         if (value == null || value.isEmpty()) {
-            value = otherwise;
+            value = fallback;
         }
         if (value == null) {
             throw new IllegalArgumentException(name + " is not set");
@@ -125,7 +125,7 @@ public final class CallApi {
 
     private static final HttpClient API = HttpClient.newBuilder()
             .connectTimeout(Duration.ofSeconds(30))
-            // A redirect could take the token to another host.
+            // A redirect could send the token to another host.
             .followRedirects(HttpClient.Redirect.NEVER).build();
 
     private static HttpResponse<String> callApi(String url, TokenSource source, boolean refused) throws Exception {
@@ -134,7 +134,7 @@ public final class CallApi {
         return API.send(request, HttpResponse.BodyHandlers.ofString());
     }
 
-    /** What went wrong, and what that came from where it says more. */
+    /** Returns the message of an exception and those of its causes that add to it. */
     private static String text(Throwable e) {
         String text = String.valueOf(e.getMessage());
         for (Throwable cause = e.getCause(); cause != null; cause = cause.getCause()) {
@@ -160,8 +160,8 @@ public final class CallApi {
                 }
                 HttpResponse<String> response = callApi(url, source, false);
                 if (response.statusCode() == 401) {
-                    // A newer token may be accepted. Once is enough: a second 401
-                    // is about something else.
+                    // The API may accept a newer token. Retry once: a second 401
+                    // has another cause.
                     response = callApi(url, source, true);
                 }
                 String body = response.body().strip();
@@ -181,6 +181,6 @@ public final class CallApi {
             System.err.println("call-api: " + text(e).replaceAll("\\s+", " "));
             code = 1;
         }
-        System.exit(code); // threads of the clients may still run
+        System.exit(code); // the clients' threads may still be running
     }
 }

@@ -17,8 +17,8 @@ import org.springframework.vault.core.lease.event.SecretLeaseCreatedEvent;
 import org.springframework.vault.core.lease.event.SecretNotFoundEvent;
 
 /**
- * Has Spring Vault's SecretLeaseContainer keep a token of a role with
- * generate_lease=true. The container reads a new one before the lease ends.
+ * Uses Spring Vault's SecretLeaseContainer to keep a token of a role with
+ * generate_lease=true. The container reads a new token before the lease ends.
  */
 final class LeaseSource implements CallApi.TokenSource {
     private final VaultTemplate vault;
@@ -32,13 +32,14 @@ final class LeaseSource implements CallApi.TokenSource {
         this.vault = vault;
         this.secret = RequestedSecret.rotating(path);
         this.container = new SecretLeaseContainer(vault);
-        // How long before the lease's end a new token is read. A new one is due
-        // R - m before it, which the engine's documentation explains. The
-        // container waits at least minRenewal between two reads.
+        // The container reads a new token expiryThreshold before the lease
+        // ends. A new token is due R - m before the end; docs/consumers.md
+        // explains R and m. The container waits at least minRenewal between
+        // two reads.
         container.setMinRenewal(Duration.ofSeconds(1));
         container.setExpiryThreshold(Duration.ofSeconds(Long.parseLong(CallApi.setting("EXPIRY_THRESHOLD", "60"))));
         container.addLeaseListener(event -> {
-            if (event instanceof SecretLeaseCreatedEvent created) { // or rotated
+            if (event instanceof SecretLeaseCreatedEvent created) { // includes rotations
                 if (!latest.complete(created.getSecrets())) {
                     latest = CompletableFuture.completedFuture(created.getSecrets());
                 }
@@ -48,7 +49,7 @@ final class LeaseSource implements CallApi.TokenSource {
         });
         container.addErrorListener((event, failure) -> {
             if (!latest.completeExceptionally(failure) && !closing) {
-                // The container gives up when it could not read a new token.
+                // The container gives up if it cannot read a new token.
                 retries.schedule(this::readAgain, 1, TimeUnit.SECONDS);
             }
         });
@@ -60,15 +61,15 @@ final class LeaseSource implements CallApi.TokenSource {
     @Override
     public String token(boolean refused) throws Exception {
         if (refused) {
-            // The container cannot send minted_after: this has the engine mint
-            // a token, which the container then reads.
+            // The container cannot send minted_after. Send it here to make the
+            // engine mint a token, then let the container read that token.
             CallApi.read(vault, CallApi.mintedAfter(secret.getPath(), (String) current().get("last_vault_rotation")));
             readAgain();
         }
         return (String) current().get("access_token");
     }
 
-    /** Reads at once. The container's rotate cannot when the last read has failed. */
+    /** Reads immediately. The container's rotate does not work after a failed read. */
     private synchronized void readAgain() {
         container.stop();
         container.start();
@@ -80,7 +81,7 @@ final class LeaseSource implements CallApi.TokenSource {
         } catch (ExecutionException e) {
             throw (Exception) e.getCause();
         } catch (TimeoutException e) {
-            throw new IllegalStateException("there is no token of " + secret.getPath() + " yet");
+            throw new IllegalStateException("got no token from " + secret.getPath() + " within 30 seconds");
         }
     }
 
@@ -88,6 +89,6 @@ final class LeaseSource implements CallApi.TokenSource {
     public void close() throws Exception {
         closing = true;
         retries.shutdownNow();
-        container.destroy(); // revokes the lease, which reports an error where a policy forbids it
+        container.destroy(); // revokes the lease; reports an error if the policy forbids it
     }
 }

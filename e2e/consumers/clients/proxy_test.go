@@ -21,7 +21,7 @@ import (
 	"time"
 )
 
-// exchange is a request to a server, and its answer.
+// exchange is a request to a server and the response.
 type exchange struct {
 	at     time.Time
 	method string
@@ -32,7 +32,7 @@ type exchange struct {
 	body   []byte
 }
 
-// token is the part of Vault's answer to a read that the tests look at.
+// token is the part of Vault's response to a read that the tests use.
 type token struct {
 	LeaseDuration int      `json:"lease_duration"`
 	Warnings      []string `json:"warnings"`
@@ -48,17 +48,17 @@ func (e exchange) token() (answer token) {
 	return answer
 }
 
-// front stands in front of a server, and remembers what passes.
-type front struct {
+// recordingProxy is a reverse proxy that records requests and responses.
+type recordingProxy struct {
 	*httptest.Server
 	mu        sync.Mutex
 	exchanges []exchange
 }
 
-// newFront starts one, whose requests all go to target. intercept sees the number of each
-// request, and answers it or lets it pass. ca is the file of who signed the target's
-// certificate.
-func newFront(t testing.TB, target, ca string, intercept func(n int, w http.ResponseWriter, r *http.Request) bool) *front {
+// newProxy starts a proxy that sends all requests to target. If intercept is not nil, the
+// proxy calls it with the number of each request, and forwards the request if intercept
+// returns false. ca is the file with the CA certificate for the target, if it needs one.
+func newProxy(t testing.TB, target, ca string, intercept func(n int, w http.ResponseWriter, r *http.Request) bool) *recordingProxy {
 	t.Helper()
 	to, err := url.Parse(target)
 	if err != nil {
@@ -81,7 +81,7 @@ func newFront(t testing.TB, target, ca string, intercept func(n int, w http.Resp
 			r.Out.URL.Path = to.Path
 		}
 	}}
-	f := &front{}
+	f := &recordingProxy{}
 	f.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		f.mu.Lock()
 		n := len(f.exchanges)
@@ -102,7 +102,7 @@ func newFront(t testing.TB, target, ca string, intercept func(n int, w http.Resp
 	return f
 }
 
-// answerRecorder keeps a copy of an answer.
+// answerRecorder keeps a copy of a response.
 type answerRecorder struct {
 	http.ResponseWriter
 	status int
@@ -119,19 +119,19 @@ func (a *answerRecorder) Write(p []byte) (int, error) {
 	return a.ResponseWriter.Write(p)
 }
 
-// reads are the reads of creds so far, in order.
-func (f *front) reads() []exchange {
+// reads returns the reads of creds so far, in order.
+func (f *recordingProxy) reads() []exchange {
 	return slices.DeleteFunc(f.all(), func(e exchange) bool { return !strings.HasPrefix(e.path, "/v1/mojoauth/creds/") })
 }
 
-// all are the exchanges so far, in order.
-func (f *front) all() []exchange {
+// all returns the exchanges so far, in order.
+func (f *recordingProxy) all() []exchange {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return slices.Clone(f.exchanges)
 }
 
-// refuseFirst refuses the first token that it sees, as an API does that has revoked it.
+// refuseFirst refuses the first token that it sees, as an API does after revoking it.
 func refuseFirst() func(n int, w http.ResponseWriter, r *http.Request) bool {
 	var mu sync.Mutex
 	var revoked string
@@ -150,7 +150,7 @@ func refuseFirst() func(n int, w http.ResponseWriter, r *http.Request) bool {
 	}
 }
 
-// fail answers as a Vault that cannot serve.
+// fail writes a Vault error response.
 func fail(w http.ResponseWriter, status int) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
