@@ -87,7 +87,7 @@ func New(limit int, clock Clock) *Gate {
 	}
 }
 
-// SetLimit changes how many requests may leave in a second, also for those that wait.
+// SetLimit changes how many requests may leave in a second, including those that wait.
 func (g *Gate) SetLimit(limit int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
