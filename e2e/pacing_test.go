@@ -462,7 +462,7 @@ func TestNoTurnInTime(t *testing.T) {
 	w.oauth.SetLifetime(21 * time.Second) // the server rounds down
 	config("throttled", map[string]any{"request_timeout": "2s"})
 	w.coldRoles(2, "throttled", "throttled")
-	w.write("roles/due", role(map[string]any{"config": "throttled", "min_ttl": "16s"}))
+	w.write("roles/due", role(map[string]any{"config": "throttled", "min_ttl": "16s", "extra_params": map[string]any{"role": "due"}}))
 	held := w.read("creds/due")
 	w.oauth.SetFaults(oauthserver.Faults{Status: 429})
 	before := len(w.oauth.Requests())
@@ -516,7 +516,9 @@ func TestNoTurnInTime(t *testing.T) {
 	w.write("config/closed", map[string]any{"max_retries": 1, "verify_connection": false})
 	_, _, err = read("creds/closed2")
 	w.wantError(err, 429, "Try again in ")
-	if got := len(w.oauth.Requests()) - before; got != 1 {
+	// The other config's gate may still send a renewal of its due token.
+	sent := w.oauth.Requests()[before:]
+	if got := len(sent) - len(requestsFor(sent, "due")); got != 1 {
 		t.Errorf("got %d requests to an endpoint that asked for ten minutes, want 1", got)
 	}
 	// Another endpoint has sent no Retry-After.
